@@ -1,0 +1,1 @@
+"""Layouts and bases of the frameworks, reached through loraformat's entry points."""

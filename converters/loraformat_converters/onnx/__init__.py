@@ -1,0 +1,38 @@
+"""ONNX models as bases: existing graphs, exported by anyone, that adapters are merged into or attached to.
+
+``index`` finds the places that use weights, ``names`` what each place is called, ``ladder`` which target it is,
+``merge`` and ``attach`` change the graph, ``model`` reads and writes the file and its external data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraformat.errors import fault
+
+if TYPE_CHECKING:
+    from loraformat.base import Base
+
+__all__ = ["base"]
+
+
+class _Kind:
+    """A ``.onnx`` file."""
+
+    name = "onnx"
+    describes = "ONNX model (.onnx)"
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_file() and path.suffix == ".onnx"
+
+    def open(self, path: Path) -> Base:
+        try:
+            from loraformat_converters.onnx.base import OnnxBase
+        except ImportError as error:
+            fix = "pip install 'loraformat[onnx]'"
+            raise fault("LF-704", f"reading {path.name} needs the onnx package: {error}", fix=fix) from None
+        return OnnxBase(path)
+
+
+base = _Kind()

@@ -1,0 +1,142 @@
+"""An ONNX file as it lies on disk: the graph in memory, its weights where they are.
+
+External data is never loaded: a tensor is a view of the mapped file. Paths in a model are a stranger's input, so
+they are checked as onnx ≥ 1.21 checks them: relative, inside the folder, no link (CVE-2026-27489), within the file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from loraformat.errors import fault
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["FLOATS", "External", "array", "external", "graphs", "load", "onnx_dtype"]
+
+FLOATS: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "F32",
+    onnx.TensorProto.FLOAT16: "F16",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.DOUBLE: "F64",
+}
+"""The weight dtypes that an update is added to, with their safetensors names."""
+
+_KNOWN_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """The model without its external data; LF-610 if it is none."""
+    model = onnx.ModelProto()
+    try:
+        with open(path, "rb") as file:
+            model.ParseFromString(file.read())
+    except OSError as error:
+        raise fault("LF-701", f"cannot read {path}: {error.strerror or error}") from None
+    except DecodeError as error:
+        raise fault(
+            "LF-610", f"{path} is not an ONNX model: {error}", fix="truncated, or another kind of file?"
+        ) from None
+    if not model.graph.node and not model.graph.initializer:
+        raise fault("LF-610", f"{path} holds no graph")
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < 7:
+        raise fault(
+            "LF-610",
+            f"{path} uses opset {opset}: Add and Gemm broadcast otherwise before 7",
+            fix="convert its opset first",
+        )
+    return model
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto, str]]:
+    """The main graph and every graph inside a node, with the path of the node that holds it ("" for the main graph)."""
+    stack: list[tuple[onnx.GraphProto, str]] = [(model.graph, "")]
+    while stack:
+        graph, where = stack.pop()
+        yield graph, where
+        for node in graph.node:
+            for attribute in node.attribute:
+                inner = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+                stack += [(g, f"{where}/{node.name or node.op_type}") for g in inner]
+
+
+class External:
+    """Where a tensor's bytes lie outside the model: a checked path and range."""
+
+    def __init__(self, tensor: onnx.TensorProto, folder: Path) -> None:
+        entries = {e.key: e.value for e in tensor.external_data}
+        if unknown := entries.keys() - _KNOWN_KEYS:
+            raise fault("LF-610", f"unknown external data keys {sorted(unknown)}", where=tensor.name)
+        self.location = entries.get("location", "")
+        self.path = _checked(self.location, folder, tensor.name)
+        try:
+            self.offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
+        except ValueError:
+            raise fault("LF-610", "offset and length of external data must be integers", where=tensor.name) from None
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        self.length = int(np.prod(tensor.dims, dtype=np.int64)) * itemsize
+        size = self.path.stat().st_size
+        if self.offset < 0 or (length not in (-1, self.length)) or self.offset + self.length > size:
+            what = f"bytes {self.offset} to {self.offset + self.length} of {self.location} ({size} bytes; length says {length})"
+            raise fault(
+                "LF-610", f"external data does not fit the tensor {list(tensor.dims)}: {what}", where=tensor.name
+            )
+
+
+def external(tensor: onnx.TensorProto, folder: Path) -> External | None:
+    """The tensor's external place, or None if the model holds its bytes."""
+    return External(tensor, folder) if tensor.data_location == onnx.TensorProto.EXTERNAL else None
+
+
+def array(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """The values; a read-only view where the bytes are external."""
+    place = external(tensor, folder)
+    if place is None:
+        try:
+            return numpy_helper.to_array(tensor)
+        except (ValueError, TypeError) as error:
+            raise fault("LF-610", f"the tensor's data does not fit its shape: {error}", where=tensor.name) from None
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(place.path, dtype, "r", place.offset, tuple(tensor.dims))
+
+
+def onnx_dtype(values: Array) -> int:
+    """The TensorProto data type of an array."""
+    return int(onnx.helper.np_dtype_to_tensor_dtype(values.dtype))
+
+
+def _checked(location: str, folder: Path, name: str) -> Path:
+    parts = Path(location).parts
+    if not location or os.path.isabs(location) or ".." in parts or "\\" in location:
+        raise fault("LF-610", f"external data at {location!r} is outside the model's folder", where=name)
+    path = folder / location
+    try:
+        info = os.lstat(path)
+    except OSError as error:
+        raise fault(
+            "LF-610",
+            f"external data {location}: {error.strerror}",
+            where=name,
+            fix="the data file belongs beside the model",
+        ) from None
+    if not stat.S_ISREG(info.st_mode) or path.resolve().parent != (folder.resolve() / Path(location).parent):
+        raise fault(
+            "LF-610",
+            f"external data {location} is a link or no file: onnx and ONNX Runtime refuse it too",
+            where=name,
+            fix="copy the file into the folder",
+        )
+    return path

@@ -1,0 +1,79 @@
+"""One LoRA adapter file for every runtime.
+
+    import loraformat as lf
+
+    adapter = lf.load("my-peft-adapter")            # any layout → Adapter, a mapping key → Update
+    lf.save(adapter, "my.lora.safetensors")
+    lf.merge(adapter, lf.open_base("model.onnx"), "merged.onnx")
+
+Importing this package loads no framework, and the parts of it only as they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loraformat.errors import LoraFormatError, Problem
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+    from loraformat.axes import Placement
+    from loraformat.bind import bind
+    from loraformat.convert import convert
+    from loraformat.digest import digest
+    from loraformat.file import save
+    from loraformat.init import init
+    from loraformat.merge import attach, merge
+    from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Replace, Rows
+    from loraformat.registry import load, open_base
+    from loraformat.resolve import Hints
+    from loraformat.updates import Update
+    from loraformat.verify import verify
+
+__all__ = [
+    "Adapter",
+    "Delta",
+    "Hints",
+    "Loha",
+    "Lokr",
+    "Lora",
+    "LoraFormatError",
+    "Magnitude",
+    "Placement",
+    "Problem",
+    "Replace",
+    "Rows",
+    "Update",
+    "attach",
+    "bind",
+    "convert",
+    "digest",
+    "init",
+    "load",
+    "merge",
+    "open_base",
+    "save",
+    "verify",
+]
+
+_HOMES = {
+    **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
+    **dict.fromkeys(("load", "open_base"), "registry"),
+    **dict.fromkeys(("attach", "merge"), "merge"),
+    "Adapter": "adapter",
+    "Placement": "axes",
+    "Hints": "resolve",
+    "Update": "updates",
+    "save": "file",
+    **{name: name for name in ("bind", "convert", "digest", "init", "verify")},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name with its module, the first time it is asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraformat' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"loraformat.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

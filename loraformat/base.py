@@ -1,0 +1,89 @@
+"""What a base is: something that holds weights, into which an adapter's targets are resolved and written.
+
+A third party adds a kind of base with an entry point in the group ``loraformat.bases``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.axes import Placement
+    from loraformat.plan import Outcome, Plan
+    from loraformat.resolve import Hints, Resolution
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Base", "BaseKind", "Options", "Parameter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One weight of a base under its logical name: shape and dtype (safetensors spelling)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a verb is carried out.
+
+    Attributes:
+        out: the output file.
+        mode: of ``attach``: ``branch``.
+        name: of an attached adapter.
+        only: target patterns to apply; all targets when empty.
+    """
+
+    out: Path
+    mode: str = "branch"
+    name: str = "default"
+    only: tuple[str, ...] = field(default=())
+
+
+class BaseKind(Protocol):
+    """How one kind of base is recognised and opened."""
+
+    name: str
+    describes: str
+    """What a person calls it, for the error that lists the kinds."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether ``path`` is of this kind, by its name and first bytes."""
+
+    def open(self, path: Path) -> Base:
+        """Open it; nothing large is read."""
+
+
+class Base(Protocol):
+    """An opened base. Reading never loads more than one tensor at a time."""
+
+    path: Path
+    verbs: frozenset[str]
+    """Which of ``merge`` and ``attach`` it takes."""
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Logical name → weight, for every weight that an adapter could target."""
+
+    def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
+        """Every weight of two axes that a new adapter could target, by logical name; None where unplaced."""
+
+    def read(self, name: str) -> Array:
+        """The values of a weight; a view of the file where it can be."""
+
+    def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
+        """Where every target of ``adapter`` lies, with the evidence. Never guesses; writes nothing."""
+
+    def plan(self, verb: str, adapter: Adapter, resolution: Resolution, options: Options) -> Plan:
+        """What ``verb`` would read and write; every refusal happens here."""
+
+    def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
+        """Carry the plan out, atomically."""

@@ -1,0 +1,85 @@
+"""JSON with one spelling (RFC 8785), and a reader that takes I-JSON (RFC 7493) and nothing looser."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+__all__ = ["dumps", "loads"]
+
+_LARGEST = 2**53  # RFC 7493 §2.2: integers beyond are not exact in every reader
+
+
+def dumps(value: Any) -> str:
+    """The canonical text of a JSON value: keys by UTF-16 code units, ECMAScript numbers, no spaces.
+
+    Raises:
+        ValueError: NaN, an infinity, an integer beyond 2^53, or a lone surrogate.
+
+    >>> dumps({"b": 16.0, "a": [1e-7, "é"]})
+    '{"a":[1e-7,"é"],"b":16}'
+    """
+    match value:
+        case None | bool():
+            return json.dumps(value)
+        case str():
+            value.encode()  # a lone surrogate has no canonical form
+            return json.dumps(value, ensure_ascii=False)
+        case int():
+            if abs(value) > _LARGEST:
+                raise ValueError(f"integer {value} is beyond 2^53")
+            return str(value)
+        case float():
+            return _number(value)
+        case list() | tuple():
+            return f"[{','.join(map(dumps, value))}]"
+        case _:
+            members = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be"))
+            return "{" + ",".join(f"{dumps(k)}:{dumps(v)}" for k, v in members) + "}"
+
+
+def loads(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: also for duplicate keys, NaN and Infinity, which ``json.loads`` lets pass.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _number(value: float) -> str:
+    """RFC 8785 §3.2.2.3: ECMAScript's Number::toString, whose digits are Python's repr."""
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no JSON number")
+    if value == 0:
+        return "0"
+    sign, text = ("-" if value < 0 else ""), repr(abs(value))
+    mantissa, _, exponent = text.partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + fraction).lstrip("0")
+    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
+    digits = digits.rstrip("0")
+    if 0 < point <= 21:
+        padded = digits.ljust(point, "0")
+        return sign + padded[:point] + (f".{padded[point:]}" if len(padded) > point else "")
+    if -6 < point <= 0:
+        return f"{sign}0.{'0' * -point}{digits}"
+    tail = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{sign}{digits[0]}{tail}e{point - 1:+d}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"duplicate key {key!r}")
+        out[key] = value
+    return out
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON number")

@@ -1,0 +1,152 @@
+"""The verbs that write adapters: init, convert, bind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, warn
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+    from loraformat.scale import ScaleRule
+
+__all__ = ["bind", "convert", "init_"]
+
+_RULES = click.Choice(["alpha/r", "alpha/sqrt(r)", "factor"])
+
+
+@click.command("init")
+@click.argument("base")
+@click.option("--targets", "-t", multiple=True, required=True, metavar="PATTERN", help="Modules, such as q_proj.")
+@click.option("--rank", "-r", type=int, required=True)
+@click.option("--alpha", "-a", type=float, required=True)
+@click.option("--scale-rule", type=_RULES, default="alpha/r", show_default=True)
+@click.option("--sigma", type=float, help="Standard deviation of A; default 1/rank.")
+@click.option("--init", "method", type=click.Choice(["normal", "kaiming"]), default="normal", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--out", required=True, help="The file (.safetensors) or folder (PEFT) to write.")
+@click.option("--to", "to_layout", metavar="LAYOUT")
+@mapping
+@force
+@json_flag
+def init_(
+    base: str,
+    targets: tuple[str, ...],
+    rank: int,
+    alpha: float,
+    scale_rule: ScaleRule,
+    sigma: float | None,
+    method: Literal["normal", "kaiming"],
+    seed: int,
+    out: str,
+    to_layout: str | None,
+    names: str | None,
+    axes: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make a fresh adapter for BASE: A random, B zero, ΔW = 0; the same seed gives the same bytes everywhere."""
+    from loraformat import registry
+    from loraformat.convert import save, target_layout
+    from loraformat.init import init
+
+    layout, _ = target_layout(out, to_layout)
+    adapter = init(
+        registry.open_base(base),
+        targets,
+        rank=rank,
+        alpha=alpha,
+        scale_rule=scale_rule,
+        sigma=sigma,
+        method=method,
+        seed=seed,
+        hints=hints(names, axes),
+    )
+    save(adapter, out, layout, force=force)
+    _proof(adapter, out, f"ΔW = 0, seed {seed}", as_json, f"loraformat info {out}")
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option("--from", "from_layout", metavar="LAYOUT", help="Layout of SRC; else by its content.")
+@click.option("--to", "to_layout", metavar="LAYOUT", help="Layout of DST; else by its name.")
+@click.option("--base", help="Bind to this base: write how each matrix lies in its tensor.")
+@click.option("--alpha", type=float, help="For a source that states no alpha.")
+@click.option("--rank", type=int, help="The rank that the source must have.")
+@click.option("--scale-rule", type=_RULES, help="For a source that states no rule.")
+@mapping
+@force
+@json_flag
+def convert(
+    source: str,
+    destination: str,
+    from_layout: str | None,
+    to_layout: str | None,
+    base: str | None,
+    alpha: float | None,
+    rank: int | None,
+    scale_rule: ScaleRule | None,
+    names: str | None,
+    axes: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the adapter SRC as DST, in another layout; ΔW stays the same."""
+    from loraformat.convert import convert as run
+    from loraformat.convert import target_layout
+    from loraformat.layout import ReadOptions
+
+    _, why = target_layout(destination, to_layout)
+    adapter, warnings, found, to = run(
+        source,
+        destination,
+        from_layout=from_layout,
+        to_layout=to_layout,
+        options=ReadOptions(alpha, rank, scale_rule),
+        base=base,
+        hints=hints(names, axes),
+        force=force,
+    )
+    warn(warnings)
+    nothing = f"{found.name} → {to.name} ({why})"
+    _proof(adapter, destination, nothing, as_json, f"loraformat info {destination}")
+
+
+@click.command()
+@click.argument("file", metavar="FILE")
+@click.option("--base", required=True, help="The checkpoint that the adapter belongs to.")
+@click.option("-o", "--out", help="Write here; default: FILE itself, which needs --force.")
+@mapping
+@force
+@json_flag
+def bind(
+    file: str, base: str, out: str | None, names: str | None, axes: tuple[str, ...], force: bool, as_json: bool
+) -> None:
+    """Write into FILE what its base says: placement and SHA-256 of every target. The digest stays the same."""
+    from loraformat import registry
+    from loraformat.bind import bind as run
+    from loraformat.convert import save, target_layout
+
+    reading, _, _ = registry.read(file)
+    warn(reading.warnings)
+    bound = run(reading.adapter, registry.open_base(base), hints(names, axes))
+    destination = out or file
+    save(bound, destination, target_layout(destination, "native")[0], force=force)
+    _proof(bound, destination, f"bound to {base}", as_json, f"loraformat merge {destination} --into {base} -o OUT")
+
+
+def _proof(adapter: Adapter, out: str, what: str, as_json: bool, following: str) -> None:
+    """The last line of a success: what was written, in numbers, and what comes next."""
+    from loraformat.digest import digest
+
+    placed = sum(update.placement is not None for update in adapter.values())
+    scales = sorted({update.scale for update in adapter.values() if update.scale is not None})
+    if as_json:
+        echo_json({"schema": 1, "out": out, "digest": digest(adapter), "targets": len(adapter), "placed": placed})
+        return
+    span = f"{scales[0]:.4g}–{scales[-1]:.4g}" if len(scales) > 1 else "".join(f"{s:.4g}" for s in scales)
+    said = f"{len(adapter)} targets, {placed} placed · scale {span} · digest {digest(adapter)[:12]}"
+    click.echo(f"{out}: {what} · {said} · next: {following}", err=True)

@@ -1,0 +1,63 @@
+"""Options that several verbs share, and the user's words as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from loraformat import canonical
+from loraformat.errors import fault
+from loraformat.resolve import Hints
+
+__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "warn"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+
+
+def mapping(function: F) -> F:
+    """``--names`` and ``--axes``: what the user knows of the base."""
+    names = click.option("--names", type=click.Path(), help="JSON file: target → name in the base; * maps prefixes.")
+    axes = click.option("--axes", multiple=True, metavar="PATTERN=SPEC", help="Axes of targets: out,in or in,out.")
+    return names(axes(function))
+
+
+def hints(names: str | None, axes: tuple[str, ...]) -> Hints:
+    """The stated names and axes; LF-705 where they cannot be read."""
+    stated = {}
+    for item in axes:
+        pattern, equals, spec = item.rpartition("=")
+        if not equals or not pattern:
+            raise fault("LF-705", f"--axes {item!r} is not PATTERN=SPEC, such as '*c_proj=in,out'")
+        stated[pattern] = spec
+    return Hints(_names(Path(names)) if names else {}, stated)
+
+
+def _names(path: Path) -> dict[str, str]:
+    try:
+        value = canonical.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fault("LF-705", f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise fault("LF-705", f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise fault("LF-705", f"{path} must map target names to names of the base")
+    return value
+
+
+def echo_json(value: Any) -> None:
+    """JSON on stdout, for people and programs: two spaces, keys as given."""
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def warn(problems: Any) -> None:
+    """Warnings on stderr."""
+    for problem in problems:
+        click.echo(str(problem), err=True)

@@ -1,0 +1,77 @@
+"""From any layout to any other: through the model, so that N layouts need N files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraformat import registry
+from loraformat.atomic import write_file, write_folder
+from loraformat.bind import bind
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.layout import Layout, ReadOptions
+from loraformat.resolve import Hints
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+
+__all__ = ["convert", "save", "target_layout"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    from_layout: str | None = None,
+    to_layout: str | None = None,
+    options: ReadOptions | None = None,
+    base: str | os.PathLike[str] | None = None,
+    hints: Hints | None = None,
+    force: bool = False,
+) -> tuple[Adapter, list[Problem], Layout, Layout]:
+    """Read ``source``, bind it to ``base`` if given, write ``destination``; (adapter, warnings, from, to).
+
+    Raises:
+        LoraFormatError: LF-5xx the source, LF-508 what the target cannot carry, LF-7xx the output.
+    """
+    to, _ = target_layout(destination, to_layout)
+    reading, layout, _ = registry.read(source, from_layout, options)
+    adapter = reading.adapter
+    if base is not None:
+        adapter = bind(adapter, registry.open_base(base), hints)
+    elif (
+        hints
+        and (problems := [Problem("LF-705", "names and axes are stated for a base", fix="give --base")])
+        and (hints.names or hints.axes)
+    ):
+        raise LoraFormatError(problems)
+    save(adapter, destination, to, force=force)
+    return adapter, reading.warnings, layout, to
+
+
+def save(adapter: Adapter, destination: str | os.PathLike[str], layout: Layout, *, force: bool = False) -> None:
+    """Write an adapter in a layout, atomically."""
+    missing = {part.kind for update in adapter.values() for part in update.parts} - layout.carries
+    if missing:
+        what = f"the layout {layout.name} cannot carry {', '.join(sorted(missing))} parts"
+        raise fault("LF-508", what, fix="keep the native file, which can")
+    output = layout.write(adapter)
+    path = Path(destination)
+    if output.folder:
+        write_folder(path, output.files, force=force)
+    else:
+        (writer,) = output.files.values()
+        write_file(path, writer, force=force)
+
+
+def target_layout(destination: str | os.PathLike[str], name: str | None) -> tuple[Layout, str]:
+    """The layout to write and why: as named, else native for ``.safetensors`` and PEFT for a folder."""
+    if name is not None:
+        return registry.layout(name), "as asked"
+    path = Path(destination)
+    if path.suffix == ".safetensors":
+        return registry.layout("native"), "the name ends with .safetensors"
+    if not path.suffix or path.is_dir():
+        return registry.layout("peft"), "the name is a folder's"
+    raise fault("LF-705", f"which layout is {path.name}?", fix=f"give --to, one of {', '.join(registry.layouts())}")

@@ -1,0 +1,43 @@
+"""The content digest: equal for adapters that do the same, whatever file, base binding or notes they came with."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat import canonical
+from loraformat.container import dtype_name
+from loraformat.metadata import part_json
+from loraformat.parts import roles_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+
+__all__ = ["digest", "tensor_sha256"]
+
+
+def digest(adapter: Adapter) -> str:
+    """SHA-256, in hexadecimal, over the canonical JSON of key → parts, each part with its fields and its roles.
+
+    A role counts as {dtype, shape, SHA-256 of its little-endian bytes}. Placement, sketches, base_sha256,
+    base_model, about, provenance and extensions do not count: binding an adapter to a base keeps its digest.
+    """
+    content = {
+        key: [part_json(part) | {"roles": {role: _role(t) for role, t in roles_of(part)}} for part in update.parts]
+        for key, update in adapter.items()
+    }
+    return hashlib.sha256(canonical.dumps(content).encode()).hexdigest()
+
+
+def tensor_sha256(tensor: npt.NDArray[Any]) -> str:
+    """SHA-256 of a tensor's row-major little-endian bytes."""
+    little = tensor.astype(tensor.dtype.newbyteorder("<")) if tensor.dtype.byteorder == ">" else tensor
+    return hashlib.sha256(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _role(tensor: npt.NDArray[Any]) -> dict[str, Any]:
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_sha256(tensor)}

@@ -1,0 +1,41 @@
+"""How Hugging Face checkpoints store a module's ``.weight``: [out, in], but for the modules in this table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["linear_spec"]
+
+# transformers 5.23.0: every model whose modeling file builds pytorch_utils.Conv1D, whose weight is [in, out].
+_CONV1D: Mapping[str, frozenset[str]] = {
+    "gpt2": frozenset({"c_attn", "q_attn", "c_proj", "c_fc"}),
+    "openai-gpt": frozenset({"c_attn", "c_proj", "c_fc"}),
+    "imagegpt": frozenset({"c_attn", "q_attn", "c_proj", "c_fc"}),
+    "clvp": frozenset({"c_proj", "c_fc"}),
+    "decision_transformer": frozenset({"c_attn", "q_attn", "c_proj", "c_fc"}),
+}
+
+
+def linear_spec(config: Mapping[str, Any], name: str) -> tuple[str, str] | None:
+    """(axes, evidence) of the two-axis weight ``name`` in a checkpoint with this config.json; None if it does not say.
+
+    Only a config with a ``model_type`` is evidence; the types of nested configs (text, vision, decoder) count too.
+    """
+    types = set(_model_types(config))
+    module, _, leaf = name.rpartition(".")
+    if not types or leaf != "weight":
+        return None
+    last = module.rpartition(".")[2]
+    transposed = sorted(t for t in types if last in _CONV1D.get(t, frozenset()))
+    if transposed:
+        return "in,out", f"config: {transposed[0]} stores {last} as Conv1D [in, out]"
+    return "out,in", f"config: {'/'.join(sorted(types))} stores Linear weights as [out, in]"
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)

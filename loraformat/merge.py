@@ -1,0 +1,75 @@
+"""The verbs that put an adapter into a base: everything is checked in ``prepare``, before the first byte is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraformat.base import Base, Options
+from loraformat.digest import tensor_sha256
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.resolve import Hints
+
+if TYPE_CHECKING:
+    import os
+
+    from loraformat.adapter import Adapter
+    from loraformat.plan import Outcome, Plan
+    from loraformat.resolve import Resolution
+
+__all__ = ["attach", "merge", "prepare"]
+
+
+def prepare(
+    verb: str, adapter: Adapter, base: Base, options: Options, hints: Hints | None = None, *, any_base: bool = False
+) -> Plan:
+    """The plan of ``merge`` or ``attach``, every target resolved and every obstacle found.
+
+    Args:
+        any_base: apply an adapter that was bound to other weights.
+
+    Raises:
+        LoraFormatError: LF-6xx; LF-703 the output would be the base itself.
+    """
+    if options.out.exists() and options.out.resolve() == base.path.resolve():
+        raise fault(
+            "LF-703", f"{options.out} is the base itself", fix="write to another name: the base is the way back"
+        )
+    resolution = base.resolve(adapter, hints or Hints()).require()
+    if not any_base:
+        _check_identity(adapter, base, resolution)
+    return base.plan(verb, adapter, resolution, options)
+
+
+def merge(
+    adapter: Adapter, base: Base, out: str | os.PathLike[str], hints: Hints | None = None, *, force: bool = False
+) -> Outcome:
+    """Write ``base`` with W + ΔW in the place of W, in W's own dtype and orientation."""
+    return base.apply(prepare("merge", adapter, base, Options(Path(out)), hints), force=force)
+
+
+def attach(
+    adapter: Adapter, base: Base, out: str | os.PathLike[str], hints: Hints | None = None, *, force: bool = False
+) -> Outcome:
+    """Write ``base`` with the branch s·B·A·x beside each target; the base's weights are not touched."""
+    return base.apply(prepare("attach", adapter, base, Options(Path(out)), hints), force=force)
+
+
+def _check_identity(adapter: Adapter, base: Base, resolution: Resolution) -> None:
+    """LF-607 where the adapter says which weights it was bound to, in this very orientation, and these are others."""
+    problems = []
+    for key, places in resolution.targets.items():
+        update = adapter[key]
+        for match in places:
+            if (
+                update.base_sha256 is None
+                or update.placement != match.placement
+                or match.weight not in base.parameters()
+            ):
+                continue
+            found = tensor_sha256(base.read(match.weight))
+            if found != update.base_sha256:
+                what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
+                problems.append(Problem("LF-607", what, key, "take that base, or --any-base for a close relative"))
+    if problems:
+        raise LoraFormatError(problems)

@@ -1,0 +1,93 @@
+"""Keys: how a base parameter is named, and how a tensor of the file is named after it.
+
+A key is the full name of the base parameter that changes (``model.layers.0.self_attn.q_proj.weight``),
+opaque UTF-8. A tensor of the file is called ``<key>.<role>``; roles hold no dot, so the last dot separates
+the two whatever the key looks like. In a model of several components the key begins with ``<component>:``.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+__all__ = ["NAME_SPACES", "ROLES", "join", "key_fault", "name_space_fault", "nearest", "split", "split_role"]
+
+NAME_SPACES = ("torch", "mlx", "gguf", "flax", "keras", "kohya")
+"""Name spaces known by a plain word; any other is a reverse-DNS name such as ``org.example.names``."""
+
+_REVERSE_DNS = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9_-]*)+")
+_COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+ROLES = frozenset(
+    {
+        *("lora_A", "lora_B", "mid"),
+        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "t1", "t2"),
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+        *("delta", "replace", "magnitude", "values", "indices", "sketch"),
+    }
+)
+"""Every role that a tensor of the file can play."""
+
+
+def key_fault(key: str) -> str | None:
+    """Why ``key`` is no legal key, or None: non-empty, Unicode NFC, no control characters or surrogates."""
+    if not key:
+        return "the key is empty"
+    # Cc: a newline could forge a log line. Cf would forbid the joiners that some scripts need, so it is allowed.
+    bad = next((c for c in key if unicodedata.category(c) in {"Cc", "Cs"}), None)
+    if bad is not None:
+        return f"the key holds the control character U+{ord(bad):04X}"
+    if not unicodedata.is_normalized("NFC", key):
+        return "the key is not in Unicode normalisation form C: two spellings of one name would be two targets"
+    return None
+
+
+def name_space_fault(names: str) -> str | None:
+    """Why ``names`` is no legal name space, or None."""
+    if names in NAME_SPACES or _REVERSE_DNS.fullmatch(names):
+        return None
+    return f"name space {names!r} is neither one of {', '.join(NAME_SPACES)} nor a reverse-DNS name"
+
+
+def component_fault(component: str) -> str | None:
+    """Why ``component`` is no legal component name, or None: an identifier, so that a colon ends it."""
+    return None if _COMPONENT.fullmatch(component) else f"component {component!r} is not an identifier"
+
+
+def split(key: str, components: Sequence[str]) -> tuple[str | None, str]:
+    """A key as (component, parameter name); the component is None in a model of one component.
+
+    >>> split("unet:conv_in.weight", ("unet", "text_encoder"))
+    ('unet', 'conv_in.weight')
+    """
+    if not components:
+        return None, key
+    component, _, name = key.partition(":")
+    return component, name
+
+
+def join(component: str | None, name: str) -> str:
+    """The key of a parameter ``name`` of ``component``."""
+    return name if component is None else f"{component}:{name}"
+
+
+def split_role(tensor: str) -> tuple[str, str]:
+    """A tensor's name as (key, role): cut at the last dot.
+
+    >>> split_role("lm_head.weight.lora_A")
+    ('lm_head.weight', 'lora_A')
+    """
+    key, _, role = tensor.rpartition(".")
+    return key, role
+
+
+def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like ``name``, best first: for "did you mean"."""
+    import difflib  # slow to import, and needed only when something is wrong
+
+    pool = list(names)
+    if len(pool) > 2000:  # difflib is quadratic: keep those that share the last component
+        tail = name.rpartition(".")[0].rpartition(".")[2] or name
+        pool = [n for n in pool if tail in n][:2000]
+    return difflib.get_close_matches(name, pool, n=count, cutoff=0.5)

@@ -1,0 +1,99 @@
+"""How an update's matrix lies in a base tensor: by evidence that agrees, or a refusal. Never by a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loraformat.axes import Placement
+from loraformat.errors import LoraFormatError, fault
+
+if TYPE_CHECKING:
+    from loraformat.updates import Update
+
+__all__ = ["place"]
+
+
+def place(
+    key: str, update: Update, shape: tuple[int, ...], stated: str | None, claims: Sequence[tuple[str, str]]
+) -> tuple[Placement, tuple[str, ...]]:
+    """The placement in a tensor of ``shape``, with the evidence for it.
+
+    Args:
+        stated: what the user said (``--axes``), or None.
+        claims: (axes, evidence) pairs of the base: what its format or its operator says.
+
+    Raises:
+        LoraFormatError: LF-604 no evidence; LF-605 two pieces disagree; LF-606 the shapes do not fit.
+    """
+    said: list[tuple[Placement, str]] = []
+    if update.placement is not None:
+        said.append((_own(key, update, shape), "adapter: placed"))
+    for spec, evidence in [*([(stated, "user: --axes")] if stated else []), *claims]:
+        said.append((_from_spec(key, shape, spec, evidence), evidence))
+    matrix = update.matrix_shape()
+    if not said and (spec_by_shape := _by_shape(shape, matrix)):
+        said.append(spec_by_shape)
+    if not said and (matrix is None or len(shape) == 1):  # nothing to lay: any reading of the axes gives the same
+        said.append((Placement(shape, (0,), tuple(range(1, len(shape)))), "shape: a vector"))
+    if not said:
+        raise _unknown(key, shape, matrix)
+    first = said[0]
+    for other in said[1:]:
+        if other[0] != first[0]:
+            what = f"{first[1]} says {first[0].spec}, {other[1]} says {other[0].spec}"
+            raise fault("LF-605", what, where=key, fix="one of them is wrong; nothing is changed until they agree")
+    _check(key, update, first[0], matrix)
+    return first[0], tuple(evidence for _, evidence in said)
+
+
+def _own(key: str, update: Update, shape: tuple[int, ...]) -> Placement:
+    own = update.placement
+    assert own is not None
+    resizes = "replace" in update and "resize" in update["replace"].allows
+    if own.shape != shape and not resizes:
+        what = f"the adapter was made for a tensor {list(own.shape)}, the base has {list(shape)}"
+        raise fault("LF-606", what, where=key, fix="another base, or a vocabulary that was resized")
+    return own
+
+
+def _from_spec(key: str, shape: tuple[int, ...], spec: str, evidence: str) -> Placement:
+    try:
+        placement = Placement.of(shape, spec)
+    except ValueError as error:
+        raise fault("LF-705", f"{evidence}: {error}", where=key) from None
+    if why := placement.fault():
+        raise fault("LF-705", f"{evidence} says {spec}: {why}", where=key)
+    return placement
+
+
+def _by_shape(shape: tuple[int, ...], matrix: tuple[int, ...] | None) -> tuple[Placement, str] | None:
+    """Two axes of different sizes can be read in one way only."""
+    if matrix is None or len(shape) != 2 or len(matrix) != 2 or shape[0] == shape[1]:
+        return None
+    for spec, sizes in (("out,in", shape), ("in,out", shape[::-1])):
+        if sizes == matrix:
+            return Placement.of(shape, spec), f"shape: {list(shape)} fits only [{spec}]"
+    return None
+
+
+def _unknown(key: str, shape: tuple[int, ...], matrix: tuple[int, ...] | None) -> LoraFormatError:
+    if matrix is not None and len(shape) == 2 and sorted(shape) != sorted(matrix):
+        what = f"the update gives [out, in] = {list(matrix)}, the base tensor is {list(shape)}"
+        return fault("LF-606", what, where=key, fix="is this the base that the adapter was trained on?")
+    return fault(
+        "LF-604",
+        f"nothing says which axis of {list(shape)} is out and which is in",
+        where=key,
+        fix=f"say it: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel)",
+    )
+
+
+def _check(key: str, update: Update, placement: Placement, matrix: tuple[int, ...] | None) -> None:
+    wanted = placement.matrix_shape
+    if matrix is None or (len(matrix) == len(wanted) and matrix[-2:] == wanted[-2:]):
+        return
+    turned = matrix[-2:] == wanted[-2:][::-1]
+    what = f"the update gives [out, in] = {list(matrix)}, the base tensor read as {placement.spec} has {list(wanted)}"
+    rule, fix = ("LF-605", "the orientation is turned") if turned else ("LF-606", "another base?")
+    raise fault(rule, what, where=key, fix=fix)

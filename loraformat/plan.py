@@ -1,0 +1,72 @@
+"""What a verb will do, as data, before the first byte is written; and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loraformat.tiles import Norms
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+    from loraformat.base import Options
+    from loraformat.resolve import Resolution
+
+__all__ = ["Outcome", "Plan", "size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be read and written, and the most memory that it takes.
+
+    Attributes:
+        verb: ``merge`` or ``attach``.
+        steps: one line a target, in the words of the base.
+        reads, writes: bytes.
+        peak: bytes of anonymous memory beyond the imports.
+        notes: what a person should know: tied weights, copied data files.
+        state: what the base itself needs to apply the plan; opaque to everyone else.
+    """
+
+    verb: str
+    adapter: Adapter
+    resolution: Resolution
+    options: Options
+    steps: tuple[str, ...]
+    reads: int
+    writes: int
+    peak: int
+    notes: tuple[str, ...] = ()
+    state: Any = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``--plan --json`` prints."""
+        return {
+            "schema": 1,
+            "verb": self.verb,
+            "out": str(self.options.out),
+            "steps": list(self.steps),
+            "reads": self.reads,
+            "writes": self.writes,
+            "peak": self.peak,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was written: per target the norms, in all the bytes."""
+
+    norms: Mapping[str, Norms] = field(default_factory=dict)
+    written: int = 0
+    grown: int = 0
+
+
+def size(count: float) -> str:
+    """Bytes for a person: ``13.2 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

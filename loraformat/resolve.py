@@ -1,0 +1,134 @@
+"""Where each target lies in a base, by which evidence: the result of every base's ``resolve``."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraformat.axes import Placement
+from loraformat.errors import LoraFormatError, Problem, fault
+
+__all__ = ["Hints", "Match", "Resolution", "matches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One place where a target's weight is used.
+
+    Attributes:
+        file: of the base, relative to it.
+        node: the operator that uses the weight, where the base is a graph.
+        weight: the stored tensor.
+        placement: how the update's matrix lies in the stored tensor.
+        evidence: what says so, strongest first, as ``rung: detail``.
+        confidence: 1.0 for names and exact evidence; a cosine for sketches.
+        handle: what the base itself needs to find the place again; opaque to everyone else.
+    """
+
+    file: str
+    node: str | None
+    weight: str
+    placement: Placement
+    evidence: tuple[str, ...]
+    confidence: float = 1.0
+    handle: Any = field(default=None, compare=False, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of ``resolve --json``; slices and permutations are null where the whole tensor is meant."""
+        return {
+            "file": self.file,
+            "node": self.node,
+            "weight": self.weight,
+            "slice": None,
+            "target_slice": None,
+            "permute": None,
+            "axes": self.placement.spec,
+            "evidence": list(self.evidence),
+            "confidence": self.confidence,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """Target → its places; and the targets that have none, or too many, each with a Problem."""
+
+    targets: Mapping[str, tuple[Match, ...]]
+    unresolved: tuple[Problem, ...] = ()
+    ambiguous: tuple[Problem, ...] = ()
+
+    def require(self) -> Resolution:
+        """Itself, if every target is resolved; LoraFormatError with all that are not."""
+        if problems := [*self.unresolved, *self.ambiguous]:
+            raise LoraFormatError(problems)
+        return self
+
+    @property
+    def rungs(self) -> str:
+        """How many targets each rung found: ``name_scopes`` or ``15 node_names, 3 user``."""
+        found = Counter(places[0].evidence[0].partition(":")[0] for places in self.targets.values() if places)
+        if len(found) == 1:
+            return next(iter(found))
+        return ", ".join(f"{n} {rung}" for rung, n in found.most_common())
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``resolve --json`` prints."""
+        return {
+            "schema": 1,
+            "targets": {key: [m.as_json() for m in places] for key, places in self.targets.items()},
+            "unresolved": [p.as_json() for p in self.unresolved],
+            "ambiguous": [p.as_json() for p in self.ambiguous],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What the user states: ``names`` maps a target to a weight or node of the base, ``axes`` a pattern to a spec.
+
+    In ``names`` a trailing ``*`` on both sides maps a whole prefix: ``{"encoder.*": "bert.encoder.*"}``.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
+
+    def mapped(self, key: str) -> str | None:
+        """The base's name for a target, where the user gave one; the longest pattern wins."""
+        if key in self.names:
+            return self.names[key]
+        fits = [p for p in self.names if p.endswith("*") and key.startswith(p[:-1])]
+        if not fits:
+            return None
+        pattern = max(fits, key=len)
+        return self.names[pattern].removesuffix("*") + key[len(pattern) - 1 :]
+
+    def spec(self, key: str) -> str | None:
+        """The axes that the user stated for a target; two patterns that disagree are an error (LF-605)."""
+        specs = {spec for pattern, spec in self.axes.items() if matches(key, (pattern,))}
+        if len(specs) > 1:
+            raise fault("LF-605", f"--axes states {' and '.join(sorted(specs))} for one target", where=key)
+        return next(iter(specs), None)
+
+    def unused(self, keys: Iterable[str]) -> list[Problem]:
+        """One LF-705 for each hint that no target asked for: a typing error would otherwise pass in silence."""
+        known = list(keys)
+        names = [p for p in self.names if not any(k == p or (p.endswith("*") and k.startswith(p[:-1])) for k in known)]
+        axes = [p for p in self.axes if not any(matches(k, (p,)) for k in known)]
+        return [
+            Problem("LF-705", "no target of the adapter is meant by this pattern", pattern) for pattern in names + axes
+        ]
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern means this parameter: the whole key, a module's path, or its last components; * and ? allowed.
+
+    >>> matches("model.layers.0.self_attn.q_proj.weight", ["q_proj"]), matches("h.0.c_proj.weight", ["proj"])
+    (True, False)
+    """
+    module = key.rpartition(".")[0]
+    for pattern in patterns:
+        for name in (key, module):
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}"):
+                return True
+    return False

@@ -1,0 +1,101 @@
+"""Every rule that can be broken, by id: the one table that errors, the specification and the vectors share.
+
+LF-1xx container, LF-2xx metadata, LF-3xx targets and parts, LF-4xx placement and special parts: *file rules*, each
+stated in ``spec/loraformat.md`` and broken by a vector. LF-5xx layouts, LF-6xx bases, LF-7xx files and runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraformat.errors import Severity
+
+__all__ = ["RULES", "Rule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """An id and what must hold."""
+
+    id: str
+    title: str
+    severity: Severity = "error"
+
+    @property
+    def of_file(self) -> bool:
+        """Whether a file alone can break it: such a rule is in the specification and has a vector."""
+        return self.id[3] in "1234"
+
+
+def _table(*rows: tuple[str, ...]) -> dict[str, Rule]:
+    return {row[0]: Rule(*row) for row in rows}  # type: ignore[arg-type]
+
+
+RULES: dict[str, Rule] = _table(
+    ("LF-101", "a file begins with an 8-byte header length"),
+    ("LF-102", "the header lies within the file and within 100,000,000 bytes"),
+    ("LF-103", "the header is a UTF-8 JSON object"),
+    ("LF-104", "no JSON object of the header has a key twice"),
+    ("LF-105", "a header entry has exactly dtype, shape and data_offsets, of the right types"),
+    ("LF-106", "every dtype is known"),
+    ("LF-107", "tensors cover the data section without overlap, hole or rest"),
+    ("LF-108", "data_offsets hold as many bytes as dtype and shape need"),
+    ("LF-109", "__metadata__ maps strings to strings"),
+    ("LF-201", "__metadata__ has the key loraformat"),
+    ("LF-202", "the loraformat value is an I-JSON object"),
+    ("LF-203", "required fields are present and every field has its type"),
+    ("LF-204", "fields are those of this version", "warning"),
+    ("LF-205", "version is one that the reader knows"),
+    ("LF-206", "every feature in requires is known to the reader"),
+    ("LF-207", "the loraformat value is canonical JSON", "warning"),
+    ("LF-208", "names is a known name space or a reverse-DNS name"),
+    ("LF-209", "with components, every key begins with one of them and a colon"),
+    ("LF-301", "a key is non-empty NFC text without control characters"),
+    ("LF-302", "every tensor is <key>.<role> of a part of a listed target"),
+    ("LF-303", "every part has the tensors that its kind needs"),
+    ("LF-304", "a file has at least one target"),
+    ("LF-305", "parts are of known kinds, each once, in order of application"),
+    ("LF-306", "alpha is a finite number"),
+    ("LF-307", "scale_rule is known, and a rule with r has an r of at least 1"),
+    ("LF-308", "a stated r equals the rank of the tensors"),
+    ("LF-309", "the tensors of a target fit each other"),
+    ("LF-311", "no tensor is empty"),
+    ("LF-312", "every value is finite"),
+    ("LF-313", "some value of every factor is not zero", "warning"),
+    ("LF-314", "a tensor's dtype is allowed for its role"),
+    ("LF-401", "shape and axes are both present or both absent"),
+    ("LF-402", "axes name every axis of shape exactly once"),
+    ("LF-403", "the factors give the matrix that the placement describes"),
+    ("LF-404", "magnitude fits its axes, which a placement must explain"),
+    ("LF-405", "row indices are unique, ascending and within the axis, and values fit them"),
+    ("LF-406", "replace has the shape of the placement"),
+    ("LF-407", "base_sha256 is 64 lower-case hexadecimal digits"),
+    ("LF-408", "a sketch is 64 float32 values"),
+    ("LF-501", "the layout of the input can be told"),
+    ("LF-502", "only one layout claims the input"),
+    ("LF-503", "the configuration beside the tensors can be read"),
+    ("LF-504", "the source holds nothing that has no exact form here"),
+    ("LF-505", "every configuration key is known", "warning"),
+    ("LF-506", "every tensor of the source is understood"),
+    ("LF-507", "two statements of one fact agree"),
+    ("LF-508", "the target layout can carry the adapter"),
+    ("LF-509", "the scale is stated"),
+    ("LF-601", "the kind of base can be told"),
+    ("LF-602", "every target is found in the base"),
+    ("LF-603", "no target has two candidates, and no place two targets"),
+    ("LF-604", "the placement of every target is known by evidence"),
+    ("LF-605", "two pieces of evidence for a placement agree"),
+    ("LF-606", "the update fits the base tensor's shape"),
+    ("LF-607", "the base is the one that the adapter was bound to"),
+    ("LF-608", "the base's operator can carry the update"),
+    ("LF-609", "a tensor shared by several modules is changed only where it is meant"),
+    ("LF-610", "the base file is sound"),
+    ("LF-611", "the result equals base and adapter"),
+    ("LF-612", "what is asked of an update is defined for it"),
+    ("LF-701", "the input can be read"),
+    ("LF-702", "nothing is overwritten without --force"),
+    ("LF-703", "the output can be written"),
+    ("LF-704", "what a command needs is installed"),
+    ("LF-705", "a command's arguments are possible"),
+)
+"""Rule id → rule."""

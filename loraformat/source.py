@@ -1,0 +1,90 @@
+"""What a layout reads from: named tensors, header text and the files beside them, whatever holds the bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat.container import Container
+from loraformat.errors import fault
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Source", "open_source"]
+
+_SIDECAR_CAP = 16 * 2**20
+
+
+class Source:
+    """An input: a tensor file, or a folder that holds one, with the small files beside it.
+
+    Attributes:
+        path: as the user gave it.
+        folder: where sidecars lie.
+        file: the tensor file, or None in a folder without any.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.file: Path | None = path if not path.is_dir() else _tensor_file(path)
+        self._container: Container | None = None
+
+    @property
+    def container(self) -> Container:
+        """The opened tensor file; LF-1xx where it is damaged, LF-501 where there is none."""
+        if self.file is None:
+            raise fault("LF-501", f"{self.path} holds no adapter: no .safetensors file in it")
+        if self._container is None:
+            self._container = Container(self.file)
+        return self._container
+
+    @property
+    def tensors(self) -> Mapping[str, Array]:
+        """Tensor name → array."""
+        return self.container
+
+    @property
+    def header(self) -> Mapping[str, str]:
+        """The container's own metadata strings."""
+        return self.container.metadata
+
+    def sidecar(self, name: str) -> str | None:
+        """The text of a file beside the tensors, or None where there is none."""
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _SIDECAR_CAP:
+            raise fault("LF-503", f"{path} has {path.stat().st_size:,} bytes; a configuration has less than 16 MiB")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise fault("LF-503", f"cannot read {path}: {error}") from None
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """The source at ``path``; LF-701 if there is nothing."""
+    found = Path(path)
+    if not found.exists():
+        raise fault("LF-701", f"no such file or folder: {found}")
+    return Source(found)
+
+
+def _tensor_file(folder: Path) -> Path | None:
+    """The tensor file of an adapter folder: the names that tools write, else the only one there is."""
+    for name in ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        raise fault(
+            "LF-502",
+            f"{folder} holds {len(files)} tensor files: {', '.join(f.name for f in files[:4])}",
+            fix="name one",
+        )
+    return files[0] if files else None

@@ -1,0 +1,71 @@
+"""W' = W + ΔW in runs of rows: float32 arithmetic, one rounding, the memory of one tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Norms", "changed"]
+
+_TILE = 1 << 20  # values
+
+
+@dataclass(slots=True)
+class Norms:
+    """Sums of squares over one tensor: of W, of the wanted ΔW, and of what rounding to W's dtype lost."""
+
+    base: float = 0.0
+    delta: float = 0.0
+    lost: float = 0.0
+
+    @property
+    def change(self) -> float:
+        """‖ΔW‖ / ‖W‖; infinite where W is zero."""
+        return math.sqrt(self.delta / self.base) if self.base else math.inf
+
+    @property
+    def loss(self) -> float:
+        """‖W' − W − ΔW‖ / ‖ΔW‖: what of the change did not survive the storage dtype."""
+        return math.sqrt(self.lost / self.delta) if self.delta else 0.0
+
+
+def changed(update: Update, base: Array, norms: Norms) -> Iterator[Array]:
+    """Runs of rows of W', each in the dtype of ``base``, in order; adds to ``norms`` as it goes.
+
+    Args:
+        update: placed in ``base``'s own axes.
+        base: W, any float dtype; may be a view of a file.
+    """
+    if not update.tileable:
+        yield _tile(update, base, None, norms)
+        return
+    rows = max(1, _TILE // max(1, math.prod(base.shape[1:])))
+    for start in range(0, base.shape[0], rows):
+        stop = min(start + rows, base.shape[0])
+        yield _tile(update, base[start:stop], (start, stop), norms)
+
+
+def _tile(update: Update, base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
+    wanted = update.apply(base, rows)
+    stored = wanted.astype(base.dtype)
+    norms.base += _square(base.astype(np.float32))
+    norms.delta += _square(wanted - base.astype(np.float32))
+    if stored.dtype != np.float32:
+        norms.lost += _square(stored.astype(np.float32) - wanted)
+    return stored
+
+
+def _square(values: Array) -> float:
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    return float(np.dot(flat, flat))

@@ -1,0 +1,117 @@
+"""Whether a merged base is what base and adapter make: touched tensors equal W + ΔW within one rounding, the rest bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat.container import dtype_name
+from loraformat.errors import Problem
+from loraformat.resolve import Hints
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.base import Base
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Verdict", "verify"]
+
+# Half a unit in the last place of the storage dtype, relative; float32 sums of another order differ by a few more.
+_ROUNDING = {"F64": 2e-6, "F32": 2e-6, "F16": 2**-11, "BF16": 2**-8}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was compared and what differs.
+
+    Attributes:
+        touched: target → ‖found − expected‖ / ‖expected‖.
+        untouched: how many other tensors are equal bit for bit.
+        problems: one LF-611 for each difference.
+    """
+
+    touched: Mapping[str, float]
+    untouched: int
+    problems: list[Problem] = field(default_factory=list)
+
+
+def verify(base: Base, adapter: Adapter, merged: Base, hints: Hints | None = None) -> Verdict:
+    """Compare ``merged`` with ``base`` and ``adapter``, tensor by tensor; raises only where a target cannot be found."""
+    hints = hints or Hints()
+    before = base.resolve(adapter, hints).require()
+    placed = {key: adapter[key].placed(places[0].placement) for key, places in before.targets.items()}
+    after = merged.resolve(replace(adapter, targets=placed), hints).require()
+    old, new = base.parameters(), merged.parameters()
+    problems: list[Problem] = []
+    touched: dict[str, float] = {}
+    changed: set[str] = set()
+    for key, places in before.targets.items():
+        source, result = places[0], after.targets[key][0]
+        changed |= {result.weight}
+        value = base.read(source.weight) if source.weight in old else None
+        touched[key], why = _compare(placed[key], value, merged.read(result.weight))
+        if why:
+            problems.append(Problem("LF-611", why, key))
+    problems += [Problem("LF-611", f"the tensor {n} is gone", n) for n in old if n not in new and n not in changed]
+    problems += [Problem("LF-611", f"the tensor {n} is new", n) for n in new if n not in old and n not in changed]
+    same = [n for n in old if n in new and n not in changed]
+    problems += [
+        Problem("LF-611", "no target, and yet changed", n) for n in same if not _identical(base.read(n), merged.read(n))
+    ]
+    return Verdict(touched, len(same), problems)
+
+
+def _compare(update: Update, base: Array | None, found: Array) -> tuple[float, str]:
+    """(relative distance, what is wrong or "")."""
+    wanted = update.apply(base)
+    if wanted.shape != found.shape:
+        return np.inf, f"the tensor is {list(found.shape)}, expected {list(wanted.shape)}"
+    expected, got = wanted.astype(np.float64), found.astype(np.float64)
+    norm = float(np.linalg.norm(expected)) or 1.0
+    distance = float(np.linalg.norm(got - expected)) / norm
+    step = np.abs(expected) * _ROUNDING[dtype_name(found.dtype)] + np.abs(expected).max(initial=0.0) * 2e-6
+    wrong = int((~(np.abs(got - expected) <= step + np.finfo(np.float16).tiny * (found.dtype.itemsize == 2))).sum())
+    if not wrong:
+        return distance, ""
+    told = f"{wrong} of {found.size} values differ from W + ΔW by more than rounding; relative distance {distance:.2g}"
+    hint = next((words for words, guess in _suspects(update, base) if _close(guess, got)), "")
+    return distance, f"{told}{hint}"
+
+
+def _suspects(update: Update, base: Array | None) -> Iterator[tuple[str, Array]]:
+    """The usual wrong merges, to name the one that was made."""
+    if base is None or not update.linear:
+        return
+    delta, weight = update.delta().astype(np.float64), base.astype(np.float64)
+    yield ": the adapter was not applied", weight
+    yield ": the adapter was applied twice", weight + 2 * delta
+    if delta.ndim == 2 and delta.shape[0] == delta.shape[1]:
+        yield ": ΔW was added transposed", weight + delta.T
+    scale = update.scale
+    if scale and update.rank and update.kind == "lora":
+        part = update["lora"]
+        yield ": the scale was lost (ΔW = B·A)", weight + delta / scale
+        yield ": alpha was taken for the scale", weight + delta / scale * part.alpha
+        if part.scale_rule == "alpha/sqrt(r)":
+            yield ": rsLoRA was ignored (alpha/r)", weight + delta / scale * part.alpha / update.rank
+
+
+def _close(guess: Array, found: Array) -> bool:
+    return bool(np.linalg.norm(guess - found) <= 4e-3 * np.linalg.norm(found - guess.mean()) + 1e-30)
+
+
+def _identical(one: Array, other: Array) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool((_bits(one) == _bits(other)).all())
+
+
+def _bits(values: Array) -> Array:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
