@@ -6,7 +6,6 @@ Killed at any moment, the old output is still there and whole; what is left over
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
     except OSError as error:

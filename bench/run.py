@@ -1,0 +1,14 @@
+"""Every benchmark, one after the other: ``make bench``. Ratios count, not seconds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import attach, startup
+
+print(f"{'what':28} {'median':>7}   {'(least–most)':16} {'peak':>7}       {'ratio':>5}")
+for benchmark in (startup, attach):
+    benchmark.main()

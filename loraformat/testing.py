@@ -1,0 +1,132 @@
+"""The laws that every layout must keep, and adapters to try them on. For authors of layouts; needs only numpy.
+
+A round trip proves that a layout is invertible, not that it is true: transposed both ways it would still pass.
+So a layout is done when these laws hold *and* a file written by the real tool gives the ΔW that the tool computed
+(``check_golden``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat import convert, registry
+from loraformat.adapter import Adapter
+from loraformat.axes import Placement
+from loraformat.layout import Layout
+from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Part, Replace, Rows
+from loraformat.updates import Update
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["check_claimed_alone", "check_golden", "check_round_trip", "check_tiles", "random_adapter", "relative_error"]
+
+
+def random_adapter(seed: int = 0, kinds: Iterable[str] = ("lora",), dtype: Any = np.float32) -> Adapter:
+    """An adapter with one target for each kind, of pairwise different sizes and normal values.
+
+    Args:
+        kinds: of ``lora``, ``conv``, ``embedding``, ``experts``, ``dora``, ``loha``, ``lokr``, ``delta``, ``replace``, ``rows``.
+    """
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Array:
+        return draw.standard_normal(shape).astype(dtype)
+
+    makers: Mapping[str, tuple[str, Any]] = {
+        "lora": ("blocks.0.attn.weight", lambda: Update((Lora(normal(3, 7), normal(11, 3), 4.5, "alpha/r"),))),
+        "conv": ("blocks.1.conv.weight", lambda: _conv(normal)),
+        "embedding": ("embed.weight", lambda: _embedding(normal)),
+        "experts": ("moe.experts.gate", lambda: _experts(normal)),
+        "dora": ("blocks.2.dora.weight", lambda: _dora(normal)),
+        "loha": ("blocks.3.loha.weight", lambda: _loha(normal)),
+        "lokr": ("blocks.4.lokr.weight", lambda: Update((Lokr(0.5, "factor", normal(2, 5), lokr_w2=normal(3, 7)),))),
+        "delta": ("norm.bias", lambda: Update((Delta(normal(13), 0.75),), Placement((13,), (0,), ()))),
+        "replace": ("head.weight", lambda: Update((Replace(normal(6, 9), ("add",)),))),
+        "rows": ("tokens.weight", lambda: _rows(normal)),
+    }
+    return Adapter({makers[kind][0]: makers[kind][1]() for kind in kinds})
+
+
+def check_round_trip(layout: Layout, adapter: Adapter, folder: Path) -> Adapter:
+    """What is written is read back with the same keys, ranks, scales and matrices; returns it."""
+    path = folder / "adapter.safetensors"
+    convert.save(adapter, path, layout)
+    again = registry.read(path, layout.name)[0].adapter
+    assert sorted(again) == sorted(adapter), (sorted(again), sorted(adapter))
+    for key, update in adapter.items():
+        assert again[key].kind == update.kind, key
+        assert again[key].scale == update.scale, (key, again[key].scale, update.scale)
+        if update.additive:
+            np.testing.assert_array_equal(again[key].matrix(), update.matrix(), err_msg=key)
+    return again
+
+
+def check_claimed_alone(layout: Layout, path: Path) -> None:
+    """A file of this layout is claimed by this layout and by no other that is installed."""
+    source = registry.open_source(path)
+    claims = {name for name, item in registry.layouts().items() if item.detect(source)}
+    assert claims == {layout.name}, f"{path} is claimed by {sorted(claims)}"
+
+
+def check_golden(adapter: Adapter, deltas: Mapping[str, Array], tolerance: float = 1e-6) -> None:
+    """The adapter changes exactly the parameters that the tool changed, by the ΔW that the tool computed.
+
+    Args:
+        deltas: base parameter → ΔW in the base tensor's own axes, as the tool gave it; every target must be placed.
+        tolerance: of ‖ours − theirs‖ / ‖theirs‖.
+    """
+    assert sorted(adapter) == sorted(deltas), f"targets {sorted(adapter)} ≠ {sorted(deltas)}"
+    for key, wanted in deltas.items():
+        error = relative_error(adapter[key].delta(), wanted)
+        assert error <= tolerance, f"{key}: ΔW is off by {error:.2g}, allowed {tolerance:.2g}"
+
+
+def check_tiles(update: Update, base: Array) -> None:
+    """Runs of rows, put together, are the whole."""
+    whole = update.apply(base)
+    cut = max(1, base.shape[0] // 3)
+    runs = [(start, min(start + cut, base.shape[0])) for start in range(0, base.shape[0], cut)]
+    tiles = [update.apply(base[a:b], (a, b)) for a, b in runs]
+    np.testing.assert_allclose(np.concatenate(tiles), whole, rtol=1e-5, atol=1e-6)
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """‖found − wanted‖ / ‖wanted‖ in float64; infinite where the shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    difference = np.linalg.norm(found.astype(np.float64) - wanted.astype(np.float64))
+    return float(difference / (np.linalg.norm(wanted.astype(np.float64)) or 1.0))
+
+
+def _conv(normal: Any) -> Update:
+    parts: tuple[Part, ...] = (Lora(normal(2, 5 * 3 * 4), normal(7, 2), 3, "alpha/sqrt(r)"),)
+    return Update(parts, Placement((7, 5, 3, 4), (0,), (1, 2, 3)))
+
+
+def _embedding(normal: Any) -> Update:
+    place = Placement((17, 6), out=(1,), in_=(0,))
+    return Update((Lora(normal(4, 17), normal(6, 4), -2.5, "alpha/r"),), place, op="embedding")
+
+
+def _experts(normal: Any) -> Update:
+    return Update((Lora(normal(3, 2, 8), normal(3, 5, 2), 1, "alpha/r"),), Placement((3, 5, 8), (1,), (2,), (0,)))
+
+
+def _dora(normal: Any) -> Update:
+    parts = (Lora(normal(2, 9), normal(5, 2), 8, "alpha/r"), Magnitude(abs(normal(5)) + 1))
+    return Update(parts, Placement((5, 9), (0,), (1,)))
+
+
+def _loha(normal: Any) -> Update:
+    return Update((Loha(normal(10, 3), normal(3, 8), normal(10, 3), normal(3, 8), 5, "alpha/r"),))
+
+
+def _rows(normal: Any) -> Update:
+    return Update((Rows(normal(3, 4), np.array([1, 5, 8])),), Placement((12, 4), (0,), (1,)))
