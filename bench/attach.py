@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from bench.measure import command, interleave, row
 from onnx import TensorProto, helper
 
 import loraformat as lf
+from bench.measure import command, interleave, row
 from loraformat.adapter import Adapter
 from loraformat.parts import Lora
 from loraformat.updates import Update
@@ -58,7 +58,8 @@ def main(runs: int = 3) -> None:
         folder = Path(name)
         model, adapter, out = make_model(folder), make_adapter(folder / "a.safetensors"), folder / "out.onnx"
         python, tool = sys.executable, str(Path(sys.executable).with_name("loraformat"))
-        peer = f"import onnx; m = onnx.load({str(model)!r}); onnx.save_model(m, {str(folder / 'peer.onnx')!r}, save_as_external_data=True, location='peer.data')"
+        saved = f"{str(folder / 'peer.onnx')!r}, save_as_external_data=True, location='peer.data'"
+        peer = f"import onnx; onnx.save_model(onnx.load({str(model)!r}), {saved})"
         clean = f"import pathlib; [p.unlink() for p in pathlib.Path({name!r}).glob('peer.*')]"
         timings = interleave(
             {
@@ -74,7 +75,8 @@ def main(runs: int = 3) -> None:
     print(row("import onnx", timings["import"], timings["import"], "the limit"))
     print(row("loraformat attach", timings["attach"], timings["import"], "budget ≤ import + 1 s, ≤ 250 MiB"))
     print(row("onnx.load + onnx.save", timings["peer"], timings["import"], "peer"))
-    print(f"attach wrote {grown / 1e6:.1f} MB more than the graph; the adapter holds {2 * LAYERS * RANK * WIDTH * 4 / 1e6:.1f} MB")
+    held = 2 * LAYERS * RANK * WIDTH * 4
+    print(f"attach wrote {grown / 1e6:.1f} MB more than the graph; the adapter holds {held / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

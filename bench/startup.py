@@ -1,4 +1,4 @@
-"""``loraformat info FILE`` against ``python -c 'import numpy'``: a look at a file must not feel like starting a framework."""
+"""``loraformat info FILE`` against ``python -c 'import numpy'``: a look at a file is no framework's start."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.measure import command, interleave, row
-
 import loraformat as lf
+from bench.measure import command, interleave, row
 from loraformat.testing import random_adapter
 
 

@@ -85,7 +85,7 @@ class Placement:
         axes = [*self.batch, *self.out, *self.in_]
         if sorted(axes) != list(range(len(self.shape))):
             return f"axes {self.as_json()['axes']} must name each of the {len(self.shape)} axes exactly once"
-        if not self.out:
+        if not self.out and self.shape:
             return "axes.out is empty"
         if any(n < 1 for n in self.shape):
             return f"shape {list(self.shape)} has an empty axis"

@@ -8,14 +8,14 @@ from typing import Any
 
 __all__ = ["dumps", "loads"]
 
-_LARGEST = 2**53  # RFC 7493 §2.2: integers beyond are not exact in every reader
+_LARGEST = 2**53 - 1  # RFC 7493 §2.2: integers beyond are not exact in every reader
 
 
 def dumps(value: Any) -> str:
     """The canonical text of a JSON value: keys by UTF-16 code units, ECMAScript numbers, no spaces.
 
     Raises:
-        ValueError: NaN, an infinity, an integer beyond 2^53, or a lone surrogate.
+        ValueError: NaN, an infinity, an integer beyond 2^53 − 1, or a lone surrogate, or no JSON value.
 
     >>> dumps({"b": 16.0, "a": [1e-7, "é"]})
     '{"a":[1e-7,"é"],"b":16}'
@@ -28,15 +28,17 @@ def dumps(value: Any) -> str:
             return json.dumps(value, ensure_ascii=False)
         case int():
             if abs(value) > _LARGEST:
-                raise ValueError(f"integer {value} is beyond 2^53")
+                raise ValueError(f"integer {value} is beyond 2^53 − 1")
             return str(value)
         case float():
             return _number(value)
         case list() | tuple():
             return f"[{','.join(map(dumps, value))}]"
-        case _:
+        case dict():
             members = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be"))
             return "{" + ",".join(f"{dumps(k)}:{dumps(v)}" for k, v in members) + "}"
+        case _:
+            raise ValueError(f"a {type(value).__name__} is no JSON value: {value!r}")
 
 
 def loads(text: str | bytes) -> Any:

@@ -185,12 +185,13 @@ class Checkpoint:
     def _tiles(self, name: str, change: _Change, norms: Norms) -> Iterator[memoryview]:
         import numpy as np
 
-        if change.info is None or change.info.shape != change.shape:  # added, or resized: the adapter has it whole
-            whole = change.update.apply(None).astype(numpy_dtype(change.dtype))
-            norms.base, norms.delta = 0.0, float(np.square(whole.astype(np.float32)).sum())
+        base = None if change.info is None else self.container[name]
+        if base is None or base.shape != change.shape:  # added or resized: the adapter has it whole
+            whole = change.update.apply(base).astype(numpy_dtype(change.dtype))
+            norms.delta = float(np.square(whole.astype(np.float32)).sum())
             yield _bytes(whole)
             return
-        for tile in changed(change.update, self.container[name], norms):
+        for tile in changed(change.update, base, norms):
             yield _bytes(tile)
 
     def _copy(self, file: BinaryIO, source: TensorInfo) -> None:

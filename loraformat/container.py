@@ -27,6 +27,8 @@ __all__ = ["DTYPES", "Container", "TensorInfo", "dtype_name", "header_bytes", "p
 HEADER_CAP = 100_000_000
 """Bytes: the reference reader's own cap (safetensors 0.8 MAX_HEADER_SIZE)."""
 
+_MOST_AXES = 32  # what every array library holds (numpy 1.x, torch exports)
+
 # The reference serializer orders tensors by dtype, widest first, then by name: the order of its Dtype enum
 # (safetensors 0.8 tensor.rs), reversed. Width in bytes beside each.
 _WIDTHS = {
@@ -53,7 +55,7 @@ class TensorInfo:
 
 
 class Container(Mapping[str, "Array"]):
-    """A safetensors file: name → array, each a view of the mapped file; ``infos`` and ``metadata`` as the header has them.
+    """A safetensors file: name → array, each a view of the mapped file; ``infos``, ``metadata`` as in the header.
 
     Raises:
         LoraFormatError: LF-101 … LF-109, every fault of the header at once; LF-701 no such file.
@@ -80,7 +82,10 @@ class Container(Mapping[str, "Array"]):
         info = self.infos[name]
         count = (info.stop - info.start) // DTYPES[info.dtype]
         flat = np.frombuffer(self._map, numpy_dtype(info.dtype), count, self.data_start + info.start)
-        return flat.reshape(info.shape)
+        try:
+            return flat.reshape(info.shape)
+        except ValueError:  # numpy holds no empty array whose other sizes multiply beyond 2^63
+            raise fault("LF-311", f"the tensor is empty: {list(info.shape)}", where=name) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -132,8 +137,12 @@ def _info(name: str, entry: Any, problems: list[Problem]) -> TensorInfo | None:
         return None
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
-        what = f"dtype {dtype!r}, shape {shape!r}, data_offsets {offsets!r}: a string and two lists of non-negative integers"
+        found = f"dtype {dtype!r}, shape {shape!r}, data_offsets {offsets!r}"
+        what = f"{found}: a string and two lists of non-negative integers"
         problems.append(Problem("LF-105", what, name))
+        return None
+    if len(shape) > _MOST_AXES:
+        problems.append(Problem("LF-105", f"a tensor has at most {_MOST_AXES} axes, not {len(shape)}", name))
         return None
     if dtype not in DTYPES:
         problems.append(Problem("LF-106", f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}", name))

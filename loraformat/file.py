@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loraformat import container, metadata
 from loraformat.atomic import write_file
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.parse import parse
 from loraformat.parts import roles_of
 from loraformat.shapes import shape_problems
+from loraformat.values import value_problems
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,7 +39,7 @@ def read(file: container.Container | str | os.PathLike[str]) -> tuple[Adapter, l
     if text is None:
         what = f"no {KEY!r} key in __metadata__: not a loraformat file"
         raise fault("LF-201", what, fix="convert it first: loraformat convert SRC DST")
-    return metadata.parse(text, held)
+    return parse(text, held)
 
 
 def tensors_of(adapter: Adapter) -> Iterator[tuple[str, Array]]:
@@ -55,6 +57,7 @@ def check(adapter: Adapter) -> tuple[str, Mapping[str, Array]]:
     problems: list[Problem] = []
     for key, update in adapter.items():
         problems += shape_problems(key, update)
+    problems = problems or [p for p in value_problems(adapter) if p.severity == "error"]
     if problems:
         raise LoraFormatError(problems)
     try:
@@ -62,7 +65,7 @@ def check(adapter: Adapter) -> tuple[str, Mapping[str, Array]]:
     except ValueError as error:
         raise fault("LF-202", f"the metadata has no canonical form: {error}") from None
     tensors = dict(tensors_of(adapter))
-    metadata.parse(text, tensors)  # what we would refuse to read we do not write
+    parse(text, tensors)  # what we would refuse to read we do not write
     return text, tensors
 
 

@@ -85,7 +85,8 @@ class Lora(_Scaled):
 class Loha(_Scaled):
     """ΔW = scale · (w1_a @ w1_b) ⊙ (w2_a @ w2_b) (FedPara, arXiv:2108.06098).
 
-    ``*_a`` [out, r], ``*_b`` [r, in]; with cores ``t1``, ``t2`` [r, r, *kernel]: ``*_a`` [r, out], ``*_b`` [r, channels].
+    ``*_a`` [out, r], ``*_b`` [r, in]; with cores ``t1``, ``t2`` [r, r, *kernel] instead ``*_a`` [r, out] and
+    ``*_b`` [r, channels].
     """
 
     kind: ClassVar[Literal["loha"]] = "loha"
@@ -114,13 +115,9 @@ class Loha(_Scaled):
         pairs = ((self.hada_w1_a, self.hada_w1_b, self.t1), (self.hada_w2_a, self.hada_w2_b, self.t2))
         if (self.t1 is None) != (self.t2 is None):
             return "t1 and t2 must be both present or both absent"
-        for n, (a, b, t) in enumerate(pairs, 1):
-            if a.ndim != 2 or b.ndim != 2:
-                return f"hada_w{n}_a {list(a.shape)} and hada_w{n}_b {list(b.shape)} must have two axes"
-            if t is None and a.shape[1] != b.shape[0]:
-                return f"hada_w{n}_a {list(a.shape)} and hada_w{n}_b {list(b.shape)}: their rank must agree"
-            if t is not None and (t.ndim < 3 or t.shape[:2] != (a.shape[0], b.shape[0])):
-                return f"t{n} {list(t.shape)} must be [{a.shape[0]}, {b.shape[0]}, *kernel]"
+        for n, (a, b, core) in enumerate(pairs, 1):
+            if why := _pair_fault(f"hada_w{n}", a, b, core):
+                return why
         first, second = (_tucker_shape(a, b, t) for a, b, t in pairs)
         return None if first == second else f"the two factors give {list(first)} and {list(second)}"
 
@@ -159,21 +156,14 @@ class Lokr(_Scaled):
 
     def fault(self) -> str | None:
         """Why the factors do not fit each other, or None."""
-        for n in ("1", "2"):
+        for n, core in (("1", None), ("2", self.t2)):
             whole, a, b = (getattr(self, f"lokr_w{n}{end}") for end in ("", "_a", "_b"))
             if (whole is None) == (a is None) or (a is None) != (b is None):
                 return f"give either lokr_w{n}, or both lokr_w{n}_a and lokr_w{n}_b"
-            if whole is not None and whole.ndim < 2:
-                return f"lokr_w{n} {list(whole.shape)} must have at least two axes"
-            core = self.t2 if n == "2" else None
-            if a is not None and (
-                a.ndim != 2
-                or b.ndim < 2
-                or a.shape[0 if core is not None else 1] != (b.shape[0] if core is None else core.shape[0])
-            ):
-                return f"lokr_w{n}_a {list(a.shape)} and lokr_w{n}_b {list(b.shape)}: their rank must agree"
-        if self.t2 is not None and (self.lokr_w2_b is None or self.t2.shape[1] != self.lokr_w2_b.shape[0]):
-            return f"t2 {list(self.t2.shape)} must be [r, r, *kernel] between lokr_w2_a and lokr_w2_b"
+            if whole is not None and (whole.ndim < 2 or (n == "1" and whole.ndim > 2) or core is not None):
+                return f"lokr_w{n} {list(whole.shape)} must be [out, in{', *kernel' if n == '2' else ''}], without t2"
+            if a is not None and (why := _pair_fault(f"lokr_w{n}", a, b, core)):
+                return why
         return None
 
 
@@ -264,6 +254,17 @@ def _prod(sizes: tuple[int, ...]) -> int:
     for n in sizes:
         out *= n
     return out
+
+
+def _pair_fault(name: str, a: Array, b: Array, core: Array | None) -> str | None:
+    """Why ``a @ b``, or a and b around a core, is no matrix; None if it is."""
+    if a.ndim != 2 or b.ndim != 2:
+        return f"{name}_a {list(a.shape)} and {name}_b {list(b.shape)} must have two axes"
+    if core is None and a.shape[1] != b.shape[0]:
+        return f"{name}_a {list(a.shape)} and {name}_b {list(b.shape)}: their rank must agree"
+    if core is not None and (core.ndim < 3 or core.shape[:2] != (a.shape[0], b.shape[0])):
+        return f"the core of {name} is {list(core.shape)}, it must be [{a.shape[0]}, {b.shape[0]}, *kernel]"
+    return None
 
 
 def _tucker_shape(a: Array | None, b: Array | None, core: Array | None) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem, fault
@@ -89,7 +90,9 @@ def load(path: str | os.PathLike[str], layout: str | None = None) -> Any:
 
 def open_base(path: str | os.PathLike[str]) -> Base:
     """The base at ``path``: the kind that recognises it; LF-601 otherwise."""
-    found = open_source(path).path
+    found = Path(path)
+    if not found.exists():
+        raise fault("LF-701", f"no such file or folder: {found}")
     plugins, problems = _loaded("loraformat.bases")
     for kind in plugins.values():
         if kind.recognises(found):

@@ -1,4 +1,4 @@
-"""Whether the tensors of an update fit each other, its placement and their roles: LF-309 … LF-314, LF-403 … LF-408."""
+"""Whether an update's tensors fit each other, the placement and their roles: LF-309 … LF-314, LF-403 … LF-408."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ __all__ = ["FLOATS", "shape_problems"]
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """dtypes that factors and values may have."""
 
+_OTHERS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
+"""dtypes that ``replace`` may have besides: counters, masks."""
+
 
 def shape_problems(key: str, update: Update) -> list[Problem]:
     """Every fault of one target's shapes and dtypes; values are read only for row indices."""
@@ -30,16 +33,24 @@ def shape_problems(key: str, update: Update) -> list[Problem]:
 def _tensor_faults(update: Update) -> Iterator[tuple[str, str, str]]:
     for part in update.parts:
         for role, tensor in roles_of(part):
-            dtype = dtype_name(tensor.dtype)
+            dtype = _dtype(tensor)
             if 0 in tensor.shape:
                 yield "LF-311", f"the tensor is empty: {list(tensor.shape)}", role
             if role == "indices" and dtype != "I64":
                 yield "LF-314", f"indices are I64, not {dtype}", role
-            if role not in ("indices", "replace") and dtype not in FLOATS:
-                yield "LF-314", f"{role} is one of {', '.join(sorted(FLOATS))}, not {dtype}", role
+            allowed = FLOATS | _OTHERS if role == "replace" else FLOATS
+            if role != "indices" and dtype not in allowed:
+                yield "LF-314", f"{role} is one of {', '.join(sorted(allowed))}, not {dtype}", role
     sketch: Any = update.sketch
-    if sketch is not None and (sketch.shape != (64,) or dtype_name(sketch.dtype) != "F32"):
-        yield "LF-408", f"a sketch is F32 [64], not {dtype_name(sketch.dtype)} {list(sketch.shape)}", "sketch"
+    if sketch is not None and (sketch.shape != (64,) or _dtype(sketch) != "F32"):
+        yield "LF-408", f"a sketch is F32 [64], not {_dtype(sketch)} {list(sketch.shape)}", "sketch"
+
+
+def _dtype(tensor: Any) -> str:
+    try:
+        return dtype_name(tensor.dtype)
+    except ValueError:
+        return str(tensor.dtype)
 
 
 def _fit_faults(update: Update) -> Iterator[tuple[str, str]]:
@@ -48,15 +59,19 @@ def _fit_faults(update: Update) -> Iterator[tuple[str, str]]:
             yield "LF-309", why
             return
     shapes = [p.matrix_shape() for p in update.additive]
-    if any(s[-2:] != shapes[0][-2:] or len(s) != len(shapes[0]) for s in shapes):
+    if len({len(shape) for shape in shapes}) > 1:
+        yield "LF-309", f"the parts give different matrices: {', '.join(str(list(s)) for s in shapes)}"
+        return
+    matrix = update.matrix_shape()
+    if matrix is not None and not all(_covers(shape, matrix) for shape in shapes):
         yield "LF-309", f"the parts give different matrices: {', '.join(str(list(s)) for s in shapes)}"
         return
     place = update.placement
-    matrix = update.matrix_shape()
     if matrix is not None and place is not None and not _covers(matrix, place.matrix_shape):
         yield (
             "LF-403",
-            f"the factors give {list(matrix)}, the placement {place.spec} of {list(place.shape)} describes {list(place.matrix_shape)}",
+            f"the factors give {list(matrix)}, the placement {place.spec} of {list(place.shape)} "
+            f"describes {list(place.matrix_shape)}",
         )
     for part in update.parts:
         match part:
@@ -65,7 +80,7 @@ def _fit_faults(update: Update) -> Iterator[tuple[str, str]]:
             case Magnitude():
                 yield from _magnitude_faults(part, update, place)
             case Rows():
-                yield from _rows_faults(part, place)
+                yield from _rows_faults(part, _shape(update))
 
 
 def _covers(matrix: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -101,16 +116,21 @@ def _magnitude_faults(part: Magnitude, update: Update, place: Placement | None) 
         yield "LF-404", f"eps is {part.eps}; it must not be negative"
 
 
-def _rows_faults(part: Rows, place: Placement | None) -> Iterator[tuple[str, str]]:
+def _shape(update: Update) -> tuple[int, ...] | None:
+    """The base tensor's shape, where the update says it."""
+    if update.placement is not None:
+        return update.placement.shape
+    return tuple(update["replace"].replace.shape) if "replace" in update else None
+
+
+def _rows_faults(part: Rows, shape: tuple[int, ...] | None) -> Iterator[tuple[str, str]]:
     indices, values = part.indices, part.values
     if indices.ndim != 1 or bool((indices[1:] <= indices[:-1]).any()) or int(indices[0]) < 0:
         yield "LF-405", "indices must be one axis of unique, ascending, non-negative integers"
     elif not 0 <= part.axis < values.ndim or values.shape[part.axis] != len(indices):
         yield "LF-405", f"values {list(values.shape)} must have {len(indices)} slices along axis {part.axis}"
-    elif place is not None:
-        wanted = tuple(len(indices) if a == part.axis else n for a, n in enumerate(place.shape))
-        if values.shape != wanted or int(indices[-1]) >= place.shape[part.axis]:
-            yield (
-                "LF-405",
-                f"values {list(values.shape)} at indices up to {int(indices[-1])} do not fit {list(place.shape)}",
-            )
+    elif shape is not None:
+        wanted = tuple(len(indices) if a == part.axis else n for a, n in enumerate(shape))
+        if values.shape != wanted or int(indices[-1]) >= shape[part.axis]:
+            what = f"values {list(values.shape)} at indices up to {int(indices[-1])} do not fit {list(shape)}"
+            yield "LF-405", what

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import convert, registry
+from loraformat import registry
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
+from loraformat.convert import save
 from loraformat.layout import Layout
 from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Part, Replace, Rows
+from loraformat.source import open_source
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def random_adapter(seed: int = 0, kinds: Iterable[str] = ("lora",), dtype: Any =
     """An adapter with one target for each kind, of pairwise different sizes and normal values.
 
     Args:
-        kinds: of ``lora``, ``conv``, ``embedding``, ``experts``, ``dora``, ``loha``, ``lokr``, ``delta``, ``replace``, ``rows``.
+        kinds: of lora, conv, embedding, experts, dora, loha, lokr, delta, replace, rows.
     """
     draw = np.random.default_rng(seed)
 
@@ -57,7 +59,7 @@ def random_adapter(seed: int = 0, kinds: Iterable[str] = ("lora",), dtype: Any =
 def check_round_trip(layout: Layout, adapter: Adapter, folder: Path) -> Adapter:
     """What is written is read back with the same keys, ranks, scales and matrices; returns it."""
     path = folder / "adapter.safetensors"
-    convert.save(adapter, path, layout)
+    save(adapter, path, layout)
     again = registry.read(path, layout.name)[0].adapter
     assert sorted(again) == sorted(adapter), (sorted(again), sorted(adapter))
     for key, update in adapter.items():
@@ -70,7 +72,7 @@ def check_round_trip(layout: Layout, adapter: Adapter, folder: Path) -> Adapter:
 
 def check_claimed_alone(layout: Layout, path: Path) -> None:
     """A file of this layout is claimed by this layout and by no other that is installed."""
-    source = registry.open_source(path)
+    source = open_source(path)
     claims = {name for name, item in registry.layouts().items() if item.detect(source)}
     assert claims == {layout.name}, f"{path} is claimed by {sorted(claims)}"
 

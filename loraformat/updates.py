@@ -1,12 +1,7 @@
-"""Updates: what happens to one base parameter. The only module that multiplies B and A.
-
-All arithmetic is float32, rounded once by whoever stores the result: a float16 product of rank 64 is already
-off by 2e-4 relative.
-"""
+"""Updates: what happens to one base parameter, part after part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +9,9 @@ import numpy as np
 
 from loraformat.axes import Placement, Rows
 from loraformat.errors import fault
-from loraformat.parts import ADDITIVE, Additive, Delta, Loha, Lokr, Lora, Magnitude, Part, Replace
+from loraformat.parts import ADDITIVE, Additive, Magnitude, Part
 from loraformat.parts import Rows as RowsPart
+from loraformat.products import product, single
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
 
-__all__ = ["Update", "product"]
+__all__ = ["Update"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +110,7 @@ class Update:
         """
         if self.linear:
             tile = self._tile(rows)
-            return self._sum(tile) if tile is None else tile.placement.from_matrix(self._sum(tile))
+            return tile.placement.from_matrix(self._sum(tile))
         if base is None:
             raise fault("LF-612", f"the change of a {self.kind} update depends on the base tensor", fix="pass base")
         result = self.apply(base, rows)
@@ -131,16 +127,13 @@ class Update:
             base: W (or its rows), any float dtype; None only where ``replace`` adds the tensor.
             rows: (start, stop) of axis 0; not for a magnitude whose norm runs over axis 0 (see ``tileable``).
         """
-        tile = self._tile(rows)
-        assert tile is not None
-        place = tile.placement
-        value = self._start(base, rows, place)
+        value = self._start(base, rows)
         if self.additive:
-            value += place.from_matrix(self._sum(tile))
+            tile = self._tile(rows)
+            value += tile.placement.from_matrix(self._sum(tile))
         for part in self.parts:
             if isinstance(part, Magnitude):
-                assert self.placement is not None
-                value = _rescale(part, value, self.placement, rows)
+                value = _rescale(part, value, self.placement or _unplaced(), rows)
             elif isinstance(part, RowsPart):
                 _set_rows(part, value, rows)
         return value
@@ -152,107 +145,49 @@ class Update:
             return True
         return 0 in _kept_axes(self["magnitude"], self.placement)
 
-    def _start(self, base: Array | None, rows: tuple[int, int] | None, place: Placement) -> F32:
-        for part in self.parts:
-            if isinstance(part, Replace):
-                whole = part.replace if rows is None else part.replace[rows[0] : rows[1]]
-                return np.array(whole, np.float32)
+    def _start(self, base: Array | None, rows: tuple[int, int] | None) -> F32:
+        """W, or what replaces it, as float32 of its own."""
+        if "replace" in self:
+            return self._replaced(base, rows)
         if base is None:
             raise fault("LF-612", f"a {self.kind} update changes a tensor; it cannot add one", fix="pass base")
-        if base.shape != place.shape:
-            raise fault("LF-606", f"the base tensor is {list(base.shape)}, the update is for {list(place.shape)}")
+        if self.placement is not None:
+            shape = self.placement.shape if rows is None else (rows[1] - rows[0], *self.placement.shape[1:])
+            if base.shape != shape:
+                raise fault("LF-606", f"the base tensor is {list(base.shape)}, the update is for {list(shape)}")
         return np.array(base, np.float32)
 
+    def _replaced(self, base: Array | None, rows: tuple[int, int] | None) -> F32:
+        part = self["replace"]
+        value = part.replace if rows is None else part.replace[slice(*rows)]
+        if base is None and "add" not in part.allows:
+            raise fault("LF-602", "the update replaces a tensor that the base must have", fix="pass base")
+        if base is not None and base.shape != value.shape and "resize" not in part.allows:
+            raise fault("LF-606", f"the base tensor is {list(base.shape)}, its replacement {list(value.shape)}")
+        return np.array(value, np.float32)
+
     def _tile(self, rows: tuple[int, int] | None) -> Rows:
-        place = self.placement
-        if place is None and not self.additive:  # no matrix to lay anywhere: any reading of the axes serves
-            part = self.parts[0]
-            shape = part.replace.shape if isinstance(part, Replace) else ()
-            place = Placement(tuple(shape), (0,), tuple(range(1, len(shape)))) if shape else None
-        if place is None:
-            raise fault(
-                "LF-604",
-                "the update is unplaced: its file does not say how the matrix lies in the base tensor",
-                fix="bind it to a base (loraformat bind FILE --base B) or say it (--axes PATTERN=out,in)",
-            )
+        place = self.placement or _unplaced()
         return place.rows(*rows) if rows else place.rows(0, place.shape[0])
 
     def _sum(self, tile: Rows | None) -> F32:
-        terms: Iterator[F32] = (product(p, tile) * np.float32(p.scale) for p in self.additive)
+        terms = (product(p, tile) * np.float32(p.scale) for p in self.additive)
         total = next(terms)
         for term in terms:
             total = total + term
         return total
 
 
-def product(part: Additive, tile: Rows | None = None) -> F32:
-    """The unscaled matrix of an additive part, float32 [*batch, out, in]; of a tile of the base, if given."""
-    match part:
-        case Lora():
-            a, b = _pick(_tucker_A(part), tile, "in", -1), _pick(_f32(part.lora_B), tile, "out", -2)
-            return _f32(np.matmul(b, a))
-        case Loha():
-            first = _around(part.hada_w1_a, part.hada_w1_b, part.t1)
-            return _cut(first * _around(part.hada_w2_a, part.hada_w2_b, part.t2), tile)
-        case Lokr():
-            w1 = _f32(part.lokr_w1) if part.lokr_w1 is not None else _around(part.lokr_w1_a, part.lokr_w1_b, None)
-            w2 = _f32(part.lokr_w2) if part.lokr_w2 is not None else _around(part.lokr_w2_a, part.lokr_w2_b, part.t2)
-            return _cut(np.kron(w1, w2.reshape(w2.shape[0], -1)), tile)
-        case Delta():
-            return _cut(_f32(part.delta).reshape(part.matrix_shape()), tile)
-
-
 def _no_part(kind: str) -> Any:
     raise KeyError(kind)
 
 
-def _f32(tensor: Array) -> F32:
-    return np.asarray(tensor, np.float32)
-
-
-def _tucker_A(part: Lora) -> F32:  # noqa: N802
-    a = _f32(part.lora_A)
-    if part.mid is None:
-        return a
-    # LyCORIS 4.1.3 functional/general.py rebuild_tucker: ΔW[o, i, …] = Σ up[o, m] mid[m, n, …] down[n, i]
-    core: F32 = np.einsum("mn...,ni->mi...", _f32(part.mid), a)
-    return core.reshape(core.shape[0], -1)
-
-
-def _around(a: Array | None, b: Array | None, core: Array | None) -> F32:
-    """``a @ b`` as a matrix, or the Tucker product around a core: Σ core[i, j, …] b[j, r] a[i, p] → [p, r·…]."""
-    assert a is not None
-    assert b is not None
-    if core is None:
-        return _f32(_f32(a) @ _f32(b).reshape(b.shape[0], -1))
-    whole: F32 = np.einsum("ij...,jr,ip->pr...", _f32(core), _f32(b), _f32(a))
-    return whole.reshape(whole.shape[0], -1)
-
-
-def _pick(factor: F32, tile: Rows | None, side: str, axis: int) -> F32:
-    """The slice of one factor that a tile needs: along its own side, or along a batch axis that it does not share."""
-    if tile is None:
-        return factor
-    if tile.group == side:
-        return _along(factor, tile.index, axis)
-    if tile.group == "batch" and factor.shape[tile.position] != 1:
-        return _along(factor, tile.index, tile.position)
-    return factor
-
-
-def _cut(matrix: F32, tile: Rows | None) -> F32:
-    """The tile's part of a whole matrix."""
-    if tile is None:
-        return matrix
-    if tile.group == "batch":
-        return _along(matrix, tile.index, tile.position) if matrix.shape[tile.position] != 1 else matrix
-    return _along(matrix, tile.index, -2 if tile.group == "out" else -1)
-
-
-def _along(tensor: F32, index: slice | npt.NDArray[np.intp], axis: int) -> F32:
-    selector: list[Any] = [slice(None)] * tensor.ndim
-    selector[axis] = index
-    return _f32(tensor[tuple(selector)])
+def _unplaced() -> Placement:
+    raise fault(
+        "LF-604",
+        "the update is unplaced: its file does not say how the matrix lies in the base tensor",
+        fix="bind it to a base (loraformat bind FILE --base B) or say it (--axes PATTERN=out,in)",
+    )
 
 
 def _kept_axes(part: Magnitude, place: Placement) -> tuple[int, ...]:
@@ -267,7 +202,7 @@ def _rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int
     over = tuple(a for a in range(value.ndim) if a not in kept)
     norm = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
     ascending = sorted(range(len(kept)), key=kept.__getitem__)
-    magnitude = _f32(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
+    magnitude = single(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
     magnitude = magnitude.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
     return np.asarray((magnitude[slice(*rows)] if rows else magnitude) * (value / norm), np.float32)
 
@@ -278,7 +213,7 @@ def _set_rows(part: RowsPart, value: F32, rows: tuple[int, int] | None) -> None:
     if rows is None or part.axis != 0:
         source: Array = part.values if rows is None else part.values[rows[0] : rows[1]]
         selector[part.axis] = indices
-        value[tuple(selector)] = _f32(source)
+        value[tuple(selector)] = single(source)
         return
     first, last = np.searchsorted(indices, rows)
-    value[indices[first:last] - rows[0]] = _f32(part.values[first:last])
+    value[indices[first:last] - rows[0]] = single(part.values[first:last])

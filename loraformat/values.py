@@ -58,3 +58,5 @@ def value_problems(adapter: Adapter) -> Iterator[Problem]:
                 elif top == 0 and part.kind in ("lora", "loha", "lokr", "delta"):
                     what = "every value is zero: the target does not change (fresh, or never trained)"
                     yield Problem("LF-313", what, where, severity="warning")
+        if update.sketch is not None and not np.isfinite(update.sketch).all():
+            yield Problem("LF-312", "the sketch holds NaN or an infinity", f"{key}.sketch", "bind the adapter again")

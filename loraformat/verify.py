@@ -1,4 +1,4 @@
-"""Whether a merged base is what base and adapter make: touched tensors equal W + ΔW within one rounding, the rest bit for bit."""
+"""Whether a merged base is what base and adapter make: W + ΔW within one rounding, the rest bit for bit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Verdict:
 
 
 def verify(base: Base, adapter: Adapter, merged: Base, hints: Hints | None = None) -> Verdict:
-    """Compare ``merged`` with ``base`` and ``adapter``, tensor by tensor; raises only where a target cannot be found."""
+    """Compare ``merged`` with ``base`` and ``adapter``, tensor by tensor; raises only where a target is not found."""
     hints = hints or Hints()
     before = base.resolve(adapter, hints).require()
     placed = {key: adapter[key].placed(places[0].placement) for key, places in before.targets.items()}

@@ -48,10 +48,12 @@ def main() -> int:
     run("loraformat", "attach", adapter, "--to", base, "-o", attached, "--force")
     run("loraformat", "verify", "--base", base, "--adapter", adapter, "--merged", merged)
 
-    answers = {name: Encoder(path, arrays) for name, path in (("base", base), ("merged", merged), ("attached", attached))}
+    files = {"base": base, "merged": merged, "attached": attached}
+    answers = {name: Encoder(path, arrays) for name, path in files.items()}
     show_answers(task, answers)
     proved = prove(arrays, answers)
-    say(f"\n{time.perf_counter() - started:.0f} s in all. {'PROVED' if proved else 'NOT PROVED'}: same numbers as PEFT.")
+    verdict = "PROVED" if proved else "NOT PROVED"
+    say(f"\n{time.perf_counter() - started:.0f} s in all. {verdict}: the same numbers as PEFT.")
     return 0 if proved else 1
 
 
@@ -90,7 +92,7 @@ def find_base(stated: dict[str, str]) -> Path:
 
 
 def run(*command: str | Path) -> None:
-    """Print a command as typed, run it with the interpreter's own ``loraformat``, show what it says and how long it took."""
+    """Print a command as typed, run the ``loraformat`` beside this interpreter, show its words and its time."""
     words = [str(word) for word in command]
     say(f"$ {' '.join(short(w) for w in words)}")
     begin = time.perf_counter()

@@ -137,13 +137,9 @@ def difference_from_onnxruntime(model: BertModel, path: Path, tokens: Tokens) ->
 def train(model: torch.nn.Module, tokenizer: BertWordPieceTokenizer, pairs: list[Pair]) -> None:
     """Contrastive: each query must pick its answer among the batch's, and each answer its query."""
     shuffler, diagonal = random.Random(SEED), torch.arange(BATCH)
-    optimizer = torch.optim.AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE
-    )
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE)
     steps = EPOCHS * (len(pairs) // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
     model.train()
     for epoch in range(EPOCHS):
         order = shuffler.sample(pairs, len(pairs))

@@ -190,7 +190,7 @@ def _proof(plan: Plan, outcome: Outcome, path: str, base: str, as_json: bool) ->
 def verify(
     ctx: click.Context, base: str, adapter: str, merged: str, names: str | None, axes: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check that MERGED is BASE with the adapter: touched tensors equal W + ΔW within rounding, the rest bit for bit."""
+    """Check that MERGED is BASE with the adapter: touched tensors are W + ΔW within rounding, the rest bit for bit."""
     from loraformat import registry
     from loraformat.verify import verify as run
 

@@ -1,0 +1,90 @@
+"""The matrix of each additive kind. The only module that multiplies B and A.
+
+All arithmetic is float32, rounded once by whoever stores the result: a float16 product of rank 64 is already
+off by 2e-4 relative.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat.parts import Additive, Delta, Loha, Lokr, Lora
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.axes import Rows
+
+    Array = npt.NDArray[Any]
+    F32 = npt.NDArray[np.float32]
+
+__all__ = ["product", "single"]
+
+
+def product(part: Additive, tile: Rows | None = None) -> F32:
+    """The unscaled matrix of an additive part, float32 [*batch, out, in]; of a tile of the base, if given."""
+    match part:
+        case Lora():
+            a, b = _pick(_tucker_A(part), tile, "in", -1), _pick(single(part.lora_B), tile, "out", -2)
+            return single(np.matmul(b, a))
+        case Loha():
+            first = _around(part.hada_w1_a, part.hada_w1_b, part.t1)
+            return _cut(first * _around(part.hada_w2_a, part.hada_w2_b, part.t2), tile)
+        case Lokr():
+            w1 = single(part.lokr_w1) if part.lokr_w1 is not None else _around(part.lokr_w1_a, part.lokr_w1_b, None)
+            w2 = single(part.lokr_w2) if part.lokr_w2 is not None else _around(part.lokr_w2_a, part.lokr_w2_b, part.t2)
+            return _cut(np.kron(w1, w2.reshape(w2.shape[0], -1)), tile)
+        case Delta():
+            return _cut(single(part.delta).reshape(part.matrix_shape()), tile)
+
+
+def single(tensor: Array) -> F32:
+    """The tensor in float32."""
+    return np.asarray(tensor, np.float32)
+
+
+def _tucker_A(part: Lora) -> F32:  # noqa: N802
+    a = single(part.lora_A)
+    if part.mid is None:
+        return a
+    # LyCORIS 4.1.3 functional/general.py rebuild_tucker: ΔW[o, i, …] = Σ up[o, m] mid[m, n, …] down[n, i]
+    core: F32 = np.einsum("mn...,ni->mi...", single(part.mid), a)
+    return core.reshape(core.shape[0], -1)
+
+
+def _around(a: Array | None, b: Array | None, core: Array | None) -> F32:
+    """``a @ b`` as a matrix, or the Tucker product around a core: Σ core[i, j, …] b[j, r] a[i, p] → [p, r·…]."""
+    assert a is not None
+    assert b is not None
+    if core is None:
+        return single(single(a) @ single(b).reshape(b.shape[0], -1))
+    whole: F32 = np.einsum("ij...,jr,ip->pr...", single(core), single(b), single(a))
+    return whole.reshape(whole.shape[0], -1)
+
+
+def _pick(factor: F32, tile: Rows | None, side: str, axis: int) -> F32:
+    """The slice of one factor that a tile needs: along its own side, or along a batch axis that it does not share."""
+    if tile is None:
+        return factor
+    if tile.group == side:
+        return _along(factor, tile.index, axis)
+    if tile.group == "batch" and factor.shape[tile.position] != 1:
+        return _along(factor, tile.index, tile.position)
+    return factor
+
+
+def _cut(matrix: F32, tile: Rows | None) -> F32:
+    """The tile's part of a whole matrix."""
+    if tile is None:
+        return matrix
+    if tile.group == "batch":
+        return _along(matrix, tile.index, tile.position) if matrix.shape[tile.position] != 1 else matrix
+    return _along(matrix, tile.index, -2 if tile.group == "out" else -1)
+
+
+def _along(tensor: F32, index: slice | npt.NDArray[np.intp], axis: int) -> F32:
+    selector: list[Any] = [slice(None)] * tensor.ndim
+    selector[axis] = index
+    return single(tensor[tuple(selector)])
