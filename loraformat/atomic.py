@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -33,8 +33,6 @@ def check_free(path: Path, force: bool) -> None:
         raise fault("LF-702", f"{path} exists", fix="give --force to replace it, or another name")
     if not path.parent.is_dir():
         raise fault("LF-703", f"the folder {path.parent} does not exist", fix=f"mkdir -p {path.parent}")
-    if force and path.is_dir() and not (path / ".").samefile(path):
-        raise fault("LF-703", f"{path} is not a plain folder")
 
 
 def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
@@ -53,9 +51,14 @@ def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
 def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = False) -> None:
     """Create the folder ``path`` with one file for each writer, or leave everything as it was.
 
-    An existing folder steps aside as ``.NAME.old`` until the new one has its name.
+    An existing folder steps aside as ``.NAME.old`` until the new one has its name; a run that was killed between
+    the two renames is undone by the next.
     """
+    old = path.with_name(f".{path.name}.old")
+    if old.exists():
+        _remove(old) if path.exists() else os.rename(old, path)
     check_free(path, force)
+    _check_nothing_else(path, writers)
     with _temporary(path) as temporary:
         temporary.mkdir()
         for name, writer in writers.items():
@@ -63,12 +66,22 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
                 writer(file)
                 file.flush()
                 os.fsync(file.fileno())
-        old = path.with_name(f".{path.name}.old")
-        _remove(old)
         if os.path.lexists(path):
             os.rename(path, old)
         os.rename(temporary, path)
         _remove(old)
+
+
+def _check_nothing_else(path: Path, names: Iterable[str]) -> None:
+    """A folder is replaced as a whole, so it must hold nothing but what is written anew."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise fault("LF-703", f"{path} is not a plain folder; the output is one")
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in set(names))
+    if others:
+        some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise fault("LF-703", f"{path} also holds {some}, which would be lost", fix="write to another name")
 
 
 @contextmanager

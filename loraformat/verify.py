@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.container import dtype_name
 from loraformat.errors import Problem
 from loraformat.resolve import Hints
 
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Verdict", "verify"]
 
-# Half a unit in the last place of the storage dtype, relative; float32 sums of another order differ by a few more.
-_ROUNDING = {"F64": 2e-6, "F32": 2e-6, "F16": 2**-11, "BF16": 2**-8}
+_NOISE = 2e-6
+"""float32 sums of another order differ by so much of the largest value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,37 +73,46 @@ def _compare(update: Update, base: Array | None, found: Array) -> tuple[float, s
     if wanted.shape != found.shape:
         return np.inf, f"the tensor is {list(found.shape)}, expected {list(wanted.shape)}"
     expected, got = wanted.astype(np.float64), found.astype(np.float64)
-    norm = float(np.linalg.norm(expected)) or 1.0
-    distance = float(np.linalg.norm(got - expected)) / norm
-    step = np.abs(expected) * _ROUNDING[dtype_name(found.dtype)] + np.abs(expected).max(initial=0.0) * 2e-6
-    wrong = int((~(np.abs(got - expected) <= step + np.finfo(np.float16).tiny * (found.dtype.itemsize == 2))).sum())
+    distance = _norm(got - expected)
+    relative = distance / (_norm(expected) or 1.0)
+    noise = _NOISE * float(np.abs(expected).max(initial=0.0))
+    # Rounding is monotone: what lies between the rounded bounds is one rounding of a value between the bounds.
+    least, most = ((expected + sign * noise).astype(found.dtype).astype(np.float64) for sign in (-1, 1))
+    wrong = int((~((got >= least) & (got <= most))).sum())
     if not wrong:
-        return distance, ""
-    told = f"{wrong} of {found.size} values differ from W + ΔW by more than rounding; relative distance {distance:.2g}"
-    hint = next((words for words, guess in _suspects(update, base) if _close(guess, got)), "")
-    return distance, f"{told}{hint}"
+        return relative, ""
+    told = f"{wrong} of {found.size} values are not W + ΔW rounded once; relative distance {relative:.2g}"
+    return relative, told + _cause(update, base, got, distance)
+
+
+def _cause(update: Update, base: Array | None, got: Array, distance: float) -> str:
+    """Which of the usual wrong merges was made, if one explains the values clearly better than the right one."""
+    guesses = [(words, _norm(guess - got)) for words, guess in _suspects(update, base)]
+    if not guesses:
+        return ""
+    words, least = min(guesses, key=lambda item: item[1])
+    return f": {words}" if least < 0.2 * distance else ""
 
 
 def _suspects(update: Update, base: Array | None) -> Iterator[tuple[str, Array]]:
-    """The usual wrong merges, to name the one that was made."""
+    """The usual wrong merges."""
     if base is None or not update.linear:
         return
     delta, weight = update.delta().astype(np.float64), base.astype(np.float64)
-    yield ": the adapter was not applied", weight
-    yield ": the adapter was applied twice", weight + 2 * delta
+    yield "the adapter was not applied", weight
+    yield "the adapter was applied twice", weight + 2 * delta
     if delta.ndim == 2 and delta.shape[0] == delta.shape[1]:
-        yield ": ΔW was added transposed", weight + delta.T
-    scale = update.scale
-    if scale and update.rank and update.kind == "lora":
+        yield "ΔW was added transposed", weight + delta.T
+    if update.scale and update.kind == "lora":
         part = update["lora"]
-        yield ": the scale was lost (ΔW = B·A)", weight + delta / scale
-        yield ": alpha was taken for the scale", weight + delta / scale * part.alpha
+        yield "the scale was lost (ΔW = B·A)", weight + delta / part.scale
+        yield "alpha was taken for the scale", weight + delta / part.scale * part.alpha
         if part.scale_rule == "alpha/sqrt(r)":
-            yield ": rsLoRA was ignored (alpha/r)", weight + delta / scale * part.alpha / update.rank
+            yield "rsLoRA was ignored (alpha/r)", weight + delta / part.scale * part.alpha / part.r
 
 
-def _close(guess: Array, found: Array) -> bool:
-    return bool(np.linalg.norm(guess - found) <= 4e-3 * np.linalg.norm(found - guess.mean()) + 1e-30)
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(values.reshape(-1)))
 
 
 def _identical(one: Array, other: Array) -> bool:

@@ -10,6 +10,7 @@ import click
 from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, warn
 
 if TYPE_CHECKING:
+    from loraformat.layout import Reading
     from loraformat.plan import Outcome, Plan
     from loraformat.resolve import Resolution
 
@@ -33,7 +34,7 @@ def resolve(
     """Say where every target lies in a base, and by which evidence. Writes nothing; exit 1 if one is not found."""
     from loraformat import registry
 
-    reading, _, _ = registry.read(adapter)
+    reading = _read(adapter, base)
     resolution = registry.open_base(base).resolve(reading.adapter, hints(names, axes))
     if as_json:
         echo_json(resolution.as_json())
@@ -110,7 +111,7 @@ def _carry_out(
 
     if not plan_only:
         check_free(Path(out), force)
-    reading, _, _ = registry.read(path)
+    reading = _read(path, base_path)
     base = registry.open_base(base_path)
     _refuse_bad_values(reading, value_problems(reading.adapter))
     plan = prepare(verb, reading.adapter, base, Options(Path(out), mode, name), hints(names, axes), any_base=any_base)
@@ -125,7 +126,24 @@ def _carry_out(
     _proof(plan, outcome, path, base_path, as_json)
 
 
-def _refuse_bad_values(reading: Any, problems: Any) -> None:
+def _read(path: str, base: str) -> Reading:
+    """The adapter at ``path``; where it is none and ``base`` is one, the error says that they are swapped."""
+    from loraformat import registry
+    from loraformat.errors import LoraFormatError, Problem
+    from loraformat.source import open_source
+
+    try:
+        return registry.read(path)[0]
+    except LoraFormatError as error:
+        try:
+            _, evidence = registry.detect(open_source(base))
+        except (LoraFormatError, OSError):
+            raise error from None
+        swapped = Problem("LF-501", f"{base} is an adapter ({evidence})", fix="are adapter and base swapped?")
+        raise LoraFormatError([*error.problems, swapped]) from None
+
+
+def _refuse_bad_values(reading: Reading, problems: Any) -> None:
     """NaN would spread through the model; an all-zero factor is only worth a word."""
     from loraformat.errors import LoraFormatError
 
@@ -194,7 +212,7 @@ def verify(
     from loraformat import registry
     from loraformat.verify import verify as run
 
-    reading, _, _ = registry.read(adapter)
+    reading = _read(adapter, base)
     verdict = run(registry.open_base(base), reading.adapter, registry.open_base(merged), hints(names, axes))
     if as_json:
         value = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
 
 import click
 
-from loraformat.errors import LoraFormatError
+from loraformat.errors import LoraFormatError, Problem
 
 __all__ = ["cli", "main"]
 
@@ -58,12 +59,13 @@ def cli() -> None:
 
 def main() -> None:
     """Run, and exit with 0, 1 (the input is at fault) or 2 (usage); a user's mistake never shows a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name in a file may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(prog_name="loraformat", standalone_mode=False)  # click gives ctx.exit's code back, and raises everything else
     except LoraFormatError as error:
         _fail(error)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
@@ -72,13 +74,17 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # the disk, the permissions, the name: whatever it is, it is not in our hands
+        what = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+        _fail(LoraFormatError(Problem("LF-701", what)))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(error: LoraFormatError) -> None:
     if "--json" in sys.argv:
-        from loraformat import canonical
+        from loraformat.cli.options import echo_json
 
-        click.echo(canonical.dumps({"schema": 1, "problems": [p.as_json() for p in error.problems]}))
+        echo_json({"schema": 1, "problems": [p.as_json() for p in error.problems]})
     else:
         shown = error.problems[:20]
         click.echo("\n".join(map(str, shown)), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from loraformat.resolve import Hints
 
 __all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "warn"]
 
+_SPEC = re.compile(r"\s*(out|in|batch)\d*\s*(,\s*(out|in|batch)\d*\s*)*")
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
@@ -32,8 +34,9 @@ def hints(names: str | None, axes: tuple[str, ...]) -> Hints:
     stated = {}
     for item in axes:
         pattern, equals, spec = item.rpartition("=")
-        if not equals or not pattern:
-            raise fault("LF-705", f"--axes {item!r} is not PATTERN=SPEC, such as '*c_proj=in,out'")
+        if not equals or not pattern or not _SPEC.fullmatch(spec):
+            fix = "SPEC has a word an axis: out, in or batch, such as '*c_proj=in,out'"
+            raise fault("LF-705", f"--axes {item!r} is not PATTERN=SPEC", fix=fix)
         stated[pattern] = spec
     return Hints(_names(Path(names)) if names else {}, stated)
 

@@ -59,9 +59,9 @@ class Branch:
         """Aᵀ [in, r] and (s·B)ᵀ [r, out] in the graph's dtype, from A, B and s as stored."""
         self.pending: list[onnx.NodeProto] = []
         wide = onnx.TensorProto.DOUBLE if dtype == onnx.TensorProto.DOUBLE else onnx.TensorProto.FLOAT
-        a = self._cast(f"{stem}/A", self._store(f"{stem}/A", lora.lora_A), onnx_dtype(lora.lora_A), dtype)
+        a = self._cast(f"{stem}/A", *self._factor(f"{stem}/A", lora.lora_A), dtype)
+        b = self._cast(f"{stem}/B", *self._factor(f"{stem}/B", lora.lora_B), wide)
         scale = np.asarray(lora.scale * gemm_alpha, np.float64 if wide == onnx.TensorProto.DOUBLE else np.float32)
-        b = self._cast(f"{stem}/B", self._store(f"{stem}/B", lora.lora_B), onnx_dtype(lora.lora_B), wide)
         scaled = self._node("Mul", [b, self._store(f"{stem}/scale", scale)], f"{stem}/B/scaled")
         # fp16 arithmetic has no CPU kernel to fold it, so the product is taken in fp32 and cast last (ORT 1.32).
         b = self._cast(f"{stem}/B/scaled", scaled, wide, dtype)
@@ -96,12 +96,16 @@ class Branch:
                 return readers[0]
         return site.node
 
+    def _factor(self, name: str, values: Array) -> tuple[str, int]:
+        """(value, data type) of A or B as stored; widened, which loses nothing, where the opset cannot cast it."""
+        dtype = onnx_dtype(values)
+        if dtype == onnx.TensorProto.BFLOAT16 and self.index.opset < 13:  # Cast takes bfloat16 since 13
+            values, dtype = values.astype(np.float32), int(onnx.TensorProto.FLOAT)
+        return self._store(name, values), dtype
+
     def _store(self, name: str, values: Array) -> str:
-        fresh = self.index.fresh(name)
-        self.index.graph.initializer.append(
-            numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), fresh)
-        )
-        return fresh
+        tensor = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), self.index.fresh(name))
+        return self.index.store(tensor)
 
     def _cast(self, stem: str, value: str, have: int, want: int) -> str:
         return value if have == want else self._node("Cast", [value], f"{stem}/cast", to=want)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from loraformat import canonical
+from loraformat.atomic import check_free
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.digest import digest
@@ -19,12 +20,12 @@ from loraformat.plan import Outcome, Plan, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat_converters.onnx.attach import Branch
-from loraformat_converters.onnx.index import Index
-from loraformat_converters.onnx.ladder import Found, climb
-from loraformat_converters.onnx.merge import merge, shared_with
-from loraformat_converters.onnx.model import FLOATS, array, external, load
+from loraformat_converters.onnx.index import Index, Site
+from loraformat_converters.onnx.ladder import PREFIX, Found, climb
+from loraformat_converters.onnx.merge import Spot, merge, spots
+from loraformat_converters.onnx.model import FLOATS, array, load
 from loraformat_converters.onnx.names import names_of
-from loraformat_converters.onnx.store import Patch, Storage
+from loraformat_converters.onnx.store import Addition, Patch, Storage
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,9 +41,8 @@ RECORD = "loraformat.attached"
 """metadata_props key: what was attached, so that it can be told, checked and taken out again."""
 
 
-@dataclass(frozen=True)
-class _State:
-    found: Mapping[str, Found]
+Data = list[Patch | Addition]
+"""What is written outside the model."""
 
 
 class OnnxBase:
@@ -68,7 +68,7 @@ class OnnxBase:
         named = ((self._key(site), site.placement) for site in self.index.sites if site.refusal is None)
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
-    def _key(self, site: Any) -> str | None:
+    def _key(self, site: Site) -> str | None:
         module = names_of(site, "name_scopes") or names_of(site, "node_name")
         return f"{module}.weight" if module else names_of(site, "initializer")
 
@@ -86,88 +86,98 @@ class OnnxBase:
                 fix="retarget it first",
             )
         found, unresolved, ambiguous = climb(self.index, adapter, hints)
+        unresolved += [problem for key, place in found.items() for problem in _contradicted(key, place, hints)]
         targets = {key: tuple(self._match(f, site) for site in f.sites) for key, f in found.items()}
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))
 
-    def _match(self, found: Found, site: Any) -> Match:
+    def _match(self, found: Found, site: Site) -> Match:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
         return Match(self.path.name, site.node.name, site.root_name, site.placement, evidence, handle=site)
 
     def plan(self, verb: str, adapter: Adapter, resolution: Resolution, options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
-        resolution.require()
-        found = {
-            k: Found(tuple(m.handle for m in places), places[0].evidence) for k, places in resolution.targets.items()
-        }
+        found = {key: tuple(m.handle for m in places) for key, places in resolution.require().targets.items()}
         problems = [p for key in adapter for p in _obstacles(verb, key, adapter[key], found[key])]
         if verb == "attach" and any(p.key == RECORD for p in self.model.metadata_props):
-            problems.append(
-                Problem(
-                    "LF-608",
-                    "the model has an adapter attached already",
-                    str(self.path),
-                    "attach to the original model",
-                )
-            )
+            what = "the model has an adapter attached already"
+            problems.append(Problem("LF-608", what, str(self.path), "attach to the original model"))
         if problems:
             raise LoraFormatError(problems)
-        steps = tuple(self._step(verb, key, found[key]) for key in adapter)
-        notes = tuple(_notes(verb, self.index, found))
-        storage = Storage(self.model, self.path, options.out, self._planned(verb, found), digest(adapter)[:8])
-        graph = self.path.stat().st_size
-        added = sum(t.nbytes for u in adapter.values() for t in _factors(u)) if verb == "attach" else 0
+        places = spots(self.model, self.index, found, self.path.parent)
+        data = [d for spot in places.values() if (d := spot.written_data)] if verb == "merge" else []
+        storage = Storage(self.model, self.path, options.out, data, digest(adapter)[:8])
+        evidence = dict.fromkeys(e for matches in resolution.targets.values() for m in matches for e in m.evidence)
+        notes = (*(e for e in evidence if e.startswith(PREFIX)), *_notes(verb, places))
         if storage.copied:
             notes += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
-        writes = graph + storage.data_bytes + added
-        return Plan(
-            verb, adapter, resolution, options, steps, graph, writes, 3 * graph + (32 << 20), notes, _State(found)
-        )
-
-    def _planned(self, verb: str, found: Mapping[str, Found]) -> list[Patch]:
-        """The external ranges that a merge will change, without their bytes yet."""
-        if verb != "merge":
-            return []
-        places = (
-            external(f.sites[0].root, self.path.parent) for f in found.values() if not shared_with(self.index, f.sites)
-        )
-        return [Patch(place, lambda: iter(())) for place in places if place is not None]
-
-    def _step(self, verb: str, key: str, found: Found) -> str:
-        nodes = ", ".join(site.node.name for site in found.sites)
-        return f"{verb} {key} at {nodes} ({found.sites[0].root_name} {list(found.sites[0].root.dims)})"
+        graph = self.path.stat().st_size
+        added = sum(t.nbytes for u in adapter.values() for t in _factors(u)) if verb == "attach" else 0
+        steps = tuple(_step(verb, key, found[key]) for key in adapter)
+        writes, peak = graph + storage.data_bytes + added, 3 * graph + (32 << 20)
+        return Plan(verb, adapter, resolution, options, steps, graph, writes, peak, notes, places)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
-        """Write the changed model. The opened one is used up: its graph is the new one afterwards."""
-        before = self.path.stat().st_size
-        norms = {key: Norms() for key in plan.adapter}
-        patches = self._merge(plan, norms) if plan.verb == "merge" else self._attach(plan, norms)
-        storage = Storage(self.model, self.path, plan.options.out, patches, digest(plan.adapter)[:8])
-        written = storage.write(force)
-        return Outcome(norms, written, plan.options.out.stat().st_size - before)
-
-    def _merge(self, plan: Plan, norms: Mapping[str, Norms]) -> list[Patch]:
-        patches = []
-        for key, found in plan.state.found.items():
-            patch = merge(self.index, key, plan.adapter[key], found.sites, self.path.parent, norms[key])
-            patches += [patch] if patch else []
-        return patches
-
-    def _attach(self, plan: Plan, norms: Mapping[str, Norms]) -> list[Patch]:
-        branch = Branch(self.index)
-        for key, found in plan.state.found.items():
-            update = plan.adapter[key]
-            branch.add(key, update["lora"], found.sites)
-            norms[key].delta = update.norm() ** 2
-        branch.finish()
-        record = {
-            "version": 1,
-            "name": plan.options.name,
-            "mode": plan.options.mode,
-            "digest": digest(plan.adapter),
-            "targets": {key: [part_json(p) for p in update.parts] for key, update in plan.adapter.items()},
+        """Write a changed copy of the model; the opened one stays as it is."""
+        check_free(plan.options.out, force)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        index = Index(model)
+        places: Mapping[str, Spot] = {
+            key: replace(spot, sites=tuple(index.sites[site.number] for site in spot.sites))
+            for key, spot in plan.state.items()
         }
-        onnx.helper.set_model_props(self.model, {**_props(self.model), RECORD: canonical.dumps(record)})
-        return []
+        norms = {key: Norms() for key in plan.adapter}
+        data = self._merge(index, plan, places, norms) if plan.verb == "merge" else []
+        if plan.verb == "attach":
+            _attach(index, plan, places, norms)
+            onnx.helper.set_model_props(model, {**_props(model), RECORD: _record(plan)})
+        written = Storage(model, self.path, plan.options.out, data, digest(plan.adapter)[:8]).write(force)
+        return Outcome(norms, written, plan.options.out.stat().st_size - self.path.stat().st_size)
+
+    def _merge(self, index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> Data:
+        folder = self.path.parent
+        changes = [merge(index, key, plan.adapter[key], spot, folder, norms[key]) for key, spot in places.items()]
+        return [change for change in changes if change is not None]
+
+
+def _attach(index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> None:
+    branch = Branch(index)
+    for key, spot in places.items():
+        update = plan.adapter[key]
+        branch.add(key, update["lora"], spot.sites)
+        norms[key].delta = update.norm() ** 2
+    branch.finish()
+
+
+def _record(plan: Plan) -> str:
+    record = {
+        "version": 1,
+        "name": plan.options.name,
+        "mode": plan.options.mode,
+        "digest": digest(plan.adapter),
+        "targets": {key: [part_json(p) for p in update.parts] for key, update in plan.adapter.items()},
+    }
+    return canonical.dumps(record)
+
+
+def _step(verb: str, key: str, sites: tuple[Site, ...]) -> str:
+    nodes = ", ".join(site.node.name for site in sites)
+    return f"{verb} {key} at {nodes} ({sites[0].root_name} {list(sites[0].root.dims)})"
+
+
+def _contradicted(key: str, found: Found, hints: Hints) -> Iterator[Problem]:
+    """What the user says of the axes must be what the operator computes."""
+    spec, placement = hints.spec(key), found.sites[0].placement
+    if spec is None:
+        return
+    try:
+        stated = Placement.of(placement.shape, spec)
+    except ValueError as error:
+        yield Problem("LF-705", f"--axes: {error}", key)
+        return
+    if stated != placement:
+        what = f"--axes says {spec}, {found.sites[0].node.op_type} reads {found.sites[0].root_name} as {placement.spec}"
+        yield Problem("LF-605", what, key, "a graph needs no --axes: its operators tell")
 
 
 def _props(model: onnx.ModelProto) -> dict[str, str]:
@@ -175,38 +185,36 @@ def _props(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _factors(update: Update) -> Iterator[Array]:
-    return (t for t in (update["lora"].lora_A, update["lora"].lora_B) if "lora" in update)
+    if "lora" in update:
+        yield from (update["lora"].lora_A, update["lora"].lora_B)
 
 
-def _obstacles(verb: str, key: str, update: Update, found: Found) -> Iterator[Problem]:
-    if len({site.gemm_alpha for site in found.sites}) > 1:
-        yield Problem("LF-608", "its uses multiply it by different alphas of Gemm", key)
-        return
-    for site in found.sites:
-        if site.refusal:
-            yield Problem("LF-608", f"{site.node.name}: {site.refusal}", key)
-            return
-    if update.op == "embedding":
-        yield Problem("LF-608", f"an embedding's update cannot act on {found.sites[0].node.op_type}", key)
-        return
-    if not update.linear:
-        yield Problem(
-            "LF-608", f"a {update.kind} update is not put into ONNX graphs yet (lora, loha, lokr and delta are)", key
-        )
-        return
-    if verb == "attach" and (update.kind != "lora" or update["lora"].mid is not None):
+def _obstacles(verb: str, key: str, update: Update, sites: tuple[Site, ...]) -> Iterator[Problem]:
+    """What keeps a target from being changed: at most one problem, the first that matters."""
+    first = sites[0]
+    refused = next((site for site in sites if site.refusal), None)
+    matrix, wanted = update.matrix_shape(), first.placement.matrix_shape
+    if refused is not None:
+        yield Problem("LF-608", f"{refused.node.name or refused.node.op_type}: {refused.refusal}", key)
+    elif len({(site.gemm_alpha, site.placement) for site in sites}) > 1:
+        what = "its uses read the weight in two orientations, or scale it differently"
+        yield Problem("LF-608", what, key, "name the node that is meant: --names")
+    elif update.op == "embedding":
+        yield Problem("LF-608", f"an embedding's update cannot act on {first.node.op_type}", key)
+    elif not update.linear:
+        what = f"a {update.kind} update is not put into ONNX graphs yet (lora, loha, lokr and delta are)"
+        yield Problem("LF-608", what, key)
+    elif verb == "attach" and (update.kind != "lora" or update["lora"].mid is not None):
         yield Problem("LF-608", f"a {update.kind} update has no pair A, B to attach", key, "merge it")
-        return
-    matrix, wanted = update.matrix_shape(), found.sites[0].placement.matrix_shape
-    if matrix != wanted:
-        what = f"the update gives [out, in] = {list(matrix or ())}, {found.sites[0].node.name} computes with {list(wanted)}"
+    elif matrix != wanted:
+        what = f"the update gives [out, in] = {list(matrix or ())}, {first.node.name} computes with {list(wanted)}"
         yield Problem("LF-606", what, key, "is this the base that the adapter was trained on?")
 
 
-def _notes(verb: str, index: Index, found: Mapping[str, Found]) -> Iterator[str]:
-    for key, place in found.items():
-        others = shared_with(index, place.sites)
-        if others and verb == "merge":
-            yield f"{place.sites[0].root_name} is used by {', '.join(others[:3])} too: {key} gets a copy of its own"
-        if len(place.sites) > 1:
-            yield f"{key} is used {len(place.sites)} times: the change acts at every use"
+def _notes(verb: str, places: Mapping[str, Spot]) -> Iterator[str]:
+    for key, spot in places.items():
+        if spot.others and verb == "merge":
+            others = ", ".join(spot.others[:3])
+            yield f"{spot.sites[0].root_name} is used by {others} too: {key} gets a copy of its own"
+        if len(spot.sites) > 1:
+            yield f"{key} is used {len(spot.sites)} times: the change acts at every use"

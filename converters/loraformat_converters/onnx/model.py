@@ -6,9 +6,10 @@ they are checked as onnx ≥ 1.21 checks them: relative, inside the folder, no l
 
 from __future__ import annotations
 
+import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["FLOATS", "External", "array", "external", "graphs", "load", "onnx_dtype"]
+__all__ = ["FLOATS", "External", "array", "external", "load", "onnx_dtype", "overlapping"]
 
 FLOATS: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "F32",
@@ -33,6 +34,9 @@ FLOATS: Mapping[int, str] = {
     onnx.TensorProto.DOUBLE: "F64",
 }
 """The weight dtypes that an update is added to, with their safetensors names."""
+
+_PACKED = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+"""Data types of less than a byte, and their bits."""
 
 _KNOWN_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
 
@@ -61,18 +65,6 @@ def load(path: Path) -> onnx.ModelProto:
     return model
 
 
-def graphs(model: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto, str]]:
-    """The main graph and every graph inside a node, with the path of the node that holds it ("" for the main graph)."""
-    stack: list[tuple[onnx.GraphProto, str]] = [(model.graph, "")]
-    while stack:
-        graph, where = stack.pop()
-        yield graph, where
-        for node in graph.node:
-            for attribute in node.attribute:
-                inner = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-                stack += [(g, f"{where}/{node.name or node.op_type}") for g in inner]
-
-
 class External:
     """Where a tensor's bytes lie outside the model: a checked path and range."""
 
@@ -80,20 +72,24 @@ class External:
         entries = {e.key: e.value for e in tensor.external_data}
         if unknown := entries.keys() - _KNOWN_KEYS:
             raise fault("LF-610", f"unknown external data keys {sorted(unknown)}", where=tensor.name)
-        self.location = entries.get("location", "")
-        self.path = _checked(self.location, folder, tensor.name)
+        self.path = _checked(entries.get("location", ""), folder, tensor.name)
+        self.location = Path(entries["location"]).as_posix()  # one spelling of one file
         try:
             self.offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
         except ValueError:
             raise fault("LF-610", "offset and length of external data must be integers", where=tensor.name) from None
-        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        self.length = int(np.prod(tensor.dims, dtype=np.int64)) * itemsize
+        self.length = _nbytes(tensor)
         size = self.path.stat().st_size
-        if self.offset < 0 or (length not in (-1, self.length)) or self.offset + self.length > size:
+        if min(0, self.offset, *tensor.dims) < 0 or length not in (-1, self.length) or self.offset + self.length > size:
             what = f"bytes {self.offset} to {self.offset + self.length} of {self.location} ({size} bytes; length says {length})"
             raise fault(
                 "LF-610", f"external data does not fit the tensor {list(tensor.dims)}: {what}", where=tensor.name
             )
+
+    @property
+    def end(self) -> int:
+        """The offset after the last byte."""
+        return self.offset + self.length
 
 
 def external(tensor: onnx.TensorProto, folder: Path) -> External | None:
@@ -110,12 +106,39 @@ def array(tensor: onnx.TensorProto, folder: Path) -> Array:
         except (ValueError, TypeError) as error:
             raise fault("LF-610", f"the tensor's data does not fit its shape: {error}", where=tensor.name) from None
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if not place.length:  # nothing cannot be mapped
+        return np.empty(tuple(tensor.dims), dtype)
     return np.memmap(place.path, dtype, "r", place.offset, tuple(tensor.dims))
+
+
+def overlapping(stored: Iterable[onnx.TensorProto], folder: Path) -> set[tuple[str, int]]:
+    """(location, offset) of the external tensors that share bytes with another: to write to one changes the other."""
+    places = [place for tensor in stored if (place := external(tensor, folder)) is not None and place.length]
+    places.sort(key=lambda place: (place.location, place.offset))
+    shared: set[tuple[str, int]] = set()
+    furthest: External | None = None
+    for place in places:
+        if furthest and place.location == furthest.location and place.offset < furthest.end:
+            shared |= {(p.location, p.offset) for p in (furthest, place)}
+        if not furthest or place.location != furthest.location or place.end > furthest.end:
+            furthest = place
+    return shared
 
 
 def onnx_dtype(values: Array) -> int:
     """The TensorProto data type of an array."""
     return int(onnx.helper.np_dtype_to_tensor_dtype(values.dtype))
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    """Bytes that the values take outside the model; 4-bit values lie two to a byte, 2-bit values four."""
+    kind = tensor.data_type
+    if kind not in onnx.TensorProto.DataType.values() or kind in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        raise fault("LF-610", f"a tensor of data type {kind} cannot be external", where=tensor.name)
+    whole = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+    bits = _PACKED.get(onnx.TensorProto.DataType.Name(kind), whole)
+    values: int = math.prod(tensor.dims)
+    return -(-values * bits // 8)
 
 
 def _checked(location: str, folder: Path, name: str) -> Path:

@@ -9,22 +9,38 @@ import onnx
 
 from loraformat_converters.onnx.index import Site
 
-__all__ = ["RUNGS", "names_of", "same_module"]
+__all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "same_module"]
 
 RUNGS = ("name_scopes", "initializer", "node_name")
 """In the order in which they are reported; where two speak, they must agree."""
 
+MODULES = ("name_scopes", "node_name")
+"""The rungs that name the module, not the tensor."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_OPERATOR = re.compile(r"_\d+$")
+_NUMBER = re.compile(r"_\d+$")
+_QUANTISED = re.compile(r"_(quant|Q\d+)$")
+_OWN_COPY = re.compile(r"lora/(.+)/weight(_\d+)?")
 
 
 def names_of(site: Site, rung: str) -> str | None:
     """The module path (``initializer``: the parameter's name) that one witness gives, or None if it is silent."""
-    if rung == "name_scopes":
-        return _scope(site.node)
     if rung == "initializer":
-        return site.root_name
-    return _node_path(site.node)
+        return own_copy(site.root_name) or site.root_name
+    if not site.known_operator:
+        return None
+    return _scope(site.node) if rung == "name_scopes" else _node_path(site.node)
+
+
+def modules_of(site: Site) -> set[str]:
+    """What the site's module is called, by every witness."""
+    return {name for rung in MODULES if (name := names_of(site, rung))}
+
+
+def own_copy(root_name: str) -> str | None:
+    """The target for which an earlier merge made this tensor (``merge`` names it so), or None."""
+    match = _OWN_COPY.fullmatch(root_name)
+    return match[1] if match else None
 
 
 def _scope(node: onnx.NodeProto) -> str | None:
@@ -42,13 +58,16 @@ def _scope(node: onnx.NodeProto) -> str | None:
 
 
 def _node_path(node: onnx.NodeProto) -> str | None:
-    """torch.onnx (TorchScript): ``/encoder/layer.0/query/MatMul`` is the operator in module ``encoder.layer.0.query``."""
+    """torch.onnx (TorchScript): ``/encoder/layer.0/query/MatMul`` is the operator in module ``encoder.layer.0.query``.
+
+    A second operator of a kind is ``MatMul_1``. Quantisers keep the name and change the operator (ONNX Runtime 1.32:
+    ``MatMul_quant``, ``MatMul_Q4``).
+    """
     if not node.name.startswith("/"):
         return None
     *modules, operator = node.name[1:].split("/")
-    if not modules or _OPERATOR.sub("", operator) != node.op_type:
-        return None
-    return ".".join(modules)
+    spelled_so = _NUMBER.sub("", operator) == node.op_type or _QUANTISED.search(operator)
+    return ".".join(modules) if modules and spelled_so else None
 
 
 def same_module(name: str, other: str) -> bool:

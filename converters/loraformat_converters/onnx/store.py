@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat.atomic import check_free, write_file
+from loraformat.atomic import write_file
 from loraformat.errors import fault
-from loraformat_converters.onnx.model import External, external, graphs
+from loraformat_converters.onnx.model import External, external
+from loraformat_converters.onnx.scopes import tensors
 
 if TYPE_CHECKING:
     from loraformat.atomic import Writer
 
-__all__ = ["Patch", "Storage"]
+__all__ = ["Addition", "Patch", "Storage"]
 
 _COPY = 8 << 20
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -30,55 +32,80 @@ class Patch:
     tiles: Callable[[], Iterator[memoryview]]
 
 
-class Storage:
-    """What it takes to write ``model``, read from ``source``, as ``out``."""
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that is new in the model and whose bytes go to a file of their own."""
 
-    def __init__(self, model: onnx.ModelProto, source: Path, out: Path, patches: Sequence[Patch], tag: str) -> None:
-        self.model, self.out, self.patches = model, out, patches
-        self.folder = source.parent
-        self.same_folder = out.parent.resolve() == self.folder.resolve()
+    tensor: onnx.TensorProto
+    length: int
+    tiles: Callable[[], Iterator[memoryview]]
+
+
+class Storage:
+    """What it takes to write ``model``, read from ``source``, as ``out``.
+
+    Attributes:
+        copied: data files that are taken along unchanged.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, source: Path, out: Path, data: Sequence[Patch | Addition], tag: str
+    ) -> None:
+        self.model, self.out = model, out
+        self.patches = [item for item in data if isinstance(item, Patch)]
+        self.additions = [item for item in data if isinstance(item, Addition)]
         self.places: dict[str, Path] = {}
         self.tensors: dict[str, list[onnx.TensorProto]] = {}
-        for tensor in _tensors(model):
-            if (place := external(tensor, self.folder)) is not None:
+        for tensor in tensors(model):
+            if (place := external(tensor, source.parent)) is not None:
                 self.places[place.location] = place.path
                 self.tensors.setdefault(place.location, []).append(tensor)
-        touched = {patch.place.location for patch in patches}
-        # A changed data file gets a name of its own, so that an older output is whole until the model is renamed.
-        self.renamed = {name: f"{out.name}.{tag}.{i}.data" for i, name in enumerate(sorted(touched))}
-        self.copied = [] if self.same_folder else sorted(self.places.keys() - touched)
-
-    def check(self, force: bool) -> None:
-        """Every refusal that needs no writing."""
-        check_free(self.out, force)
-        for name in self.copied:
-            target = self.out.parent / name
-            if target.parent != self.out.parent and not target.parent.is_dir():
-                raise fault(
-                    "LF-703", f"external data needs the folder {target.parent}", fix=f"mkdir -p {target.parent}"
-                )
-            check_free(target, force)
+        touched = {patch.place.location for patch in self.patches}
+        beside = out.parent.resolve() == source.parent.resolve()
+        self.copied = [] if beside else sorted(self.places.keys() - touched)
+        # A written data file has a name of the output's own: it is nobody else's, and an older output is whole
+        # until the model itself is renamed.
+        self.renamed = {name: f"{out.name}.{tag}.{i}.data" for i, name in enumerate(sorted({*touched, *self.copied}))}
+        self.added = f"{out.name}.{tag}.new.data"
 
     @property
     def data_bytes(self) -> int:
         """Bytes of external data that will be written."""
-        return sum(self.places[name].stat().st_size for name in [*self.renamed, *self.copied])
+        files = sum(self.places[name].stat().st_size for name in self.renamed)
+        return files + sum(_aligned(item.length) for item in self.additions)
 
     def write(self, force: bool) -> int:
-        """Data files first, the model last; the bytes written."""
-        self.check(force)
-        for name in self.copied:
-            write_file(self.out.parent / name, self._copier(name, []), force=force)
+        """Data files first, the model last, or nothing at all; the bytes written."""
+        self._relocate()
+        graph = _serialized(self.model)
+        writers: dict[str, Writer] = {new: self._copier(name) for name, new in self.renamed.items()}
+        if self.additions:
+            writers[self.added] = self._add
+        new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
+        try:
+            for name, writer in writers.items():
+                write_file(self.out.parent / name, writer, force=True)
+            write_file(self.out, lambda file: _write_all(file, graph), force=force)
+        except BaseException:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
+        return len(graph) + self.data_bytes
+
+    def _relocate(self) -> None:
         for name, new in self.renamed.items():
-            patches = sorted((p for p in self.patches if p.place.location == name), key=lambda p: p.place.offset)
-            write_file(self.out.parent / new, self._copier(name, patches), force=True)
             for tensor in self.tensors[name]:
                 next(e for e in tensor.external_data if e.key == "location").value = new
-        data = _serialized(self.model)
-        write_file(self.out, lambda file: _write_all(file, data), force=force)
-        return len(data) + self.data_bytes
+        offset = 0
+        for item in self.additions:
+            item.tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", self.added), ("offset", offset), ("length", item.length)):
+                item.tensor.external_data.add(key=key, value=str(value))
+            offset += _aligned(item.length)
 
-    def _copier(self, name: str, patches: Sequence[Patch]) -> Writer:
+    def _copier(self, name: str) -> Writer:
+        patches = sorted((p for p in self.patches if p.place.location == name), key=lambda p: p.place.offset)
+
         def write(file: BinaryIO) -> None:
             with open(self.places[name], "rb") as source:
                 end = os.fstat(source.fileno()).st_size
@@ -86,10 +113,21 @@ class Storage:
                     _copy(source, file, patch.place.offset - source.tell())
                     for tile in patch.tiles():
                         file.write(tile)
-                    source.seek(patch.place.offset + patch.place.length)
+                    source.seek(patch.place.end)
                 _copy(source, file, end - source.tell())
 
         return write
+
+    def _add(self, file: BinaryIO) -> None:
+        for item in self.additions:
+            for tile in item.tiles():
+                file.write(tile)
+            file.write(bytes(_aligned(item.length) - item.length))
+
+
+def _aligned(length: int) -> int:
+    """Whole pages, so that the next tensor can be mapped."""
+    return -(-length // _PAGE) * _PAGE
 
 
 def _copy(source: BinaryIO, file: BinaryIO, count: int) -> None:
@@ -99,16 +137,6 @@ def _copy(source: BinaryIO, file: BinaryIO, count: int) -> None:
             raise OSError("the data file became shorter while it was copied")
         file.write(chunk)
         count -= len(chunk)
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph, _ in graphs(model):
-        yield from graph.initializer
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
 
 
 def _serialized(model: onnx.ModelProto) -> bytes:

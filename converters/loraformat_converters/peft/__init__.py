@@ -23,7 +23,7 @@ __all__ = ["Peft", "layout"]
 
 
 class Peft:
-    """The layout."""
+    """PEFT's folder: adapter_config.json, adapter_model.safetensors."""
 
     name = "peft"
     carries = frozenset({"lora"})

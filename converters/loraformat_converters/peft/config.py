@@ -5,6 +5,8 @@ Read off peft 0.21.2 (tuners/lora/config.py, tuners/lora/model.py, utils/other.p
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.scale import ScaleRule
+from loraformat_converters.peft.pattern import Pattern
 
 if TYPE_CHECKING:
     from loraformat.source import Source
@@ -36,21 +39,29 @@ _OWNED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_patt
 _MEANING = {
     "alora_invocation_tokens": "aLoRA acts only after certain tokens: no change of a weight says that",
     "arrow_config": "Arrow routes between adapters at run time",
-    "bias": "trained biases (bias={value!r}) are not read yet",
+    "bias": "trained biases (bias={value}) are not read yet",
     "enable_lora": "the legacy enable_lora of a fused projection is not read yet",
     "kasa_config": "KaSA truncates the base weight and scales the factors by lora_diag",
     "layer_replication": "layer_replication changes the base's layers",
     "lora_bias": "lora_bias adds a trained bias, which is not read yet",
-    "modules_to_save": "fully trained modules (modules_to_save={value!r}) are not read yet",
+    "modules_to_save": "fully trained modules (modules_to_save={value}) are not read yet",
     "monteclora_config": "MonteCLoRA samples its factors",
     "target_parameters": "target_parameters (expert weights) are not read yet",
     "trainable_token_indices": "trained token rows are not read yet",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "use_bdlora": "BD-LoRA's block-diagonal factors are not read yet",
     "use_dora": "DoRA is not read yet",
     "use_qalora": "QALoRA pools its input before A: no ΔW of the base's shape exists",
     "velora_config": "VeLoRA is not known to leave ΔW = s·BA",
 }
-_NOT_YET = frozenset({"ADALORA", "LOHA", "LOKR", "VERA"})
+# peft 0.21.2, by the ``merge`` of each tuner's layer.py. A type in none of these tables is refused without a why.
+_NOT_YET = frozenset({"ADALORA", "LOHA", "LOKR", "TRAINABLE_TOKENS", "VERA"})
+_MULTIPLIES = frozenset({"BOFT", "HIRA", "HRA", "IA3", "OFT", "ROAD"})
+_PROMPTS = frozenset(
+    {
+        *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+        *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+    }
+)
 # peft 0.21.2 tuners/lora/layer.py: these initialisations subtract from the base weight when the adapter is created.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -87,9 +98,29 @@ class Config:
 
     def _matches(self, name: str, module: str) -> Iterator[Any]:
         for pattern, value in (self.value.get(name) or {}).items():
-            # peft 0.21.2 utils/other.py get_pattern_key: anchored at the end, first match in order wins
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            try:
+                found = _meant(pattern, module)
+            except ValueError as error:
+                raise fault("LF-503", f"{name} key {pattern!r}: {error}", where=FILE) from None
+            if found:
                 yield value
+
+
+# No repetition, choice or group: ``re`` itself needs no more than the square of the name's length.
+_PLAIN = re.compile(r"[^*+?{|(]*")
+
+
+def _meant(pattern: str, module: str) -> bool:
+    """Whether PEFT takes the pattern for this module (0.21.2 utils/other.py get_pattern_key): anchored at the end."""
+    whole = rf"(.*\.)?({pattern})$"
+    if _PLAIN.fullmatch(pattern):
+        return re.match(whole, module) is not None
+    return _parsed(whole).starts(module)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> Pattern:
+    return Pattern(text)
 
 
 def has_type(source: Source) -> bool:
@@ -106,18 +137,30 @@ def parse(text: str, where: str = FILE) -> tuple[Config, list[Problem]]:
     """
     try:
         value = canonical.loads(text)
-    except ValueError as error:
-        raise fault("LF-503", f"not valid JSON: {error}", where=where) from None
+        canonical.dumps(value)  # 1e999, 2^64 and lone surrogates pass as JSON, and could not be written back
+    except (ValueError, RecursionError) as error:
+        raise fault("LF-503", f"not valid JSON: {error or 'nested too deeply'}", where=where) from None
     if not isinstance(value, dict):
         raise fault("LF-503", "not a JSON object", where=where)
     kind = value.get("peft_type")
     if kind != "LORA":
-        why = "is not read yet" if kind in _NOT_YET else "is not LoRA: its change of the base has no exact form here"
-        raise fault("LF-504", f"peft_type {kind} {why}", where=where, fix="LORA is read")
+        raise fault("LF-504", f"peft_type {kind} {_why_not(kind)}", where=where, fix="LORA is read")
     problems = [*_type_problems(value, where), *_meaning_problems(value, where)]
     if problems:
         raise LoraFormatError(problems)
     return Config(value, text), list(_unknown(value, where))
+
+
+def _why_not(kind: Any) -> str:
+    if not isinstance(kind, str):
+        return "says nothing: PEFT writes the method's name there"
+    if kind in _NOT_YET:
+        return "is not read yet"
+    if kind in _MULTIPLIES:
+        return "multiplies the base weight: there is no ΔW without it"
+    if kind in _PROMPTS:
+        return "trains prompts or prefixes: no weight of the base changes"
+    return "is another method than LoRA, and is not read"
 
 
 def _type_problems(value: Mapping[str, Any], where: str) -> Iterator[Problem]:
@@ -125,29 +168,43 @@ def _type_problems(value: Mapping[str, Any], where: str) -> Iterator[Problem]:
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = value.get(name) or {}
         if not isinstance(patterns, dict):
-            yield Problem("LF-503", f"{name} must be an object, not {patterns!r}", where)
+            yield Problem("LF-503", f"{name} must be an object, not {_brief(patterns)}", where)
             continue
-        numbers |= {f"{name}[{p!r}]": n for p, n in patterns.items()}
+        numbers |= {f"{name}[{_brief(p)}]": n for p, n in patterns.items()}
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                yield Problem("LF-503", f"{name} key {pattern!r} is no regular expression: {error}", where)
+                _parsed(rf"(.*\.)?({pattern})$")
+            except ValueError as error:
+                yield Problem("LF-503", f"{name} key {_brief(pattern)} is no regular expression to use: {error}", where)
     for name, number in numbers.items():
-        rank = name == "r" or name.startswith("rank")
-        if number is None and "[" not in name:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int if rank else (int, float)) or (rank and number < 1):
-            wanted = "a positive integer" if rank else "a number"
-            yield Problem("LF-503", f"{name} must be {wanted}, not {number!r}", where)
+        wanted = _is_rank if name.startswith("r") else _is_alpha
+        if (number is not None or "[" in name) and not wanted(number):
+            what = "a positive integer" if wanted is _is_rank else "a finite number"
+            yield Problem("LF-503", f"{name} must be {what}, not {_brief(number)}", where)
     if not isinstance(value.get("use_rslora") or False, bool):
-        yield Problem("LF-503", f"use_rslora must be true or false, not {value['use_rslora']!r}", where)
+        yield Problem("LF-503", f"use_rslora must be true or false, not {_brief(value['use_rslora'])}", where)
+
+
+def _is_rank(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number < 2**31
+
+
+def _is_alpha(number: Any) -> bool:
+    """A finite number that float64 holds: JSON has no limit of its own."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    return math.isfinite(number) if isinstance(number, float) else abs(number) <= 2**53
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
 
 
 def _meaning_problems(value: Mapping[str, Any], where: str) -> Iterator[Problem]:
     for name, why in _MEANING.items():
         if value.get(name) not in (None, False, [], {}, "", "none"):
-            yield Problem("LF-504", why.format(value=value[name]), f"{where}: {name}")
+            yield Problem("LF-504", why.format(value=_brief(value[name])), f"{where}: {name}")
     init = value.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _KEEPS_BASE:
         moves = init.lower().startswith(_MOVES_BASE)
@@ -157,23 +214,27 @@ def _meaning_problems(value: Mapping[str, Any], where: str) -> Iterator[Problem]
             else "is not known to keep the base"
         )
         fix = "save it with peft's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        yield Problem("LF-504", f"init_lora_weights={init!r} {why}", f"{where}: init_lora_weights", fix)
+        yield Problem("LF-504", f"init_lora_weights={_brief(init)} {why}", f"{where}: init_lora_weights", fix)
 
 
 def _unknown(value: Mapping[str, Any], where: str) -> Iterator[Problem]:
     known = _TRAINING | _OWNED | frozenset(_MEANING)
-    for name in value.keys() - known:
+    for name in sorted(value.keys() - known):
         if value[name] not in (None, False, [], {}, ""):
             hint = nearest(name, known)
             mean = f"; did you mean {hint[0]!r}?" if hint else ""
-            what = f"unknown key {name!r} with the value {value[name]!r}{mean}"
+            what = f"unknown key {name!r} with the value {_brief(value[name])}{mean}"
             yield Problem("LF-505", what, where, "if it changes what the adapter does, the result is wrong", "warning")
 
 
 def targets_match(target_modules: Any, module: str) -> bool:
-    """Whether PEFT would put an adapter on ``module`` (tuners_utils.check_target_module_exists)."""
+    """Whether PEFT would put an adapter on ``module`` (tuners_utils.check_target_module_exists); False in doubt."""
     if target_modules is None or target_modules == "all-linear":
         return True
     if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, module) is not None
-    return any(module == t or module.endswith(f".{t}") for t in target_modules)
+        try:
+            return _parsed(target_modules).fills(module)
+        except ValueError:
+            return False
+    names = target_modules if isinstance(target_modules, list) else []
+    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.container import dtype_name
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Reading, ReadOptions
+from loraformat.names import key_fault
 from loraformat.parts import Lora
 from loraformat.scale import ScaleRule
 from loraformat.shapes import FLOATS, shape_problems
@@ -35,13 +37,24 @@ _ENDINGS = {
     ".lora_embedding_A": ("A", True),
     ".lora_embedding_B": ("B", True),
 }
-_REFUSED = {
-    ".lora_magnitude_vector": "a DoRA magnitude, which is not read yet",
-    ".lora_magnitude_vector.weight": "a DoRA magnitude, which is not read yet",
-    ".lora_B.bias": "a trained bias of B (lora_bias), which is not read yet",
-    ".lora_diag": "KaSA's diagonal, which also changes the base",
-    ".token_adapter.trainable_tokens_delta": "trained token rows, which are not read yet",
-}
+# peft 0.21.2: what else a LoRA adapter can hold, by the end of the key after the module's path; the first that fits.
+_REFUSED: tuple[tuple[str, str], ...] = (
+    (r"\.lora_magnitude_vector(\.weight)?", "a DoRA magnitude, which is not read yet"),
+    (r"\.lora_B\.bias", "a trained bias of B (lora_bias), which is not read yet"),
+    (r"\.lora_diag", "KaSA's diagonal, which also changes the base"),
+    (r"\.token_adapter\.trainable_tokens_delta", "trained token rows, which are not read yet"),
+    (r"\.base_layer\.bias", "a trained bias, which is not read yet"),
+    (r"\.base_layer\.weight", "a base weight saved beside its factors (save_embedding_layers), which is not read yet"),
+    (r"\.base_layer\.out_proj\.lora_[AB]\.weight", "part of an nn.MultiheadAttention, which is not read yet"),
+    (r"(\.base_layer)+\.lora_[AB]\.weight", "a factor of an expert parameter (target_parameters), not read yet"),
+    (r"\.base_layer\..*", "inside a layer that an adapter wraps, which is not read yet"),
+    (
+        r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?",
+        "of a live model, its adapter's name in the key: use save_pretrained",
+    ),
+)
+_GATHER = "was the adapter saved before its parameters were gathered (ZeRO-3, FSDP)?"
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +73,39 @@ def read(source: Source, options: ReadOptions) -> Reading:
     """
     text = source.sidecar(configs.FILE)
     config, warnings = configs.parse(text) if text is not None else (None, [])
+    _check_kind(source)
     problems: list[Problem] = []
     targets: dict[str, Update] = {}
     for pair in _pairs(source.tensors, problems):
+        key = f"{pair.module}.weight"
+        if why := key_fault(key):
+            problems.append(Problem("LF-301", why, repr(key)))
+            continue
+        if key in targets:
+            problems.append(Problem("LF-506", "lora_A/lora_B and lora_embedding_A/lora_embedding_B: which is it?", key))
+            continue
         update = _update(pair, config, options, problems)
         if config and len(alphas := config.alphas(pair.module)) > 1:
             warnings.append(_overlap(pair.module, alphas))
         if update is not None:
-            targets[f"{pair.module}.weight"] = update
-            problems += shape_problems(f"{pair.module}.weight", update)
+            targets[key] = update
+            problems += shape_problems(key, update)
     if not targets and not problems:
         what = "no lora_A/lora_B pair in the file: it would change nothing"
-        problems.append(
-            Problem("LF-304", what, str(source.path), "was the adapter saved before its parameters were gathered?")
-        )
+        problems.append(Problem("LF-304", what, str(source.path), _GATHER))
     if problems:
         raise LoraFormatError(problems)
     extensions = {"peft": config.text} if config else {}
     return Reading(Adapter(targets, "torch", base_model=_base_model(config), extensions=extensions), warnings)
+
+
+def _check_kind(source: Source) -> None:
+    """LF-701 where the tensors lie in a pickle: it can run code on loading, and has no header to read."""
+    beside = [p.name for p in sorted(source.folder.glob("adapter_model.*")) if p.suffix in _PICKLES]
+    named = source.file.name if source.file is not None and source.file.suffix in _PICKLES else None
+    if named or (source.file is None and beside):
+        fix = "load the adapter with PEFT once and save it again: save_pretrained writes .safetensors"
+        raise fault("LF-701", f"{named or beside[0]} is a pickle, which can run code: it is not read", fix=fix)
 
 
 def _pairs(tensors: Mapping[str, Array], problems: list[Problem]) -> Iterator[_Pair]:
@@ -102,13 +130,9 @@ def _pairs(tensors: Mapping[str, Array], problems: list[Problem]) -> Iterator[_P
 
 
 def _not_understood(name: str) -> Problem:
-    for ending, what in _REFUSED.items():
-        if name.endswith(ending):
+    for ending, what in _REFUSED:
+        if re.search(f"{ending}$", name):
             return Problem("LF-504", f"the tensor is {what}", name)
-    if ".base_layer." in name:
-        return Problem(
-            "LF-504", "a wrapped base layer (expert parameters, attention projections, biases) is not read yet", name
-        )
     return Problem("LF-506", "neither lora_A nor lora_B of a module: a fully trained tensor, or another layout", name)
 
 
@@ -121,9 +145,15 @@ def _overlap(module: str, alphas: list[float]) -> Problem:
 
 def _update(pair: _Pair, config: configs.Config | None, options: ReadOptions, problems: list[Problem]) -> Update | None:
     for role, tensor in (("A", pair.a), ("B", pair.b)):
-        if tensor.ndim < 2 or dtype_name(tensor.dtype) not in FLOATS:
-            what = f"lora_{role} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; factors are float, with two axes or more"
-            problems.append(Problem("LF-314", what, pair.module))
+        dtype, sizes = dtype_name(tensor.dtype), list(tensor.shape)
+        if dtype not in FLOATS:
+            problems.append(Problem("LF-314", f"lora_{role} is {dtype}; factors are floats", pair.module))
+            return None
+        if len(sizes) < 2 or (pair.embedding and len(sizes) != 2):
+            problems.append(Problem("LF-309", f"lora_{role} is {sizes}; a factor has two axes or more", pair.module))
+            return None
+        if 0 in sizes:
+            problems.append(Problem("LF-311", f"lora_{role} is empty: {sizes}", pair.module, _GATHER))
             return None
     r = pair.a.shape[0]
     alpha, rule = _scale(pair.module, r, config, options, problems)

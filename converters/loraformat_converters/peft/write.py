@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["write"]
 
+# What of a source's configuration still holds when its numbers or targets do not: notes, and no choice of modules or
+# of an initialisation, by which PEFT would skip a target or fill it at random.
+_NOTES = (
+    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
+    *("lora_dropout", "revision", "task_type"),
+)
+
 
 def write(adapter: Adapter) -> Output:
     """``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -90,20 +97,36 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     rule: ScaleRule = "alpha/sqrt(r)" if rules == {"alpha/sqrt(r)"} else "alpha/r"
     ranks = {module: lora.r for module, lora in modules.items()}
     alphas = {module: _alpha(lora, rule) for module, lora in modules.items()}
+    if endless := [module for module, alpha in alphas.items() if not math.isfinite(alpha)]:
+        what = f"a scale of {modules[endless[0]].scale} needs an alpha beyond float64"
+        raise fault("LF-508", what, where=f"{endless[0]}.weight")
     r, rank_pattern = _usual(ranks)
     alpha, alpha_pattern = _usual(alphas)
-    owned = {
+    notes = {name: kept.value[name] for name in _NOTES if name in kept.value} if kept else {}
+    return {
+        "base_model_name_or_path": adapter.base_model.get("name"),
+        "bias": "none",
+        "inference_mode": True,
+        "task_type": None,
+        **notes,
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": rule == "alpha/sqrt(r)",
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(modules),
+        "target_modules": _targets(sorted(modules)),
     }
-    name = adapter.base_model.get("name")
-    defaults = {"base_model_name_or_path": name, "bias": "none", "inference_mode": True, "task_type": None}
-    return defaults | (dict(kept.value) if kept else {}) | owned
+
+
+def _targets(modules: list[str]) -> list[str] | str:
+    """The list of paths, as PEFT writes it; a regular expression where a path has one component only.
+
+    PEFT takes a listed ``proj`` for every ``….proj`` of the base, and says nothing of those that it adds.
+    """
+    if all("." in module for module in modules):
+        return modules
+    return "|".join(map(re.escape, modules))
 
 
 def _kept(text: str | None) -> configs.Config | None:

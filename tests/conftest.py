@@ -1,0 +1,50 @@
+"""What is made once and used by many tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory):
+    """(model, exporter) → ``exports.Export``, made the first time it is asked for."""
+    exports = pytest.importorskip("exports", reason="needs the peers: torch, transformers, peft, onnxscript")
+    made = {}
+
+    def get(name, exporter):
+        if (name, exporter) not in made:
+            made[name, exporter] = exports.export(name, exporter, tmp_path_factory.mktemp(f"{name}-{exporter}"))
+        return made[name, exporter]
+
+    return get
+
+
+class Result:
+    """What a run left: exit code, stdout, stderr."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run ``loraformat`` with these words in an empty folder, as the installed script does."""
+    from loraformat.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def runner(*words):
+        monkeypatch.setattr(sys, "argv", ["loraformat", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return Result(caught.value.code, out, err)
+
+    return runner

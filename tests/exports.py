@@ -1,0 +1,209 @@
+"""Small random models as torch exports them, adapters as PEFT saves them, and the outputs that PEFT computes.
+
+Needs the peers (torch, transformers, peft, onnxscript). No two sizes of a model are equal where its architecture
+lets them differ, so that a turned or a swapped matrix does not fit, let alone pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+EXPORTERS = ("torchscript", "dynamo")
+
+
+class _Bert(transformers.BertModel):
+    """With a forward that an exporter can call by position: transformers 5.23's own cannot be."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+class _Wrapper(torch.nn.Module):
+    """The logits as a plain tensor; puts the prefix ``m`` before every name."""
+
+    def __init__(self, m: torch.nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.m(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+class _Shared(torch.nn.Module):
+    """One module called twice, and two modules with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(5, 6, bias=False)
+        self.called_twice = torch.nn.Linear(6, 6)
+        self.a = torch.nn.Linear(6, 6, bias=False)
+        self.b = torch.nn.Linear(6, 6, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        once = self.called_twice(self.first(x)).relu()
+        return self.b(self.a(self.called_twice(once).relu()).relu())
+
+
+def _bert() -> torch.nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=53,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        attn_implementation="eager",
+    )
+    return _Bert(config, add_pooling_layer=False)
+
+
+def _llama(*, tied: bool) -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return _Wrapper(transformers.LlamaForCausalLM(config))
+
+
+def _gpt2() -> torch.nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=57,
+        bos_token_id=1,
+        eos_token_id=2,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        n_inner=44,
+        n_positions=16,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return _Wrapper(transformers.GPT2LMHeadModel(config))
+
+
+def _tokens() -> dict[str, torch.Tensor]:
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    return {"input_ids": torch.randint(0, 53, (2, 7)), "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is built, what its adapter changes, how many targets that are, and what the model is fed."""
+
+    build: Callable[[], torch.nn.Module]
+    lora: Mapping[str, Any]
+    targets: int
+    inputs: Callable[[], dict[str, torch.Tensor]] = _tokens
+
+
+_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+_SHARED = {"target_modules": ["called_twice", "a"], "r": 2, "lora_alpha": 3}
+
+RECIPES: Mapping[str, Recipe] = {
+    "bert": Recipe(
+        _bert,
+        {
+            "target_modules": ["query", "key", "value", "dense"],
+            "r": 4,
+            "lora_alpha": 6,
+            "use_rslora": True,
+            "rank_pattern": {"query": 3, r"layer\.1\.output\.dense": 5},
+            "alpha_pattern": {"key": 9, "encoder.layer.0.intermediate.dense": 2},
+        },
+        targets=12,
+    ),
+    "llama": Recipe(lambda: _llama(tied=False), {"target_modules": _LLAMA, "r": 5, "lora_alpha": 7}, targets=15),
+    "llama-tied": Recipe(
+        lambda: _llama(tied=True),
+        {"target_modules": _LLAMA, "r": 3, "lora_alpha": 4, "rank_pattern": {"lm_head": 2}},
+        targets=15,
+    ),
+    "gpt2": Recipe(
+        _gpt2,
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4, "lora_alpha": 11, "fan_in_fan_out": True},
+        targets=8,
+    ),
+    "shared-2d": Recipe(_Shared, _SHARED, targets=2, inputs=lambda: {"x": torch.randn(3, 5)}),
+    "shared-3d": Recipe(_Shared, _SHARED, targets=2, inputs=lambda: {"x": torch.randn(2, 3, 5)}),
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """One model in one exporter's spelling.
+
+    Attributes:
+        model: the ONNX file, without any adapter.
+        adapter: the folder that PEFT wrote.
+        feeds: what the ONNX model takes.
+        base, truth: what torch computes without the adapter, and PEFT with it (not merged), float32.
+        targets: how many weights the adapter changes.
+    """
+
+    model: Path
+    adapter: Path
+    feeds: Mapping[str, np.ndarray]
+    base: np.ndarray
+    truth: np.ndarray
+    targets: int
+
+
+def export(name: str, exporter: str, folder: Path) -> Export:
+    """Build, export, and let PEFT adapt, save and compute."""
+    torch.set_num_threads(1)
+    torch.manual_seed(sum(map(ord, name)))
+    recipe = RECIPES[name]
+    model, inputs = recipe.build().eval(), recipe.inputs()
+    _randomise(model)
+    path = folder / "base.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # exporters and PEFT warn of what they do inside themselves
+        _write(model, inputs, exporter, path)
+        with torch.no_grad():
+            base = model(**inputs).numpy()
+            adapted = get_peft_model(getattr(model, "m", model), LoraConfig(**recipe.lora)).eval()
+            _randomise(adapted, only="lora_")
+            truth = model(**inputs).numpy()  # PEFT put its layers into the model itself
+        # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    feeds = {key: value.numpy() for key, value in inputs.items()}
+    return Export(path, folder / "adapter", feeds, base, truth, recipe.targets)
+
+
+def _randomise(model: torch.nn.Module, only: str = "") -> None:
+    """Normal values everywhere: fresh biases and B are zero, and zeros hide mistakes."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if only in name:
+                parameter.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, 0.25)
+
+
+def _write(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], exporter: str, path: Path) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    spelling: dict[str, Any] = {"input_names": list(inputs), "output_names": ["out"], "verbose": False}
+    if exporter == "dynamo":
+        spelling |= {"dynamo": True, "opset_version": 18}
+    else:
+        spelling |= {"dynamo": False, "opset_version": 17, "dynamic_axes": {name: {0: "batch"} for name in inputs}}
+    torch.onnx.export(model, tuple(inputs.values()), str(path), **spelling)

@@ -1,0 +1,157 @@
+"""The goldens that PEFT itself wrote, and the checks that an adapter read from them must pass.
+
+The checks are plain functions, so that ``test_mutants`` can run the very same ones on code that is made wrong.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import deserialize
+from safetensors.numpy import load_file
+
+import loraformat as lf
+from loraformat import registry, testing
+from loraformat.bind import bind
+from loraformat.convert import convert
+from loraformat.merge import merge
+
+HERE = Path(__file__).parent / "golden" / "peft"
+
+# Case → the axes that its base does not show: bare tensors without a config.json say nothing of square weights.
+SUPPORTED = {
+    "linear": {},
+    "linear_square": {"*": "out,in"},
+    "rslora": {},
+    "patterns": {},
+    "rslora_patterns": {},
+    "embedding": {},
+    "conv": {},
+    "gpt2": {},
+    "llama": {},
+    "bf16": {},
+    "bf16_upcast": {},
+    "mixed_conv1d_linear": {"c_proj": "in,out", "q_proj": "out,in"},
+    "dotted": {},
+}
+
+
+def adapter_of(case):
+    return HERE / case / "adapter"
+
+
+def base_of(case):
+    folder = HERE / case
+    return folder / "base" if (folder / "base").is_dir() else folder / "base.safetensors"
+
+
+def base_file(case):
+    base = base_of(case)
+    return base / "model.safetensors" if base.is_dir() else base
+
+
+def facts_of(case):
+    return json.loads((HERE / case / "golden.json").read_text())
+
+
+def truth_of(case, what, file="truth"):
+    """Parameter → tensor, as PEFT computed it: ``delta`` or ``merged``."""
+    tensors = load_file(HERE / case / f"{file}.safetensors")
+    found = {name.removeprefix(f"{what}."): t for name, t in tensors.items() if name.startswith(f"{what}.")}
+    assert found, f"{case} has no {what}"
+    return found
+
+
+# (pattern, module, whether peft 0.21.2's get_pattern_key takes it; held against PEFT itself in test_peft_loads)
+PATTERNS = [
+    ("q_proj", "m.layers.1.q_proj", True),
+    ("q_proj", "q_proj", True),
+    ("proj", "m.layers.1.q_proj", False),
+    ("layers.1", "m.layers.11", False),
+    ("layers.1.q", "m.layersx1.q", True),
+    (r"layers\.1\.q", "m.layersx1.q", False),
+    ("layers", "m.layers.1", False),
+    (r"layers\.\d+\.q", "m.layers.12.q", True),
+    ("^m.q", "a.m.q", False),
+    ("^m.q", "m.q", True),
+    ("(q|k)", "m.k", True),
+    ("q|k", "m.k", True),
+    (".*", "m.k", True),
+    ("(?:a.)*q", "a.a.q", True),
+    ("(?!q)[a-z]+", "m.q", False),
+    ("Q", "m.q", False),
+    ("(?i:Q)", "m.q", True),
+]
+
+
+def check_patterns(meant):
+    """A pattern means the modules that PEFT takes it for."""
+    assert [(p, m, meant(p, m)) for p, m, _ in PATTERNS] == PATTERNS
+
+
+def raw(path):
+    """Tensor → (dtype, shape, bytes), by safetensors' own reader."""
+    return {name: (e["dtype"], e["shape"], bytes(e["data"])) for name, e in deserialize(path.read_bytes())}
+
+
+def hints_of(case):
+    return lf.Hints(axes=SUPPORTED.get(case, {}))
+
+
+def placed(case):
+    """The adapter of a case, every target placed by the evidence of its base."""
+    adapter = registry.read(adapter_of(case))[0].adapter
+    return bind(adapter, lf.open_base(base_of(case)), hints_of(case))
+
+
+def check_deltas(case, file="truth"):
+    """The parameters are those that PEFT changes, and ΔW is PEFT's."""
+    deltas, adapter = truth_of(case, "delta", file), placed(case)
+    if case != "bf16":
+        testing.check_golden(adapter, deltas)
+        return
+    # PEFT multiplies in float32 and rounds the product to bf16, by 2^-8 of it at most (peft 0.21.2 get_delta_weight).
+    assert sorted(adapter) == sorted(deltas)
+    for key, wanted in deltas.items():
+        off = np.abs(adapter[key].delta() - wanted)
+        assert (off <= 2.0**-8 * np.abs(wanted) + 1e-9).all(), f"{key}: off by {off.max()}"
+
+
+def check_numbers(case, entry="targets"):
+    """Rank and scale of every target are those that the PEFT layers hold."""
+    adapter = lf.load(adapter_of(case))
+    found = {key: {"r": update.rank, "scaling": update.scale} for key, update in adapter.items()}
+    assert found == facts_of(case)[entry]
+
+
+def check_merge(case, tmp_path):
+    """The merged checkpoint is PEFT's, every other tensor is the base's byte for byte; returns its path."""
+    out = tmp_path / f"{case}.safetensors"
+    adapter, base = lf.load(adapter_of(case)), lf.open_base(base_of(case))
+    merge(adapter, base, out, hints_of(case))
+    wanted, before, after = truth_of(case, "merged"), raw(base_file(case)), raw(out)
+    assert {name: after[name] for name in before.keys() - wanted} == {n: before[n] for n in before.keys() - wanted}
+    assert after.keys() == before.keys() | wanted.keys()
+    merged = lf.open_base(out)
+    for name, value in wanted.items():
+        found = np.asarray(merged.read(name), np.float32)
+        assert after[name][:2] == before[name][:2], f"{name} has another dtype or shape"
+        if case == "bf16":  # PEFT rounds ΔW and then the sum, each by 2^-8 at most; we round the sum alone
+            most = 2.0**-8 * (np.abs(truth_of(case, "delta")[name]) + np.abs(value) + np.abs(found))
+            assert (np.abs(found - value) <= most).all(), name
+        elif case == "bf16_upcast":  # PEFT rounds once, as we do
+            assert np.array_equal(found, value), name
+        else:
+            assert testing.relative_error(found, value) <= 1e-6, name
+    return out
+
+
+def check_round_trip(case, tmp_path):
+    """PEFT → native → PEFT gives the same tensors, byte for byte, and the same configuration."""
+    convert(adapter_of(case), tmp_path / "native.safetensors")
+    convert(tmp_path / "native.safetensors", tmp_path / "peft")
+    assert raw(tmp_path / "peft" / "adapter_model.safetensors") == raw(adapter_of(case) / "adapter_model.safetensors")
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "peft", adapter_of(case))
+    ]
+    assert configs[0] == configs[1]

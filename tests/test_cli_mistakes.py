@@ -1,0 +1,229 @@
+"""What a newcomer types: every mistake ends in words, with the right code, and leaves nothing behind."""
+
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from peft_goldens import adapter_of, base_of
+from safetensors.numpy import load_file, save_file
+
+import loraformat as lf
+
+GPT2 = str(adapter_of("gpt2"))
+BASE = str(base_of("gpt2"))
+LINEAR = str(adapter_of("linear"))
+LINEAR_BASE = str(base_of("linear"))
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+WRONG = {
+    "unknown command": (["konvert"], 2, "Did you mean 'convert'?"),
+    "unknown option": (["info", GPT2, "--jason"], 2, "No such option"),
+    "missing argument": (["info"], 2, "Missing argument"),
+    "missing file": (["info", "nothing-here"], 1, "LF-701  no such file or folder: nothing-here"),
+    "missing base": (["merge", GPT2, "--into", "nowhere", "-o", "m.safetensors"], 1, "no such file or folder: nowhere"),
+    "a folder without an adapter": (["info", "."], 1, "LF-501"),
+    "a folder that is no base": (["merge", GPT2, "--into", ".", "-o", "m.safetensors"], 1, "LF-601"),
+    "a pickle": (["info", str(adapter_of("bin"))], 1, "adapter_model.bin is a pickle"),
+    "a pickle by its own name": (["info", str(adapter_of("bin") / "adapter_model.bin")], 1, "is a pickle"),
+    "a checkpoint as adapter": (["info", LINEAR_BASE], 1, "LF-501  no known layout claims"),
+    "adapter and base swapped": (["merge", LINEAR_BASE, "--into", LINEAR, "-o", "m.safetensors"], 1, "are adapter and base swapped?"),
+    "swapped for resolve": (["resolve", LINEAR_BASE, "--in", LINEAR], 1, "are adapter and base swapped?"),
+    "another model's base": (["merge", LINEAR, "--into", BASE, "-o", "m.safetensors"], 1, "LF-602"),
+    "unknown layout to": (["convert", GPT2, "out.safetensors", "--to", "peff"], 2, 'unknown layout "peff".  Known: native, peft.  Did you mean "peft"?'),
+    "unknown layout from": (["convert", GPT2, "out.safetensors", "--from", "natve"], 2, 'Did you mean "native"?'),
+    "a layout that cannot be guessed": (["convert", GPT2, "out.bin"], 2, "which layout is out.bin?"),
+    "axes without a base": (["convert", GPT2, "out.safetensors", "--axes", "c_proj=in,out"], 2, "give --base"),
+    "axes without a pattern": (["resolve", GPT2, "--in", BASE, "--axes", "in,out"], 2, "is not PATTERN=SPEC"),
+    "axes with a typing error": (["resolve", GPT2, "--in", BASE, "--axes", "c_proj=inn,out"], 2, "is not PATTERN=SPEC"),
+    "axes for nobody": (["merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--axes", "qq=in,out"], 2, "no target of the adapter is meant"),
+    "too many axes": (["merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--axes", "c_fc=in,in,out"], 2, "names 3 axes, the tensor has 2"),
+    "axes against the configuration": (["merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--axes", "c_proj=out,in"], 1, "LF-605"),
+    "a names map that is not there": (["resolve", GPT2, "--in", BASE, "--names", "map.json"], 2, "cannot read map.json"),
+    "an unknown scale rule": (["convert", GPT2, "out.safetensors", "--scale-rule", "alpha"], 2, "is not one of"),
+    "an alpha against the file": (["convert", GPT2, "out.safetensors", "--alpha", "9"], 1, "LF-507"),
+    "a folder that does not exist": (["convert", GPT2, "no/out.safetensors"], 1, "the folder no does not exist"),
+    "a folder where nobody can write": (["convert", GPT2, "/proc/out.safetensors"], 1, "LF-703  cannot write /proc/out.safetensors"),
+    "a name too long": (["info", "x" * 300], 1, "File name too long"),
+    "attach to a checkpoint": (["attach", GPT2, "--to", BASE, "-o", "m.safetensors"], 1, "attach needs an ONNX model"),
+    "rank zero": (["init", BASE, "-t", "c_fc", "-r", "0", "-a", "8", "-o", "i.safetensors"], 2, "rank 0 must be at least 1"),
+    "a rank that is no number": (["init", BASE, "-t", "c_fc", "-r", "x", "-a", "8", "-o", "i.safetensors"], 2, "is not a valid integer"),
+    "an alpha that is infinite": (["init", BASE, "-t", "c_fc", "-r", "4", "-a", "inf", "-o", "i.safetensors"], 2, "alpha inf finite"),
+    "a target that is no module": (["init", BASE, "-t", "q_proj", "-r", "4", "-a", "8", "-o", "i.safetensors"], 1, "LF-602"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_newcomers_mistake_is_told_in_words_and_leaves_nothing(run, mistake, tmp_path):
+    words, code, said = WRONG[mistake]
+    told = run(*words)
+    assert told.code == code, told.err
+    assert said in told.err
+    assert told.out == ""
+    assert "Traceback" not in told.err
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "{", '{"a": "b", "a": "c"}'])
+def test_a_names_map_that_is_none_is_a_mistake_of_usage(run, text, tmp_path):
+    (tmp_path / "map.json").write_text(text)
+    told = run("resolve", GPT2, "--in", BASE, "--names", "map.json")
+    assert (told.code, told.out) == (2, "")
+    assert "map.json" in told.err
+
+
+def test_a_names_map_to_nowhere_names_the_target(run, tmp_path):
+    (tmp_path / "map.json").write_text('{"transformer.h.0.mlp.c_fc.weight": "nowhere"}')
+    told = run("merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--names", "map.json")
+    assert told.code == 1
+    assert "LF-602  the base has no tensor nowhere" in told.err
+    assert left(tmp_path) == ["map.json"]
+
+
+def test_two_targets_for_one_weight_are_refused(run, tmp_path):
+    (tmp_path / "map.json").write_text('{"transformer.h.0.mlp.c_fc.weight": "transformer.h.1.mlp.c_fc.weight"}')
+    told = run("merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--names", "map.json")
+    assert told.code == 1
+    assert "LF-603" in told.err
+
+
+@pytest.mark.parametrize("words", [["convert", GPT2, "out"], ["merge", GPT2, "--into", BASE, "-o", "out"]])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_output_that_exists_stays_as_it_is(run, words, kind, tmp_path):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+        out = out / "mine.txt"
+    out.write_text("mine")
+    told = run(*words)
+    assert (told.code, told.out) == (1, "")
+    assert "LF-702  out exists" in told.err
+    assert "--force" in told.err
+    assert out.read_text() == "mine"
+    assert left(tmp_path) == ["out"]
+
+
+def test_force_replaces_a_file_but_never_a_folder_of_other_things(run, tmp_path):
+    (tmp_path / "out.safetensors").write_text("old")
+    assert run("convert", GPT2, "out.safetensors", "--force").code == 0
+    assert len(lf.load(tmp_path / "out.safetensors")) == 6
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "thesis.txt").write_text("mine")
+    told = run("convert", GPT2, "project", "--force")
+    assert told.code == 1
+    assert (tmp_path / "project" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_as_the_output_of_a_merge_is_refused_with_force_too(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    told = run("merge", GPT2, "--into", BASE, "-o", "out", "--force")
+    assert told.code == 1
+    assert "the output is a file" in told.err
+    assert left(tmp_path) == ["out"]
+
+
+def test_the_base_itself_is_never_the_output(run, tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    told = run("merge", GPT2, "--into", "base", "-o", "base/model.safetensors", "--force")
+    assert told.code == 1
+    assert "is the base itself" in told.err
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_in_an_adapter_is_found_and_never_merged(run, value, tmp_path):
+    shutil.copytree(GPT2, tmp_path / "sick")
+    tensors = load_file(tmp_path / "sick" / "adapter_model.safetensors")
+    name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
+    tensors[name][3, 2] = value
+    save_file(tensors, tmp_path / "sick" / "adapter_model.safetensors")
+    told = run("validate", "sick")
+    assert told.code == 1
+    assert "LF-312" in told.out
+    assert "transformer.h.1.mlp.c_fc.weight.lora_B" in told.out
+    told = run("merge", "sick", "--into", BASE, "-o", "m.safetensors")
+    assert told.code == 1
+    assert told.err.count("LF-312") == 1
+    assert left(tmp_path) == ["sick"]
+
+
+def test_an_adapter_that_changes_nothing_is_told_and_merged(run, tmp_path):
+    assert run("init", BASE, "-t", "c_fc", "-r", "4", "-a", "8", "-o", "i.safetensors").code == 0
+    told = run("merge", "i.safetensors", "--into", BASE, "-o", "m.safetensors")
+    assert told.code == 0
+    assert "2 of 2 targets have a factor that is all zero: they change nothing" in told.err
+    assert load_file(tmp_path / "m.safetensors").keys() == load_file(f"{BASE}/model.safetensors").keys()
+
+
+def test_an_onnx_model_as_adapter_is_refused(run, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(bytes.fromhex("080a120774726163655f313a"))
+    told = run("info", "m.onnx")
+    assert (told.code, told.out) == (1, "")
+    assert "LF-" in told.err
+    assert "Traceback" not in told.err
+
+
+def test_an_adapter_as_base_is_refused(run, tmp_path):
+    lf.save(lf.load(GPT2), tmp_path / "a.safetensors")
+    told = run("merge", GPT2, "--into", "a.safetensors", "-o", "m.safetensors")
+    assert told.code == 1
+    assert "is a loraformat adapter, not a base" in told.err
+
+
+def test_a_truncated_file_says_so(run, tmp_path):
+    lf.save(lf.load(GPT2), tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-10])
+    told = run("info", "cut.safetensors")
+    assert told.code == 1
+    assert "LF-107" in told.err
+    assert "truncated" in told.err
+
+
+def test_with_json_a_fault_is_json_on_stdout(run):
+    told = run("info", "nothing-here", "--json")
+    assert (told.code, told.err) == (1, "")
+    assert told.json == {
+        "schema": 1,
+        "problems": [
+            {
+                "rule": "LF-701",
+                "severity": "error",
+                "where": "",
+                "what": "no such file or folder: nothing-here",
+                "fix": "",
+            }
+        ],
+    }
+
+
+def test_names_that_a_terminal_cannot_show_are_shown_escaped(tmp_path):
+    lf.save(lf.Adapter({"Ω.weight": lf.load(LINEAR)["blocks.0.mlp.fc.weight"]}), tmp_path / "a.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", "from loraformat.cli.main import main; main()", "info", tmp_path / "a.safetensors"],
+        env={"PYTHONIOENCODING": "latin-1"}, capture_output=True, encoding="latin-1",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u03a9.weight" in done.stdout
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_a_full_disk_is_told_and_leaves_nothing(out, tmp_path):
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
+
+    done = subprocess.run(
+        [sys.executable, "-c", "from loraformat.cli.main import main; main()", "convert", GPT2, out],
+        cwd=tmp_path, preexec_fn=small, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"LF-703  cannot write {out}: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left(tmp_path) == []

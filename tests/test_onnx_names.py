@@ -1,0 +1,300 @@
+"""Which site a target is: by whole names, one rule for all, witnesses that agree; else a refusal that says what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import adapter, lora, model, save, stored
+
+from loraformat import Adapter, Hints, LoraFormatError, Placement, Update
+from loraformat.base import Options
+from loraformat.init import init
+from loraformat.merge import merge, prepare
+from loraformat.parts import Delta
+from loraformat.registry import open_base
+
+
+def chain(*nodes, square=6):
+    """A graph of MatMuls one after the other: each a name, or (name, weight); weights without a name are w0, w1, …"""
+    pairs = [(n, f"w{i}") if isinstance(n, str) else n for i, n in enumerate(nodes)]
+    weights = ", ".join(f'float[{square},{square}] "{w}"' for w in dict.fromkeys(w for _, w in pairs))
+    lines = [f'["{n}"] v{i + 1} = MatMul(v{i}, "{w}")' for i, (n, w) in enumerate(pairs)]
+    return model(f"g (float[N,{square}] v0) => (float[N,{square}] v{len(pairs)}) <{weights}> {{ {' '.join(lines)} }}")
+
+
+def scoped(made, *modules):
+    """The same graph with the name scopes that torch's exporter leaves, one module a node."""
+    for i, (node, module) in enumerate(zip(made.graph.node, modules, strict=True)):
+        if module is not None:
+            parents = [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 2)]
+            node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=repr(["", *parents, f"linear_{i}"]))
+    return made
+
+
+def resolve(made, keys, tmp_path, names=None, axes=None):
+    """(key → names of the weights, problems)."""
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    targets = keys if isinstance(keys, Adapter) else adapter(dict.fromkeys(keys, (6, 6)))
+    found = base.resolve(targets, Hints(names or {}, axes or {}))
+    weights = {key: {match.weight for match in places} for key, places in found.targets.items()}
+    return weights, [*found.unresolved, *found.ambiguous]
+
+
+def refusal(made, keys, tmp_path, **hints):
+    """The only problem of resolving."""
+    _, problems = resolve(made, keys, tmp_path, **hints)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_a_target_is_found_by_the_node_that_its_module_names(tmp_path):
+    found, problems = resolve(chain("/enc/q/MatMul", "/enc/k/MatMul"), ["enc.k.weight"], tmp_path)
+    assert (found, problems) == ({"enc.k.weight": {"w1"}}, [])
+
+
+def test_a_target_is_found_by_the_name_of_its_tensor(tmp_path):
+    made = chain(("a", "enc.q.weight"), ("b", "enc.k.weight"))
+    assert resolve(made, ["enc.k.weight"], tmp_path) == ({"enc.k.weight": {"enc.k.weight"}}, [])
+
+
+def test_a_target_is_found_by_the_scopes_that_torch_leaves(tmp_path):
+    made = scoped(chain("node_1", "node_2"), "enc.q", "enc.k")
+    assert resolve(made, ["enc.k.weight"], tmp_path) == ({"enc.k.weight": {"w1"}}, [])
+
+
+@pytest.mark.parametrize("scopes", ["[", "3", "['']", "['a', 3, 'b']", "[" * 500, "__import__('os')"])
+def test_scopes_that_are_none_say_nothing(scopes, tmp_path):
+    made = chain("node_1")
+    made.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    assert refusal(made, ["enc.q.weight"], tmp_path).rule == "LF-602"
+
+
+def test_layer_1_is_not_layer_11(tmp_path):
+    made = chain("/layers.11/q/MatMul", "/layers.1/q/MatMul")
+    assert resolve(made, ["layers.1.q.weight"], tmp_path) == ({"layers.1.q.weight": {"w1"}}, [])
+    assert refusal(chain("/layers.11/q/MatMul"), ["layers.1.q.weight"], tmp_path).rule == "LF-602"
+
+
+def test_a_name_within_a_name_is_another_name(tmp_path):
+    problem = refusal(chain("/enc/kq_proj/MatMul", "/enc/q_proj_norm/MatMul"), ["enc.q_proj.weight"], tmp_path)
+    assert problem.rule == "LF-602"
+    assert "enc.kq_proj" in problem.what
+
+
+@pytest.mark.parametrize(("node", "key"), [("/kq_proj/MatMul", "q_proj.weight"), ("/q_proj/MatMul", "kq_proj.weight")])
+def test_a_name_that_ends_like_another_is_another_name(node, key, tmp_path):
+    assert refusal(chain(node), [key], tmp_path).rule == "LF-602"
+
+
+@pytest.mark.parametrize("node", ["enc/q/MatMul", "xenc/q/MatMul", "/enc/q/part", "/enc/q/Gemm", "/enc.q"])
+def test_a_node_named_in_another_way_says_nothing(node, tmp_path):
+    assert refusal(chain(node), ["enc.q.weight"], tmp_path).rule == "LF-602"
+
+
+def test_a_missing_target_is_told_with_the_nearest_names_and_a_map(tmp_path):
+    problem = refusal(chain("/enc/query/MatMul", "/enc/key/MatMul"), ["enc.qery.weight"], tmp_path)
+    assert problem.rule == "LF-602"
+    assert "nearest: enc.query" in problem.what
+    assert '--names map.json with {"enc.qery.weight": ' in problem.fix
+
+
+def test_one_missing_target_is_an_error_though_the_others_are_found(tmp_path):
+    made = chain("/enc/q/MatMul", "/enc/k/MatMul")
+    found, problems = resolve(made, ["enc.q.weight", "enc.v.weight"], tmp_path)
+    assert (list(found), [p.where for p in problems]) == (["enc.q.weight"], ["enc.v.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["m.", "model.base."])
+def test_a_graph_may_have_one_prefix_more_for_all(prefix, tmp_path):
+    made = scoped(chain("n1", "n2"), f"{prefix}layers.0.q", f"{prefix}layers.1.q")
+    found, problems = resolve(made, ["layers.0.q.weight", "layers.1.q.weight"], tmp_path)
+    assert (found, problems) == ({"layers.0.q.weight": {"w0"}, "layers.1.q.weight": {"w1"}}, [])
+
+
+def test_an_adapter_may_have_one_prefix_more_for_all(tmp_path):
+    made = chain("/layers.0/q/MatMul", "/layers.1/q/MatMul")
+    keys = ["bert.layers.0.q.weight", "bert.layers.1.q.weight"]
+    assert resolve(made, keys, tmp_path) == ({keys[0]: {"w0"}, keys[1]: {"w1"}}, [])
+
+
+def test_a_prefix_is_told_by_the_plan(tmp_path):
+    base = open_base(save(chain("/q/MatMul"), tmp_path / "base.onnx"))
+    plan = prepare("merge", adapter({"decoder.q.weight": (6, 6)}), base, Options(tmp_path / "out.onnx"))
+    assert plan.notes == ("prefix: the graph's names are the adapter's without decoder.",)
+
+
+def test_a_prefix_that_does_not_serve_all_targets_serves_none(tmp_path):
+    made = chain("/m/a/q/MatMul", "/other/b/q/MatMul")
+    found, problems = resolve(made, ["a.q.weight", "b.q.weight"], tmp_path)
+    assert (found, {p.rule for p in problems}) == ({}, {"LF-602"})
+
+
+def test_two_prefixes_that_serve_all_are_a_choice_that_nobody_made(tmp_path):
+    made = chain("/encoder/layers.0/q/MatMul", "/decoder/layers.0/q/MatMul")
+    problem = refusal(made, ["layers.0.q.weight"], tmp_path)
+    assert problem.rule == "LF-603"
+    assert "with decoder., with encoder." in problem.what
+
+
+@pytest.mark.parametrize(
+    ("node", "key"),
+    [
+        ("/model/layers.2/q/MatMul", "model.layers.1.q.weight"),
+        ("/q/MatMul", "model.layers.1.q.weight"),
+        ("/model/layers.2/q/MatMul", "q.weight"),
+        ("/layers.2/layers.1/q/MatMul", "layers.1.q.weight"),
+    ],
+)
+def test_a_single_target_is_not_carried_across_a_number(node, key, tmp_path):
+    assert refusal(chain(node), [key], tmp_path).rule == "LF-602"
+
+
+def test_two_witnesses_that_disagree_are_both_printed(tmp_path):
+    made = scoped(chain("/enc/q/MatMul", "/enc/k/MatMul"), "enc.k", "enc.q")
+    problem = refusal(made, ["enc.q.weight"], tmp_path)
+    assert problem.rule == "LF-603"
+    assert "name_scopes: enc.q → /enc/k/MatMul (w1); node_name: enc.q → /enc/q/MatMul (w0)" in problem.what
+
+
+def test_witnesses_that_name_two_modules_of_one_weight_disagree_too(tmp_path):
+    made = scoped(chain(("/enc/q/MatMul", "w"), ("/enc/k/MatMul", "w")), "enc.k", "enc.q")
+    assert refusal(made, ["enc.q.weight"], tmp_path).rule == "LF-603"
+
+
+def test_one_module_with_two_weights_is_ambiguous(tmp_path):
+    problem = refusal(chain("/enc/q/MatMul", "/enc/q/MatMul_1"), ["enc.q.weight"], tmp_path)
+    assert problem.rule == "LF-603"
+    assert "2 weights: w0, w1" in problem.what
+
+
+def test_nodes_of_one_name_are_told_apart_by_their_weights(tmp_path):
+    made = chain(("same", "enc.q.weight"), ("same", "enc.k.weight"))
+    assert resolve(made, ["enc.k.weight"], tmp_path)[0] == {"enc.k.weight": {"enc.k.weight"}}
+    problem = refusal(made, ["x.weight"], tmp_path, names={"x.weight": "same"})
+    assert problem.rule == "LF-603"
+
+
+def test_a_tensor_that_two_modules_share_means_neither_by_its_name(tmp_path):
+    made = scoped(chain(("n1", "tied.weight"), ("n2", "tied.weight")), "a", "b")
+    problem = refusal(made, ["tied.weight"], tmp_path)
+    assert problem.rule == "LF-609"
+    assert "a, b" in problem.what
+
+
+def test_two_nameless_uses_of_a_tensor_may_be_two_modules(tmp_path):
+    made = chain(("n1", "tied.weight"), ("n2", "tied.weight"))
+    assert refusal(made, ["tied.weight"], tmp_path).rule == "LF-609"
+    found, problems = resolve(made, ["tied.weight"], tmp_path, names={"tied.weight": "tied.weight"})
+    assert (found, problems) == ({"tied.weight": {"tied.weight"}}, [])
+
+
+def test_a_head_tied_to_the_embedding_is_the_multiplication(tmp_path):
+    made = model("""g (int64[N] i) => (float[N,9] y) <float[9,6] "head.weight">
+      { ["embed"] h = Gather("head.weight", i)  t = Transpose("head.weight")  ["head"] y = MatMul(h, t) }""")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    places = base.resolve(adapter({"head.weight": (9, 6)}), Hints()).require().targets["head.weight"]
+    assert [place.node for place in places] == ["head"]
+
+
+def test_two_targets_for_one_node_are_an_error(tmp_path):
+    made = chain("/enc/q/MatMul")
+    problem = refusal(made, ["enc.q.weight", "enc.k.weight"], tmp_path, names={"enc.k.weight": "/enc/q/MatMul"})
+    assert problem.rule == "LF-603"
+    assert "enc.q.weight means the node /enc/q/MatMul too" in problem.what
+
+
+def test_a_module_is_found_by_its_weight_not_by_another_parameter(tmp_path):
+    bias = Adapter({"enc.q.bias": Update((Delta(np.ones(6, np.float32), 1.0),), Placement((6,), (0,), ()))})
+    assert refusal(chain("/enc/q/MatMul"), bias, tmp_path).rule == "LF-602"
+    assert refusal(chain("/enc/MatMul"), ["enc.in_proj_weight"], tmp_path).rule == "LF-602"
+
+
+@pytest.mark.parametrize("name", ["n1", "enc.k.weight", "enc.k", "w1"])
+def test_a_map_names_a_node_a_parameter_a_module_or_a_tensor(name, tmp_path):
+    made = scoped(chain("n0", "n1"), "enc.q", "enc.k")
+    found, problems = resolve(made, ["x.weight"], tmp_path, names={"x.weight": name})
+    assert (found, problems) == ({"x.weight": {"w1"}}, [])
+
+
+def test_a_map_may_carry_a_whole_prefix(tmp_path):
+    made = chain("/bert/enc.0/q/MatMul", "/bert/enc.1/q/MatMul")
+    keys = ["layers.0.q.weight", "layers.1.q.weight"]
+    found, problems = resolve(made, keys, tmp_path, names={"layers.*": "bert.enc.*"})
+    assert (found, problems) == ({keys[0]: {"w0"}, keys[1]: {"w1"}}, [])
+
+
+def test_a_prefix_map_means_the_module_not_all_that_share_its_tensor(tmp_path):
+    made = chain(("/b/q/MatMul", "b.q.weight"), ("/b/k/MatMul", "b.q.weight"))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    places = base.resolve(adapter({"a.q.weight": (6, 6)}), Hints({"a.*": "b.*"})).require().targets["a.q.weight"]
+    assert [place.node for place in places] == ["/b/q/MatMul"]
+
+
+def test_a_map_that_contradicts_the_graph_is_refused(tmp_path):
+    problem = refusal(chain("/enc/q/MatMul", "n1"), ["enc.q.weight"], tmp_path, names={"enc.q.weight": "n1"})
+    assert problem.rule == "LF-603"
+    assert "user: n1" in problem.what
+
+
+def test_a_map_to_nothing_is_told_with_the_nearest_names(tmp_path):
+    problem = refusal(chain("node_q", "node_k"), ["x.weight"], tmp_path, names={"x.weight": "node_qq"})
+    assert problem.rule == "LF-602"
+    assert "nearest: node_q" in problem.what
+
+
+def test_a_map_entry_that_no_target_asks_for_is_an_error(tmp_path):
+    problem = refusal(chain("/enc/q/MatMul"), ["enc.q.weight"], tmp_path, names={"enc.typo.weight": "w0"})
+    assert (problem.rule, problem.where) == ("LF-705", "enc.typo.weight")
+
+
+def test_axes_that_contradict_the_operator_are_refused(tmp_path):
+    made = chain("/enc/q/MatMul")
+    assert refusal(made, ["enc.q.weight"], tmp_path, axes={"q": "out,in"}).rule == "LF-605"
+    assert refusal(made, ["enc.q.weight"], tmp_path, axes={"q": "out,in,batch"}).rule == "LF-705"
+    assert resolve(made, ["enc.q.weight"], tmp_path, axes={"q": "in,out"})[1] == []
+
+
+def test_the_evidence_says_which_rungs_spoke(tmp_path):
+    made = scoped(chain("/enc/q/MatMul"), "enc.q")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    (place,) = base.resolve(adapter({"enc.q.weight": (6, 6)}), Hints()).targets["enc.q.weight"]
+    said = ("name_scopes: enc.q", "node_name: enc.q", "operator: MatMul reads the weight as [in,out]")
+    assert place.evidence == said
+
+
+def test_a_target_of_another_shape_is_not_of_this_base(tmp_path):
+    base = open_base(save(chain("/enc/q/MatMul"), tmp_path / "base.onnx"))
+    with pytest.raises(LoraFormatError, match="LF-606"):
+        merge(adapter({"enc.q.weight": (6, 5)}), base, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_fresh_adapter_has_a_pair_for_every_site_and_the_names_resolve(tmp_path):
+    made = scoped(chain("n0", "/enc/k/MatMul", "n2"), "enc.q", None, None)
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    fresh = init(base, ["q", "k", "w2"], rank=2, alpha=2)
+    assert sorted(fresh) == ["enc.k.weight", "enc.q.weight", "w2"]
+    assert base.resolve(fresh, Hints()).require().targets.keys() == fresh.keys()
+
+
+def test_a_second_call_is_known_by_its_number_and_its_weight_together(tmp_path):
+    made = chain(("/m/q/MatMul", "w"), ("/m/q_1/MatMul", "w"), ("/m/q_2/MatMul", "other"), ("/m/q_proj/MatMul", "w"))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    places = base.resolve(adapter({"m.q.weight": (6, 6)}), Hints()).targets["m.q.weight"]
+    assert [place.node for place in places] == ["/m/q/MatMul", "/m/q_1/MatMul"]
+
+
+def test_a_second_call_that_is_a_target_itself_is_two_targets_for_one_node(tmp_path):
+    made = chain(("/m/q/MatMul", "w"), ("/m/q_1/MatMul", "w"))
+    assert refusal(made, ["m.q.weight", "m.q_1.weight"], tmp_path).rule == "LF-603"
+
+
+def test_two_square_weights_are_not_mistaken_for_each_other(tmp_path):
+    update = Adapter({"enc.k.weight": lora(6, 6)})
+    made = chain("/enc/q/MatMul", "/enc/k/MatMul")
+    merge(update, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
+    old, new = stored(tmp_path / "base.onnx"), stored(tmp_path / "out.onnx")
+    np.testing.assert_array_equal(new["w0"], old["w0"])
+    np.testing.assert_allclose(new["w1"], old["w1"] + update["enc.k.weight"].matrix().T, rtol=1e-6)
+    onnx.checker.check_model(tmp_path / "out.onnx", full_check=True)

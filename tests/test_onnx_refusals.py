@@ -1,0 +1,248 @@
+"""What is not rewritten is refused, by the reason, before anything is written."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from graphs import adapter, feeds, lora, model, run, save, session, stored
+from onnx import helper, numpy_helper
+
+from loraformat import Adapter, Hints, LoraFormatError, Update
+from loraformat.merge import attach, merge
+from loraformat.parts import Delta, Magnitude
+from loraformat.registry import open_base
+from loraformat.testing import relative_error
+
+KEY = "m.q.weight"
+VERBS = {"attach": attach, "merge": merge}
+both_verbs = pytest.mark.parametrize("verb", VERBS)
+
+
+def refused(made, tmp_path, *, verb="merge", update=None, **hints):
+    """The error of a verb, which leaves nothing in the folder."""
+    base = save(made, tmp_path / "base.onnx")
+    with pytest.raises(LoraFormatError) as error:
+        VERBS[verb](update or adapter({KEY: (7, 5)}), open_base(base), tmp_path / "out.onnx", Hints(**hints))
+    assert [p.name for p in tmp_path.iterdir()] == ["base.onnx"]
+    return str(error.value)
+
+
+BODIES = {
+    "the weight is the left operand of MatMul": """
+        g (float[5,N] x) => (float[7,N] y) <float[7,5] w> { ["/m/q/MatMul"] y = MatMul(w, x) }""",
+    "the weight is the left operand of Gemm": """
+        g (float[5,N] x) => (float[7,N] y) <float[7,5] w> { ["/m/q/Gemm"] y = Gemm(w, x) }""",
+    r"its weight has 3 axes \[4, 5, 7\]": """
+        g (float[4,N,5] x) => (float[4,N,7] y) <float[4,5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }""",
+    "Conv is not rewritten yet": """
+        g (float[N,5,3] x) => (float[N,7,3] y) <float[7,5,1] w> { ["/m/q/Conv"] y = Conv(x, w) }""",
+    "Gather is not rewritten yet": """
+        g (int64[N] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/Gather"] y = Gather(w, x) }""",
+    "Einsum is not rewritten yet": """
+        g (float[N,5] x) => (float[N,7] y) <float[5,7] w>
+        { ["/m/q/Einsum"] y = Einsum <equation = "ab,bc->ac"> (x, w) }""",
+    "its weight is INT32": """
+        g (int32[N,5] x) => (int32[N,7] y) <int32[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }""",
+    "MatMulInteger is not rewritten yet": """
+        g (uint8[N,5] x) => (int32[N,7] y) <int8[5,7] w> { ["/m/q/MatMul_quant"] y = MatMulInteger(x, w) }""",
+    r"com.microsoft.MatMulNBits is not rewritten yet": """
+        g (float[N,32] x) => (float[N,7] y) <uint8[7,1,16] w, float[7] s>
+        { ["/m/q/MatMul_Q4"] y = com.microsoft.MatMulNBits <K = 32, N = 7, bits = 4, block_size = 32> (x, w, s) }""",
+    "DequantizeLinear lies between its weight and it": """
+        g (float[N,5] x) => (float[N,7] y) <int8[5,7] w, float s>
+        { v = DequantizeLinear(w, s)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "Cast lies between its weight and it": """
+        g (float[N,5] x) => (float[N,7] y) <float16[5,7] w>
+        { v = Cast <to = 1> (w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "Dropout lies between its weight and it": """
+        g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { v = Dropout(w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "Mul lies between its weight and it": """
+        g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float s>
+        { u = Mul(w, s)  v = Identity(u)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    r"has perm \[0, 2\] of 2 axes": """
+        g (float[N,5] x) => (float[N,7] y) <float[5,7] w>
+        { ["t"] v = Transpose <perm = [0, 2]> (w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "its uses read the weight in two orientations": """
+        g (float[N,6] x) => (float[N,6] y) <float[6,6] w>
+        { v = Transpose(w)  ["/m/q/MatMul"] h = MatMul(x, w)  ["/m/q/MatMul_1"] y = MatMul(h, v) }""",
+    "its uses read the weight in two orientations, or scale it": """
+        g (float[N,6] x) => (float[N,6] y) <float[6,6] w>
+        { ["/m/q/Gemm"] h = Gemm <alpha = 2.0> (x, w)  ["/m/q_1/Gemm"] y = Gemm(h, w) }""",
+}
+
+
+@both_verbs
+@pytest.mark.parametrize(("reason", "text"), BODIES.items(), ids=BODIES.keys())
+def test_a_use_that_cannot_be_rewritten_is_refused_by_its_reason(verb, reason, text, tmp_path):
+    said = refused(model(text), tmp_path, verb=verb, update=adapter({KEY: (6, 6)}))
+    assert said.startswith("LF-608")
+    assert re.search(reason, said), said
+
+
+@both_verbs
+def test_an_operator_of_another_domain_is_another_operator(verb, tmp_path):
+    made = model('g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = acme.MatMul(x, w) }')
+    assert "LF-608  /m/q/MatMul: acme.MatMul is not rewritten yet" in refused(made, tmp_path, verb=verb)
+
+
+@both_verbs
+def test_a_transposition_of_another_domain_is_not_followed(verb, tmp_path):
+    made = model("""g (float[N,5] x) => (float[N,7] y) <float[7,5] w>
+      { v = acme.Transpose(w)  ["/m/q/MatMul"] y = MatMul(x, v) }""")
+    assert "Transpose lies between its weight and it" in refused(made, tmp_path, verb=verb)
+
+
+@both_verbs
+def test_a_weight_used_inside_an_if_is_refused(verb, tmp_path):
+    made = model("""g (float[N,5] x, bool c) => (float[N,7] y) <float[5,7] w>
+      { ["choose"] y = If (c) <then_branch = a () => (float[N,7] p) { ["/m/q/MatMul"] p = MatMul(x, w) },
+                               else_branch = e () => (float[N,7] r) { r = MatMul(x, w) }> }""")
+    assert "it lies inside /choose.then_branch: only the main graph is rewritten" in refused(made, tmp_path, verb=verb)
+
+
+def test_tensors_of_one_name_in_two_branches_are_two_tensors(tmp_path):
+    made = model("""g (float[N,1] x, bool c) => (float[N,2] y)
+      { ["choose"] y = If (c) <then_branch = a () => (float[N,2] p) <float[1,2] w = {0, 0}> { p = MatMul(x, w) },
+                               else_branch = e () => (float[N,2] r) <float[1,2] w = {1, 1}> { r = MatMul(x, w) }> }""")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    assert {name: base.read(name).max() for name in base.parameters()} == {
+        "/choose.then_branch/w": 0,
+        "/choose.else_branch/w": 1,
+    }
+
+
+@both_verbs
+@pytest.mark.parametrize("how", ["a constant of the function", "an argument of the call"])
+def test_a_weight_used_inside_a_function_is_refused(verb, how, tmp_path):
+    weight = numpy_helper.from_array(np.ones((5, 7), np.float32), KEY)
+    constant = [helper.make_node("Constant", [], ["w"], value=weight)] if how.startswith("a constant") else []
+    inputs = ["x"] if constant else ["x", "w"]
+    body = [*constant, helper.make_node("MatMul", ["x", "w"], ["y"], "/m/q/MatMul")]
+    opsets = [helper.make_opsetid("", 18)]
+    made = model(f'g (float[N,5] x) => (float[N,7] y) <float[5,7] "{KEY}"> {{ y = own.Linear(x, "{KEY}") }}')
+    del made.graph.node[0].input[len(inputs) :]
+    made.functions.append(helper.make_function("own", "Linear", inputs, ["y"], body, opsets))
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    said = refused(made, tmp_path, verb=verb)
+    assert said.startswith("LF-608")
+    assert ("inside function Linear" if constant else "own.Linear is not rewritten yet") in said
+
+
+@both_verbs
+def test_a_sparse_weight_is_refused(verb, tmp_path):
+    made = model('g (float[N,5] x) => (float[N,7] y) { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    values = helper.make_tensor("w", onnx.TensorProto.FLOAT, [2], [1.5, 2.5])
+    indices = helper.make_tensor("i", onnx.TensorProto.INT64, [2], [3, 9])
+    made.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [5, 7]))
+    assert "its weight is stored sparse" in refused(made, tmp_path, verb=verb)
+
+
+def test_a_cycle_of_identities_is_no_weight(tmp_path):
+    made = model("""g (float[N,5] x) => (float[N,7] y)
+      { u = Identity(v)  v = Identity(u)  ["/m/q/MatMul"] y = MatMul(x, v) }""")
+    assert "LF-602" in refused(made, tmp_path)
+
+
+UNSOUND = {
+    "two initializers of one name": lambda g: g.initializer.append(g.initializer[0]),
+    "an initializer that a node computes": lambda g: g.node.append(helper.make_node("Relu", ["x"], ["w"])),
+    "two nodes that compute one value": lambda g: g.node.append(helper.make_node("Relu", ["x"], ["y"])),
+}
+
+
+@pytest.mark.parametrize("spoil", UNSOUND.values(), ids=UNSOUND.keys())
+def test_a_name_defined_twice_is_a_fault_of_the_base(spoil, tmp_path):
+    made = model('g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    spoil(made.graph)
+    assert "LF-610" in refused(made, tmp_path)
+
+
+@pytest.mark.parametrize("opset", [1, 6])
+def test_an_opset_before_7_is_refused(opset, tmp_path):
+    made = model("g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { y = MatMul(x, w) }", opset=opset)
+    assert f"LF-610  {tmp_path / 'base.onnx'} uses opset {opset}" in refused(made, tmp_path)
+
+
+FILES = {
+    "nothing": lambda data: b"",
+    "a truncated model": lambda data: data[:-9],
+    "a model's first bytes": lambda data: data[:3],
+    "text": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "zeros": lambda data: bytes(64),
+    "another protocol buffer": lambda data: b"\x0a\x03abc",
+}
+
+
+@pytest.mark.parametrize("spoil", FILES.values(), ids=FILES.keys())
+def test_a_file_that_is_no_model_is_a_fault_of_the_base(spoil, tmp_path):
+    made = model("g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { y = MatMul(x, w) }")
+    path = tmp_path / "base.onnx"
+    path.write_bytes(spoil(made.SerializeToString()))
+    with pytest.raises(LoraFormatError, match="LF-610"):
+        open_base(path)
+
+
+def test_a_model_without_nodes_and_tensors_is_a_fault_of_the_base(tmp_path):
+    with pytest.raises(LoraFormatError, match="LF-610"):
+        open_base(save(model("g (float[N,5] x) => (float[N,5] x) {}"), tmp_path / "base.onnx"))
+
+
+def test_a_tensor_with_too_few_values_is_a_fault_of_the_base(tmp_path):
+    made = model('g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    made.graph.initializer[0].raw_data = made.graph.initializer[0].raw_data[:-4]
+    assert "LF-610" in refused(made, tmp_path)
+
+
+def test_every_obstacle_is_told_at_once(tmp_path):
+    text = """g (float[N,7,5] x) => (float[N,7,5] y) <float[5,5] w, float[3,7,1] k>
+      { ["/m/q/MatMul"] h = MatMul(x, w)  ["/m/k/Conv"] y = Conv(h, k) }"""
+    said = refused(model(text), tmp_path, update=adapter({KEY: (7, 5), "m.k.weight": (3, 7)}))
+    assert ("LF-606" in said, "LF-608" in said) == (True, True)
+
+
+def test_a_change_that_is_no_pair_can_be_merged_only(tmp_path):
+    update = Adapter({KEY: Update((Delta(np.full((7, 5), 0.5, np.float32), 2.0),))})
+    made = model('g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    assert "LF-608" in refused(made, tmp_path, verb="attach", update=update)
+    merge(update, open_base(tmp_path / "base.onnx"), tmp_path / "out.onnx")
+    wanted = stored(tmp_path / "base.onnx")["w"] + 1
+    np.testing.assert_allclose(stored(tmp_path / "out.onnx")["w"], wanted, rtol=1e-6)
+
+
+@both_verbs
+def test_dora_is_refused_by_name(verb, tmp_path):
+    update = Adapter({KEY: Update((lora(7, 5)["lora"], Magnitude(np.ones(7, np.float32))))})
+    made = model('g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    assert "a dora update is not put into ONNX graphs yet" in refused(made, tmp_path, verb=verb, update=update)
+
+
+def test_an_embedding_update_finds_the_look_up_and_is_refused(tmp_path):
+    made = model("""g (int64[N] i) => (float[N,9] y) <float[9,6] "e.weight">
+      { h = Gather("e.weight", i)  t = Transpose("e.weight")  y = MatMul(h, t) }""")
+    update = Adapter({"e.weight": Update(lora(6, 9).parts, op="embedding")})
+    assert "Gather is not rewritten yet" in refused(made, tmp_path, update=update)
+
+
+def test_an_adapter_in_another_name_space_is_to_be_retargeted(tmp_path):
+    made = model('g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    update = Adapter(adapter({KEY: (7, 5)}).targets, names="mlx")
+    assert "LF-602" in refused(made, tmp_path, update=update)
+
+
+def test_what_a_caller_may_feed_stays_what_it_was(tmp_path):
+    text = 'g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }'
+    made = model(text)
+    made.graph.input.append(helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [5, 7]))
+    base = save(made, tmp_path / "base.onnx")
+    update = adapter({KEY: (7, 5)})
+    attach(update, open_base(base), tmp_path / "out.onnx")
+    running = session(tmp_path / "out.onnx")
+    assert [v.name for v in running.get_overridable_initializers()] == ["w"]
+    other = np.random.default_rng(8).standard_normal((5, 7)).astype(np.float32)
+    x = feeds(running)["x"]
+    wanted = x @ (other + update[KEY].matrix().T)
+    assert relative_error(running.run(["y"], {"x": x, "w": other})[0], wanted) <= 2e-6
+    assert relative_error(run(tmp_path / "out.onnx")["y"], run(base)["y"]) > 0.1
