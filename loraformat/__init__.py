@@ -19,17 +19,17 @@ from loraformat.errors import LoraFormatError, Problem
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.axes import Placement
-    from loraformat.bind import bind
-    from loraformat.convert import convert
-    from loraformat.digest import digest
     from loraformat.file import save
-    from loraformat.init import init
-    from loraformat.merge import attach, merge
+    from loraformat.identity import digest
     from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Replace, Rows
     from loraformat.registry import load, open_base
     from loraformat.resolve import Hints
     from loraformat.updates import Update
-    from loraformat.verify import verify
+    from loraformat.verbs.bind import bind
+    from loraformat.verbs.convert import convert
+    from loraformat.verbs.init import init
+    from loraformat.verbs.merge import attach, merge
+    from loraformat.verbs.verify import verify
 
 __all__ = [
     "Adapter",
@@ -60,13 +60,14 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
     **dict.fromkeys(("load", "open_base"), "registry"),
-    **dict.fromkeys(("attach", "merge"), "merge"),
+    **dict.fromkeys(("attach", "merge"), "verbs.merge"),
     "Adapter": "adapter",
     "Placement": "axes",
     "Hints": "resolve",
     "Update": "updates",
     "save": "file",
-    **{name: name for name in ("bind", "convert", "digest", "init", "verify")},
+    **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "verify")},
+    "digest": "identity",
 }
 
 

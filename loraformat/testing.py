@@ -16,11 +16,11 @@ import numpy as np
 from loraformat import registry
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
-from loraformat.convert import save
 from loraformat.layout import Layout
 from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Part, Replace, Rows
 from loraformat.source import open_source
 from loraformat.updates import Update
+from loraformat.verbs.convert import save
 
 if TYPE_CHECKING:
     import numpy.typing as npt

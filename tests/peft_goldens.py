@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 import loraformat as lf
 from loraformat import registry, testing
-from loraformat.bind import bind
-from loraformat.convert import convert
-from loraformat.merge import merge
+from loraformat.verbs.bind import bind
+from loraformat.verbs.convert import convert
+from loraformat.verbs.merge import merge
 
 HERE = Path(__file__).parent / "golden" / "peft"
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import testing
-from loraformat.digest import digest
+from loraformat.identity import digest
 
 GPT2 = str(adapter_of("gpt2"))
 BASE = str(base_of("gpt2"))

@@ -204,6 +204,16 @@ def test_with_json_a_fault_is_json_on_stdout(run):
     }
 
 
+@pytest.mark.parametrize("words", [["validate", "a.safetensors"], ["info", "a.safetensors"]])
+def test_control_characters_in_a_strangers_names_do_not_reach_the_terminal(run, words, tmp_path):
+    save_file({"m\x1b[2J.lora_A.weight": np.ones((2, 3), np.float32), "\x07": np.ones(1)}, tmp_path / "a.safetensors")
+    told = run(*words)
+    assert told.code == 1
+    assert r"m\x1b[2J" in told.out + told.err
+    assert "\x1b" not in told.out + told.err
+    assert "\x07" not in told.out + told.err
+
+
 def test_names_that_a_terminal_cannot_show_are_shown_escaped(tmp_path):
     lf.save(lf.Adapter({"Ω.weight": lf.load(LINEAR)["blocks.0.mlp.fc.weight"]}), tmp_path / "a.safetensors")
     done = subprocess.run(

@@ -8,7 +8,7 @@ from peft_goldens import base_of
 from safetensors.numpy import save_file
 
 import loraformat as lf
-from loraformat.digest import digest
+from loraformat.identity import digest
 
 BASE = str(base_of("gpt2"))
 
@@ -90,6 +90,9 @@ def test_init_refuses_a_weight_that_nothing_places_and_takes_the_users_word(run,
 
 def test_init_writes_a_peft_folder_too(run, tmp_path):
     assert run("init", BASE, "-t", "c_fc", "-r", "4", "-a", "8", "-o", "fresh").code == 0
-    assert sorted(p.name for p in (tmp_path / "fresh").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "fresh").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     config = json.loads((tmp_path / "fresh" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)

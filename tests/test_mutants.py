@@ -15,7 +15,7 @@ from peft_goldens import check_deltas, check_merge, check_numbers, check_pattern
 
 import loraformat as lf
 from loraformat import axes, huggingface, parts, testing, updates
-from loraformat.merge import attach, merge
+from loraformat.verbs.merge import attach, merge
 from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.attach import Branch
 from loraformat_converters.peft import config, read, write

@@ -9,10 +9,10 @@ import pytest
 from graphs import adapter, inputs, lora, model, run, save, session, stored
 
 from loraformat import Hints, LoraFormatError
-from loraformat.merge import attach, merge
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
-from loraformat.verify import verify
+from loraformat.verbs.merge import attach, merge
+from loraformat.verbs.verify import verify
 
 KEY = "m.q.weight"
 VERBS = {"attach": attach, "merge": merge}

@@ -9,10 +9,10 @@ from graphs import adapter, lora, model, save, stored
 
 from loraformat import Adapter, Hints, LoraFormatError, Placement, Update
 from loraformat.base import Options
-from loraformat.init import init
-from loraformat.merge import merge, prepare
 from loraformat.parts import Delta
 from loraformat.registry import open_base
+from loraformat.verbs.init import init
+from loraformat.verbs.merge import merge, prepare
 
 
 def chain(*nodes, square=6):

@@ -9,10 +9,10 @@ import pytest
 from graphs import session, stored
 
 from loraformat import Adapter, Hints, Lora, Update
-from loraformat.merge import attach, merge
 from loraformat.registry import load, open_base
 from loraformat.testing import relative_error
-from loraformat.verify import verify
+from loraformat.verbs.merge import attach, merge
+from loraformat.verbs.verify import verify
 
 pytestmark = pytest.mark.peer
 

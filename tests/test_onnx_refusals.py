@@ -11,10 +11,10 @@ from graphs import adapter, feeds, lora, model, run, save, session, stored
 from onnx import helper, numpy_helper
 
 from loraformat import Adapter, Hints, LoraFormatError, Update
-from loraformat.merge import attach, merge
 from loraformat.parts import Delta, Magnitude
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
+from loraformat.verbs.merge import attach, merge
 
 KEY = "m.q.weight"
 VERBS = {"attach": attach, "merge": merge}

@@ -15,11 +15,11 @@ from onnx import external_data_helper, helper
 
 from loraformat import Adapter, LoraFormatError
 from loraformat.base import Options
-from loraformat.init import init
-from loraformat.merge import attach, merge, prepare
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
-from loraformat.verify import verify
+from loraformat.verbs.init import init
+from loraformat.verbs.merge import attach, merge, prepare
+from loraformat.verbs.verify import verify
 
 KEYS = {"m.q.weight": (64, 48), "m.k.weight": (32, 64)}
 TEXT = """g (float[T,N,48] x) => (float[T,N,40] y) <float[48,64] wq, float[64] bq, float[64,32] wk, float[32,40] wo>

@@ -25,10 +25,10 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import registry, testing
-from loraformat.bind import bind
-from loraformat.convert import convert, save
-from loraformat.digest import digest
-from loraformat.verify import verify
+from loraformat.identity import digest
+from loraformat.verbs.bind import bind
+from loraformat.verbs.convert import convert, save
+from loraformat.verbs.verify import verify
 from loraformat_converters.peft import config as configs
 
 # Case → the rule that refuses it and words that name the reason.

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import registry, testing
-from loraformat.convert import save
-from loraformat.merge import merge
+from loraformat.verbs.convert import save
+from loraformat.verbs.merge import merge
 
 pytestmark = pytest.mark.peer
 

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 import loraformat as lf
 from loraformat import testing
 from loraformat.atomic import write_folder
-from loraformat.convert import convert
-from loraformat.digest import digest
+from loraformat.identity import digest
 from loraformat.values import value_problems
+from loraformat.verbs.convert import convert
 from loraformat_converters.peft import config as configs
 
 KINDS = ("lora", "conv", "embedding", "experts", "dora", "loha", "lokr", "delta", "replace", "rows")
@@ -110,10 +110,10 @@ def test_a_damaged_peft_folder_is_refused_or_read_correctly(start, tmp_path):
 def test_the_damage_is_neither_always_fatal_nor_never(native, tmp_path):
     path = tmp_path / "in.safetensors"
     read = 0
-    for seed in range(100):
+    for seed in range(300):
         path.write_bytes(damaged(native, np.random.default_rng(seed)))
         read += survives(path, tmp_path)
-    assert 5 < read < 60
+    assert 5 < read < 150
 
 
 # Killed.
@@ -173,13 +173,17 @@ def peft_with(folder, module, **changes):
     config = json.loads((adapter_of("linear") / configs.FILE).read_text())
     folder.mkdir()
     (folder / configs.FILE).write_text(json.dumps(config | changes))
-    pair = {f"{module}.lora_A.weight": np.ones((6, 5), np.float32), f"{module}.lora_B.weight": np.ones((4, 6), np.float32)}
+    pair = {
+        f"{module}.lora_A.weight": np.ones((6, 5), np.float32),
+        f"{module}.lora_B.weight": np.ones((4, 6), np.float32),
+    }
     save_file(pair, folder / "adapter_model.safetensors")
     return folder
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(a|aa)+$", "(a|a?)+$", "(.*a){20}$", "(.*)*x", "((a*b|a)*c|a)*$", "(?=(a+)+$)b", "a{1,9999999}x"]
+    "pattern",
+    ["(a+)+$", "(a|aa)+$", "(a|a?)+$", "(.*a){20}$", "(.*)*x", "((a*b|a)*c|a)*$", "(?=(a+)+$)b", "a{1,9999999}x"],
 )
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_regular_expression_that_would_run_for_hours_is_matched_or_refused_at_once(field, pattern, tmp_path):

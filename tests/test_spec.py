@@ -14,8 +14,8 @@ from jsonschema import Draft202012Validator
 
 from loraformat import file
 from loraformat.container import Container
-from loraformat.digest import digest
 from loraformat.errors import LoraFormatError
+from loraformat.identity import digest
 from loraformat.names import NAME_SPACES, ROLES
 from loraformat.parts import KINDS
 from loraformat.rules import RULES

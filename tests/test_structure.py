@@ -20,11 +20,12 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "names", "axes", "scale", "parts", "updates", "adapter"),
-    *("canonical", "container", "shapes", "values", "metadata", "rules", "digest", "atomic", "file"),
+    *("errors", "names", "axes", "scale", "parts", "products", "updates", "adapter"),
+    *("canonical", "container", "shapes", "values", "metadata", "faults", "parse", "rules"),
+    *("identity", "atomic", "file"),
     *("source", "layout", "base", "registry"),
-    *("resolve", "placing", "huggingface", "tiles", "plan"),
-    *("checkpoint", "merge", "bind", "normal", "init", "verify", "convert", "testing"),
+    *("resolve", "placing", "huggingface", "tiles", "plan", "checkpoint", "normal"),
+    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert", "testing"),
     *("cli", "cli.options", "cli.inspect", "cli.create", "cli.deploy", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click"}

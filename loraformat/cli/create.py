@@ -49,8 +49,8 @@ def init_(
 ) -> None:
     """Make a fresh adapter for BASE: A random, B zero, ΔW = 0; the same seed gives the same bytes everywhere."""
     from loraformat import registry
-    from loraformat.convert import save, target_layout
-    from loraformat.init import init
+    from loraformat.verbs.convert import save, target_layout
+    from loraformat.verbs.init import init
 
     layout, _ = target_layout(out, to_layout)
     adapter = init(
@@ -95,9 +95,9 @@ def convert(
     as_json: bool,
 ) -> None:
     """Write the adapter SRC as DST, in another layout; ΔW stays the same."""
-    from loraformat.convert import convert as run
-    from loraformat.convert import target_layout
     from loraformat.layout import ReadOptions
+    from loraformat.verbs.convert import convert as run
+    from loraformat.verbs.convert import target_layout
 
     _, why = target_layout(destination, to_layout)
     adapter, warnings, found, to = run(
@@ -127,8 +127,8 @@ def bind(
 ) -> None:
     """Write into FILE what its base says: placement and SHA-256 of every target. The digest stays the same."""
     from loraformat import registry
-    from loraformat.bind import bind as run
-    from loraformat.convert import save, target_layout
+    from loraformat.verbs.bind import bind as run
+    from loraformat.verbs.convert import save, target_layout
 
     reading, _, _ = registry.read(file)
     warn(reading.warnings)
@@ -140,7 +140,7 @@ def bind(
 
 def _proof(adapter: Adapter, out: str, what: str, as_json: bool, following: str) -> None:
     """The last line of a success: what was written, in numbers, and what comes next."""
-    from loraformat.digest import digest
+    from loraformat.identity import digest
 
     placed = sum(update.placement is not None for update in adapter.values())
     scales = sorted({update.scale for update in adapter.values() if update.scale is not None})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, warn
+from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, shown, warn
 
 if TYPE_CHECKING:
     from loraformat.layout import Reading
@@ -47,7 +47,7 @@ def resolve(
 def _print(resolution: Resolution) -> None:
     """Failures first."""
     for problem in [*resolution.unresolved, *resolution.ambiguous]:
-        click.echo(str(problem))
+        click.echo(shown(problem))
     for key, places in resolution.targets.items():
         for match in places:
             where = f"{match.node} ({match.weight})" if match.node else match.weight
@@ -106,8 +106,8 @@ def _carry_out(
     from loraformat import registry
     from loraformat.atomic import check_free
     from loraformat.base import Options
-    from loraformat.merge import prepare
     from loraformat.values import value_problems
+    from loraformat.verbs.merge import prepare
 
     if not plan_only:
         check_free(Path(out), force)
@@ -210,7 +210,7 @@ def verify(
 ) -> None:
     """Check that MERGED is BASE with the adapter: touched tensors are W + ΔW within rounding, the rest bit for bit."""
     from loraformat import registry
-    from loraformat.verify import verify as run
+    from loraformat.verbs.verify import verify as run
 
     reading = _read(adapter, base)
     verdict = run(registry.open_base(base), reading.adapter, registry.open_base(merged), hints(names, axes))
@@ -225,7 +225,7 @@ def verify(
         echo_json(value)
     else:
         for problem in verdict.problems:
-            click.echo(str(problem))
+            click.echo(shown(problem))
         worst = max(verdict.touched.values(), default=0.0)
         word = "differs" if verdict.problems else "equals base + adapter"
         click.echo(

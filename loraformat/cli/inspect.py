@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraformat.cli.options import echo_json, json_flag
+from loraformat.cli.options import echo_json, json_flag, shown
 from loraformat.errors import LoraFormatError, Problem
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def validate(
         for (path, said, problems), wrong in zip(results, bad, strict=True):
             click.echo(f"{'INVALID' if wrong else 'valid'}  {path}{f'  {said}' if said else ''}")
             for problem in problems:
-                click.echo("  " + str(problem).replace("\n", "\n  "))
+                click.echo("  " + shown(problem).replace("\n", "\n  "))
     ctx.exit(1 if any(bad) else 0)
 
 
@@ -85,7 +85,7 @@ def info(path: str, layout: str | None, as_json: bool) -> None:
 
 def _info_json(path: str, layout: str, adapter: Adapter) -> dict[str, Any]:
     from loraformat.container import dtype_name
-    from loraformat.digest import digest
+    from loraformat.identity import digest
     from loraformat.metadata import VERSION, part_json
     from loraformat.parts import roles_of
 
@@ -141,7 +141,7 @@ def _lines(adapter: Adapter, reading: Reading) -> list[str]:
     name = adapter.base_model.get("name")
     of = f" · base {name}" if isinstance(name, str) else ""
     head = f"{_count(len(adapter))} · {size(total)} · names: {adapter.names}{of}"
-    return [head, "", *lines, *map(str, reading.warnings)]
+    return [head, "", *lines, *map(shown, reading.warnings)]
 
 
 def _rank(update: Any) -> str:

@@ -63,7 +63,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name in a file may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = cli.main(prog_name="loraformat", standalone_mode=False)  # click gives ctx.exit's code back, and raises everything else
+        code = cli.main(
+            prog_name="loraformat", standalone_mode=False
+        )  # click gives ctx.exit's code back, and raises everything else
     except LoraFormatError as error:
         _fail(error)
     except click.Abort:
@@ -81,13 +83,13 @@ def main() -> None:
 
 
 def _fail(error: LoraFormatError) -> None:
-    if "--json" in sys.argv:
-        from loraformat.cli.options import echo_json
+    from loraformat.cli.options import echo_json, shown
 
+    if "--json" in sys.argv:
         echo_json({"schema": 1, "problems": [p.as_json() for p in error.problems]})
     else:
-        shown = error.problems[:20]
-        click.echo("\n".join(map(str, shown)), err=True)
-        if len(error.problems) > len(shown):
-            click.echo(f"… and {len(error.problems) - len(shown)} more (--json lists all)", err=True)
+        first = error.problems[:20]
+        click.echo("\n".join(map(shown, first)), err=True)
+        if len(error.problems) > len(first):
+            click.echo(f"… and {len(error.problems) - len(first)} more (--json lists all)", err=True)
     sys.exit(2 if all(p.rule == "LF-705" for p in error.problems) else 1)

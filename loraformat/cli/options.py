@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from loraformat import canonical
-from loraformat.errors import fault
+from loraformat.errors import Problem, fault
 from loraformat.resolve import Hints
 
-__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "warn"]
+__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "shown", "warn"]
 
 _SPEC = re.compile(r"\s*(out|in|batch)\d*\s*(,\s*(out|in|batch)\d*\s*)*")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,7 +60,12 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def warn(problems: Any) -> None:
+def shown(problem: Problem) -> str:
+    """A problem for a terminal: control characters in a stranger's names are shown, not obeyed."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(problem))
+
+
+def warn(problems: Iterable[Problem]) -> None:
     """Warnings on stderr."""
     for problem in problems:
-        click.echo(str(problem), err=True)
+        click.echo(shown(problem), err=True)

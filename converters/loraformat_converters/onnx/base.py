@@ -13,8 +13,8 @@ from loraformat import canonical
 from loraformat.atomic import check_free
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
-from loraformat.digest import digest
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.identity import digest
 from loraformat.metadata import part_json
 from loraformat.plan import Outcome, Plan, size
 from loraformat.resolve import Hints, Match, Resolution

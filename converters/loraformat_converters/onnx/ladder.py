@@ -163,7 +163,7 @@ def _require_one_module(key: str, sites: Sequence[Site]) -> None:
     """Only the tensor's name speaks: LF-609 unless all its uses are one, or known to be calls of one module."""
     if len(sites) == 1:
         return
-    modules = sorted({name for site in sites for name in modules_of(site)}, key=len)
+    modules = sorted({name for site in sites for name in modules_of(site)}, key=lambda name: (len(name), name))
     nameless = sum(not modules_of(site) for site in sites)
     if nameless or any(not same_module(modules[0], other) for other in modules):
         names = ", ".join([*modules[:3], *[f"{nameless} without a module's name"][: bool(nameless)]])

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from loraformat import registry
 from loraformat.atomic import write_file, write_folder
-from loraformat.bind import bind
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Layout, ReadOptions
 from loraformat.resolve import Hints
+from loraformat.verbs.bind import bind
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraformat.digest import tensor_sha256
 from loraformat.errors import fault
+from loraformat.identity import tensor_sha256
 from loraformat.resolve import Hints
 
 if TYPE_CHECKING:

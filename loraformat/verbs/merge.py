@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraformat.base import Base, Options
-from loraformat.digest import tensor_sha256
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.identity import tensor_sha256
 from loraformat.resolve import Hints
 
 if TYPE_CHECKING:
