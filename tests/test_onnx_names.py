@@ -13,6 +13,7 @@ from loraformat.parts import Delta
 from loraformat.registry import open_base
 from loraformat.verbs.init import init
 from loraformat.verbs.merge import merge, prepare
+from loraformat_converters.onnx.align import align
 
 
 def chain(*nodes, square=6):
@@ -298,3 +299,10 @@ def test_two_square_weights_are_not_mistaken_for_each_other(tmp_path):
     np.testing.assert_array_equal(new["w0"], old["w0"])
     np.testing.assert_allclose(new["w1"], old["w1"] + update["enc.k.weight"].matrix().T, rtol=1e-6)
     onnx.checker.check_model(tmp_path / "out.onnx", full_check=True)
+
+
+def test_a_numbered_wrapper_is_seen_through_where_several_layered_names_fit():
+    names = [f"0.auto_model.layer.{i}.{leaf}" for i in range(2) for leaf in ("q", "k")]
+    wanted = ["layer.0.q", "layer.1.k"]
+    assert align(wanted, names).names == {name: f"0.auto_model.{name}" for name in wanted}
+    assert align(["q", "k"], names).names == {}

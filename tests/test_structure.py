@@ -1,6 +1,7 @@
 """The house stands as designed: who imports whom, what a command loads, and that rules and code name the same ids."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -135,6 +136,14 @@ def test_every_public_name_exists():
         _ = lf.lode
 
 
+def test_an_entry_point_gives_the_same_object_whatever_was_imported_before():
+    everything = "".join(
+        f"import loraformat_converters.{dotted(path, CONVERTERS)}\n" for path in CONVERTERS.glob("*/*.py")
+    )
+    code = f"{everything}from loraformat import registry\nprint(*(type(o).__name__ for g in ('layouts', 'bases') for o in registry._loaded(f'loraformat.{{g}}')[0].values()))"
+    assert "module" not in loaded_by(code)
+
+
 # Rules.
 
 
@@ -167,9 +176,7 @@ def broken_plugin(monkeypatch):
         return [*whole(group=group), *([point] if group == point.group else [])]
 
     monkeypatch.setattr(importlib.metadata, "entry_points", points)
-    registry._loaded.cache_clear()
-    yield
-    registry._loaded.cache_clear()
+    monkeypatch.setattr(registry, "_loaded", functools.cache(registry._loaded.__wrapped__))
 
 
 @pytest.mark.usefixtures("broken_plugin")

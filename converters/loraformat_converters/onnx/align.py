@@ -2,7 +2,8 @@
 
 A graph may name its modules from another root than the adapter: a wrapper around the model, a part of it. So the
 graph has a prefix more, or the adapter has. Two rules that fit equally well, or a rule that fits some targets only,
-are no evidence; nor is a prefix with a number in it, since layer 1 is not layer 2.
+are no evidence. A prefix with a number in it may hide a layer, and layer 1 is not layer 2: the adapter never has one
+more, and the graph only where several names with layer numbers of their own fit (``0.auto_model.`` around a model).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def align(wanted: Collection[str], known: Iterable[str]) -> Alignment:
     if exact or not wanted:
         return Alignment(exact)
     first = next(iter(wanted))
-    rules = {rule for name in names if (rule := _rule(first, name)) is not None}
+    layered = len(wanted) > 1 and any(_numbered(name) for name in wanted)
+    rules = {rule for name in names if (rule := _rule(first, name, layered)) is not None}
     fits = [rule for rule in rules if all(_under(name, *rule) in names for name in wanted)]
     told = sorted(f"with {more}" if more else f"without {less}" for more, less in fits)
     if len(fits) == 1:
@@ -43,15 +45,19 @@ def align(wanted: Collection[str], known: Iterable[str]) -> Alignment:
     return Alignment(rivals=tuple(told))
 
 
-def _rule(wanted: str, name: str) -> tuple[str, str] | None:
+def _rule(wanted: str, name: str, layered: bool) -> tuple[str, str] | None:
     """(prefix that the graph has more, prefix that the adapter has more), where one name ends with the other."""
     for longer, shorter in ((name, wanted), (wanted, name)):
         if longer.endswith(f".{shorter}"):
             prefix = longer.removesuffix(shorter)
-            if any(component.isdigit() for component in prefix.split(".")):
+            if _numbered(prefix) and not (layered and longer is name):
                 return None
             return (prefix, "") if longer is name else ("", prefix)
     return None
+
+
+def _numbered(name: str) -> bool:
+    return any(component.isdigit() for component in name.split("."))
 
 
 def _under(name: str, more: str, less: str) -> str | None:
