@@ -14,7 +14,7 @@ from loraformat.errors import fault
 if TYPE_CHECKING:
     from loraformat.base import Base
 
-__all__ = ["base"]
+__all__ = ["kind"]
 
 
 class _Kind:
@@ -35,4 +35,4 @@ class _Kind:
         return OnnxBase(path)
 
 
-base = _Kind()
+kind = _Kind()
