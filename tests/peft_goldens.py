@@ -4,9 +4,11 @@ The checks are plain functions, so that ``test_mutants`` can run the very same o
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors import deserialize
 from safetensors.numpy import load_file
 
@@ -155,3 +157,17 @@ def check_round_trip(case, tmp_path):
         json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "peft", adapter_of(case))
     ]
     assert configs[0] == configs[1]
+
+
+def problems_of(call, *args, **kwargs):
+    with pytest.raises(lf.LoraFormatError) as caught:
+        call(*args, **kwargs)
+    return caught.value.problems
+
+
+def edited(case, folder, **changes):
+    """A copy of a golden adapter with other values in its configuration."""
+    shutil.copytree(adapter_of(case), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    return folder

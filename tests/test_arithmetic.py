@@ -303,7 +303,7 @@ def test_the_numbers_of_a_seed_are_these_forever():
 
 
 NORMAL = "2e52bbddf3d6a1f1950c5d79b974d499fd3d103e6305ad9fe48131fe65e81dd3"
-UNIFORM = "?"
+UNIFORM = "163bc38ab7e4981b4d0ec1cbff5e3f8e10c1d1a4e66626ed9b533854076d259f"
 
 
 def test_a_seed_and_a_name_each_give_other_numbers_and_a_count_only_more_of_them():

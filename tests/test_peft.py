@@ -1,6 +1,5 @@
 """PEFT adapters: what PEFT wrote is read as PEFT means it, and what we write PEFT loads."""
 
-import json
 import shutil
 
 import numpy as np
@@ -13,11 +12,11 @@ from peft_goldens import (
     check_deltas,
     check_merge,
     check_numbers,
-    check_patterns,
     check_round_trip,
     facts_of,
     hints_of,
     placed,
+    problems_of,
     raw,
     truth_of,
 )
@@ -27,9 +26,8 @@ import loraformat as lf
 from loraformat import registry, testing
 from loraformat.identity import digest
 from loraformat.verbs.bind import bind
-from loraformat.verbs.convert import convert, save
+from loraformat.verbs.convert import convert
 from loraformat.verbs.verify import verify
-from loraformat_converters.peft import config as configs
 
 # Case → the rule that refuses it and words that name the reason.
 REFUSED = {
@@ -57,20 +55,6 @@ REFUSED = {
 }
 
 every = pytest.mark.parametrize("case", SUPPORTED)
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
-
-
-def edited(case, folder, **changes):
-    """A copy of a golden adapter with other values in its configuration."""
-    shutil.copytree(adapter_of(case), folder)
-    config = json.loads((folder / configs.FILE).read_text())
-    (folder / configs.FILE).write_text(json.dumps(config | changes))
-    return folder
 
 
 def test_the_goldens_are_all_here_and_each_is_either_supported_or_refused():
@@ -201,215 +185,6 @@ def test_a_bound_adapter_keeps_its_digest_and_its_round_trip(tmp_path):
     lf.save(bound, tmp_path / "bound.safetensors")
     convert(tmp_path / "bound.safetensors", tmp_path / "peft")
     assert raw(tmp_path / "peft" / "adapter_model.safetensors") == raw(adapter_of("gpt2") / "adapter_model.safetensors")
-
-
-# Configurations.
-
-
-@pytest.mark.parametrize(
-    ("changes", "rule", "words"),
-    [
-        ({"r": 8}, "LF-507", "the rank is stated as 8, and is 6"),
-        ({"r": "6"}, "LF-503", "r must be a positive integer, not '6'"),
-        ({"r": True}, "LF-503", "r must be a positive integer, not True"),
-        ({"lora_alpha": None}, "LF-509", "the scale is unknown"),
-        ({"lora_alpha": "9"}, "LF-503", "lora_alpha must be a finite number, not '9'"),
-        ({"lora_alpha": 10**200}, "LF-503", "beyond 2^53"),
-        ({"use_rslora": "yes"}, "LF-503", "use_rslora must be true or false"),
-        ({"rank_pattern": [4]}, "LF-503", "rank_pattern must be an object"),
-        ({"rank_pattern": {"fc(": 4}}, "LF-503", "no regular expression to use"),
-        ({"alpha_pattern": {r"(\w)\1": 4}}, "LF-503", "groupref cannot be matched in bounded time"),
-        ({"alpha_pattern": {"fc": "4"}}, "LF-503", "alpha_pattern['fc'] must be a finite number"),
-        ({"peft_type": "LN_TUNING"}, "LF-504", "peft_type LN_TUNING is another method than LoRA"),
-        ({"peft_type": "PREFIX_TUNING"}, "LF-504", "no weight of the base changes"),
-        ({"peft_type": None}, "LF-504", "peft_type None says nothing"),
-        ({"init_lora_weights": "pissa_niter_4"}, "LF-504", "moves the base weights"),
-        ({"init_lora_weights": "fancy"}, "LF-504", "is not known to keep the base"),
-        ({"alora_invocation_tokens": [1, 2]}, "LF-504", "aLoRA acts only after certain tokens"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "LF-504", "layer_replication changes the base's layers"),
-        ({"use_bdlora": {"target_modules_bd_a": ["fc"]}}, "LF-504", "block-diagonal factors are not read yet"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_a_configuration_that_means_something_else_is_refused_by_its_reason(changes, rule, words, tmp_path):
-    problems = problems_of(lf.load, edited("linear", tmp_path / "adapter", **changes))
-    assert {p.rule for p in problems} == {rule}
-    assert words in problems[0].what
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA", "r": 1e999}', '{"r": 1, "r": 2}'])
-def test_a_configuration_that_is_not_strict_json_is_refused(text, tmp_path):
-    folder = edited("linear", tmp_path / "adapter")
-    (folder / configs.FILE).write_text(text)
-    assert {p.rule for p in problems_of(registry.read, folder, "peft")} == {"LF-503"}
-
-
-def test_a_pattern_means_the_end_of_a_path_from_a_dot_on():
-    check_patterns(configs._meant)
-
-
-def test_an_unknown_key_with_a_value_warns_and_names_the_nearest(tmp_path):
-    folder = edited("linear", tmp_path / "adapter", use_rslorra=True, unheard_of=None)
-    (warning,) = registry.read(folder)[0].warnings
-    assert (warning.rule, warning.severity) == ("LF-505", "warning")
-    assert "did you mean 'use_rslora'" in warning.what
-
-
-def test_without_a_configuration_the_scale_is_unknown_until_the_user_states_it(tmp_path):
-    file = shutil.copy(adapter_of("linear") / "adapter_model.safetensors", tmp_path)
-    assert {p.rule for p in problems_of(lf.load, file)} == {"LF-509"}
-    options = registry.ReadOptions(alpha=9, scale_rule="alpha/r")
-    stated = registry.read(file, options=options)[0].adapter
-    assert digest(stated) == digest(lf.load(adapter_of("linear")))
-
-
-def test_the_users_word_against_the_configuration_of_the_adapter_is_refused():
-    problems = problems_of(registry.read, adapter_of("linear"), options=registry.ReadOptions(alpha=10))
-    assert {p.rule for p in problems} == {"LF-507"}
-    assert "10" in problems[0].what
-    assert "9" in problems[0].what
-
-
-# Tensors.
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "rule", "words"),
-    [
-        ("a.lora_A.weight", (2, 5), "LF-303", "lora_B is missing"),
-        ("head.weight", (2, 5), "LF-506", "a fully trained tensor"),
-        ("a.lora_magnitude_vector", (5,), "LF-504", "a DoRA magnitude"),
-        ("a.lora_A.default.weight", (2, 5), "LF-504", "its adapter's name in the key"),
-        ("a.base_layer.bias", (5,), "LF-504", "a trained bias"),
-        ("a.base_layer.lora_A.weight", (2, 5), "LF-504", "an expert parameter (target_parameters)"),
-    ],
-)
-def test_a_tensor_that_is_no_factor_is_refused_by_what_it_is(name, shape, rule, words, tmp_path):
-    folder = edited("linear", tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    save_file(load_file(file) | {f"base_model.model.{name}": np.ones(shape, np.float32)}, file)
-    (problem,) = problems_of(lf.load, folder)
-    assert problem.rule == rule
-    assert words in problem.what
-    assert name.partition(".")[0] in problem.where
-
-
-@pytest.mark.parametrize(
-    ("shapes", "rule"),
-    [
-        (((6, 0), (28, 6)), "LF-311"),
-        (((6, 0, 3, 3), (28, 6, 1, 1)), "LF-311"),
-        (((6,), (28, 6)), "LF-309"),
-        (((6, 20), (28, 5)), "LF-309"),
-        (((6, 20, 3), (28, 6)), "LF-309"),
-        (((6, 20, 3), (28, 6, 2)), "LF-309"),
-    ],
-)
-def test_factors_that_do_not_fit_are_refused_by_their_shapes(shapes, rule, tmp_path):
-    folder = edited("linear", tmp_path / "adapter")
-    pair = {f"m.lora_{role}.weight": np.ones(shape, np.float32) for role, shape in zip("AB", shapes, strict=True)}
-    save_file(pair, folder / "adapter_model.safetensors")
-    assert {p.rule for p in problems_of(lf.load, folder)} == {rule}
-
-
-def test_a_module_cannot_be_a_linear_and_an_embedding_at_once(tmp_path):
-    folder = edited("linear", tmp_path / "adapter")
-    names = ("m.lora_A.weight", "m.lora_embedding_A", "m.lora_B.weight", "m.lora_embedding_B")
-    tensors = {name: np.ones((6, 7) if "_A" in name else (8, 6), np.float32) for name in names}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (problem,) = problems_of(lf.load, folder)
-    assert problem.rule == "LF-506"
-    assert "which is it?" in problem.what
-
-
-def test_a_key_with_a_control_character_is_refused(tmp_path):
-    folder = edited("linear", tmp_path / "adapter")
-    pair = {
-        "m\x1b[2J.lora_A.weight": np.ones((6, 7), np.float32),
-        "m\x1b[2J.lora_B.weight": np.ones((8, 6), np.float32),
-    }
-    save_file(pair, folder / "adapter_model.safetensors")
-    (problem,) = problems_of(lf.load, folder)
-    assert problem.rule == "LF-301"
-    assert "\x1b" not in str(problem)
-
-
-def test_factors_of_a_model_that_adapters_were_injected_into_have_no_prefix(tmp_path):
-    folder = edited("linear", tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    save_file({name.removeprefix("base_model.model."): t for name, t in load_file(file).items()}, file)
-    assert digest(lf.load(folder)) == digest(lf.load(adapter_of("linear")))
-
-
-# Writing from the model alone.
-
-
-def scratch(**updates):
-    return lf.Adapter({key.replace("__", ".") + ".weight": lf.Update((lora,)) for key, lora in updates.items()})
-
-
-def lora(rank, in_, out, alpha, rule, seed=0):
-    draw = np.random.default_rng(seed)
-    a, b = draw.standard_normal((rank, in_)), draw.standard_normal((out, rank))
-    return lf.Lora((0.4 * a).astype(np.float32), (0.4 * b).astype(np.float32), alpha, rule)
-
-
-def rewritten(adapter, tmp_path):
-    save(adapter, tmp_path / "peft", registry.layout("peft"))
-    return lf.load(tmp_path / "peft"), json.loads((tmp_path / "peft" / configs.FILE).read_text())
-
-
-def test_mixed_ranks_rules_and_names_are_written_so_that_the_same_numbers_are_read(tmp_path):
-    adapter = scratch(
-        proj=lora(3, 7, 5, 4.0, "alpha/r", 1),
-        a__proj=lora(2, 7, 5, 3.0, "alpha/sqrt(r)", 2),
-        layers__1__q=lora(3, 6, 4, 0.3, "factor", 3),
-        layers__11__q=lora(4, 6, 4, -2.5, "alpha/r", 4),
-    )
-    again, config = rewritten(adapter, tmp_path)
-    assert sorted(again) == sorted(adapter)
-    for key, update in adapter.items():
-        assert again[key].scale == pytest.approx(update.scale, rel=3e-16)
-        assert testing.relative_error(again[key].matrix(), update.matrix()) <= 1e-7
-    assert config["use_rslora"] is False
-    assert config["r"] == 3
-
-
-def test_rslora_everywhere_is_written_as_rslora(tmp_path):
-    adapter = scratch(p=lora(5, 7, 6, 8.0, "alpha/sqrt(r)"), q=lora(3, 7, 6, 8.0, "alpha/sqrt(r)"))
-    again, config = rewritten(adapter, tmp_path)
-    assert config["use_rslora"] is True
-    assert config["lora_alpha"] == 8
-    assert digest(again) == digest(adapter)
-
-
-def test_a_configuration_that_no_longer_holds_is_written_anew_with_its_notes(tmp_path):
-    changes = {"base_model_name_or_path": "some/model", "exclude_modules": ["fc"], "init_lora_weights": False}
-    adapter = lf.load(edited("linear", tmp_path / "source", layers_to_transform=[0], **changes))
-    key = "blocks.0.mlp.fc.weight"
-    changed = {**adapter.targets, key: lf.Update((lora(4, 28, 20, 7.0, "alpha/r"),))}
-    again, config = rewritten(lf.Adapter(changed, extensions=adapter.extensions), tmp_path)
-    assert (again[key].rank, again[key].scale) == (4, 1.75)
-    assert config["base_model_name_or_path"] == "some/model"
-    assert not {"exclude_modules", "layers_to_transform", "init_lora_weights"} & config.keys()
-
-
-@pytest.mark.parametrize(
-    ("kinds", "words"),
-    [(["dora"], "magnitude"), (["experts"], "with a .weight"), (["loha"], "loha"), (["rows"], "rows")],
-)
-def test_what_peft_cannot_hold_is_refused_before_anything_is_written(kinds, words, tmp_path):
-    lf.save(testing.random_adapter(kinds=kinds), tmp_path / "a.safetensors")
-    problems = problems_of(convert, tmp_path / "a.safetensors", tmp_path / "peft")
-    assert {p.rule for p in problems} == {"LF-508"}
-    assert words in problems[0].what
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
-
-
-def test_a_scale_that_no_alpha_of_float64_gives_is_refused(tmp_path):
-    problems = problems_of(rewritten, scratch(p=lora(3, 7, 6, 1e308, "factor")), tmp_path)
-    assert [p.rule for p in problems] == ["LF-508"]
-    assert not (tmp_path / "peft").exists()
 
 
 # What was done wrong with a merge.
