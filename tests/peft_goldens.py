@@ -14,9 +14,6 @@ from safetensors.numpy import load_file
 
 import loraformat as lf
 from loraformat import registry, testing
-from loraformat.verbs.bind import bind
-from loraformat.verbs.convert import convert
-from loraformat.verbs.merge import merge
 
 HERE = Path(__file__).parent / "golden" / "peft"
 
@@ -103,7 +100,7 @@ def hints_of(case):
 def placed(case):
     """The adapter of a case, every target placed by the evidence of its base."""
     adapter = registry.read(adapter_of(case))[0].adapter
-    return bind(adapter, lf.open_base(base_of(case)), hints_of(case))
+    return lf.bind(adapter, lf.open_base(base_of(case)), hints_of(case))
 
 
 def check_deltas(case, file="truth"):
@@ -130,7 +127,7 @@ def check_merge(case, tmp_path):
     """The merged checkpoint is PEFT's, every other tensor is the base's byte for byte; returns its path."""
     out = tmp_path / f"{case}.safetensors"
     adapter, base = lf.load(adapter_of(case)), lf.open_base(base_of(case))
-    merge(adapter, base, out, hints_of(case))
+    lf.merge(adapter, base, out, hints_of(case))
     wanted, before, after = truth_of(case, "merged"), raw(base_file(case)), raw(out)
     assert {name: after[name] for name in before.keys() - wanted} == {n: before[n] for n in before.keys() - wanted}
     assert after.keys() == before.keys() | wanted.keys()
@@ -150,8 +147,8 @@ def check_merge(case, tmp_path):
 
 def check_round_trip(case, tmp_path):
     """PEFT → native → PEFT gives the same tensors, byte for byte, and the same configuration."""
-    convert(adapter_of(case), tmp_path / "native.safetensors")
-    convert(tmp_path / "native.safetensors", tmp_path / "peft")
+    lf.convert(adapter_of(case), tmp_path / "native.safetensors")
+    lf.convert(tmp_path / "native.safetensors", tmp_path / "peft")
     assert raw(tmp_path / "peft" / "adapter_model.safetensors") == raw(adapter_of(case) / "adapter_model.safetensors")
     configs = [
         json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "peft", adapter_of(case))

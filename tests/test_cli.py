@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import testing
-from loraformat.identity import digest
 
 GPT2 = str(adapter_of("gpt2"))
 BASE = str(base_of("gpt2"))
@@ -133,7 +132,7 @@ def test_info_json_states_every_target_and_null_where_it_is_unplaced(run, native
     assert list(told.json) == ["schema", "path", "layout", "version", "digest", "names", "base_model", "targets"]
     assert (told.json["schema"], told.json["layout"], told.json["version"]) == (1, "native", "1.0")
     assert (told.json["path"], told.json["names"]) == (native, "torch")
-    assert told.json["digest"] == digest(lf.load(GPT2))
+    assert told.json["digest"] == lf.digest(lf.load(GPT2))
     assert told.json["targets"].keys() == lf.load(GPT2).targets.keys()
     assert told.json["targets"]["transformer.h.0.attn.c_attn.weight"] == {
         "kind": "lora",
@@ -171,7 +170,7 @@ def test_convert_guesses_the_layouts_says_so_on_stderr_and_ends_with_a_proof(run
     told = run("convert", GPT2, "a.safetensors")
     assert (told.code, told.out) == (0, "")
     assert "peft → native (the name ends with .safetensors)" in told.err
-    assert f"6 targets, 0 placed · scale 1.6 · digest {digest(lf.load(GPT2))[:12]}" in told.err
+    assert f"6 targets, 0 placed · scale 1.6 · digest {lf.digest(lf.load(GPT2))[:12]}" in told.err
     assert told.err.rstrip().endswith("next: loraformat info a.safetensors")
     assert left(tmp_path) == ["a.safetensors"]
 
@@ -186,7 +185,7 @@ def test_convert_with_a_base_writes_the_placements(run, tmp_path):
     assert told.json == {
         "schema": 1,
         "out": "a.safetensors",
-        "digest": digest(lf.load(GPT2)),
+        "digest": lf.digest(lf.load(GPT2)),
         "targets": 6,
         "placed": 6,
     }
@@ -195,10 +194,10 @@ def test_convert_with_a_base_writes_the_placements(run, tmp_path):
 
 
 def test_bind_keeps_the_digest(run, native, tmp_path):
-    before = digest(lf.load(tmp_path / native))
+    before = lf.digest(lf.load(tmp_path / native))
     assert run("bind", native, "--base", BASE, "-o", "b.safetensors").code == 0
     bound = lf.load(tmp_path / "b.safetensors")
-    assert digest(bound) == before
+    assert lf.digest(bound) == before
     assert all(update.placement and update.base_sha256 for update in bound.values())
 
 

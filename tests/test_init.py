@@ -8,7 +8,6 @@ from peft_goldens import base_of
 from safetensors.numpy import save_file
 
 import loraformat as lf
-from loraformat.identity import digest
 
 BASE = str(base_of("gpt2"))
 
@@ -20,7 +19,7 @@ def test_init_gives_the_same_bytes_for_the_same_seed_everywhere(run, tmp_path):
     assert run(*words, "--seed", "8", "-o", "other.safetensors").code == 0
     one, two, other = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("one", "two", "other"))
     assert one == two != other
-    assert digest(lf.load(tmp_path / "one.safetensors")) == DIGEST
+    assert lf.digest(lf.load(tmp_path / "one.safetensors")) == DIGEST
 
 
 DIGEST = "b407723b82857db747dd71d28bdf8cf6abfde873ebbe807c6f5675f68105c909"

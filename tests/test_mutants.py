@@ -15,7 +15,6 @@ from peft_goldens import check_deltas, check_merge, check_numbers, check_pattern
 
 import loraformat as lf
 from loraformat import axes, huggingface, parts, testing, updates
-from loraformat.verbs.merge import attach, merge
 from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.attach import Branch
 from loraformat_converters.peft import config, read, write
@@ -111,8 +110,8 @@ CHECKS = {
     "merge of bf16_upcast": peft_merge("bf16_upcast"),
     "round trip of dotted": peft_round_trip("dotted"),
     "written to PEFT": written_to_peft,
-    "onnx merge": onnx_tiny(merge),
-    "onnx attach": onnx_tiny(attach),
+    "onnx merge": onnx_tiny(lf.merge),
+    "onnx attach": onnx_tiny(lf.attach),
 }
 
 

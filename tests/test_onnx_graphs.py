@@ -210,6 +210,16 @@ def test_a_weight_may_be_in_a_constant_node(site, verb, tmp_path):
 
 
 @both_verbs
+def test_every_output_that_reads_the_target_sees_the_change(verb, tmp_path):
+    text, _, _ = SITES["output read by the model's caller and by a node"]
+    base, result = changed(verb, model(sized(text, 7, 5)), adapter({KEY: (7, 5)}), tmp_path)
+    bias = stored(base)["b"]
+    found = run(result)
+    assert relative_error(found["h"], run(base)["h"]) > 0.05
+    assert relative_error(found["y"] - bias, found["h"]) <= 2e-6
+
+
+@both_verbs
 @pytest.mark.parametrize(("kind", "tolerance"), [("float16", 2e-3), ("double", 2e-6)])
 @pytest.mark.parametrize("stored_as", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
 def test_graph_and_adapter_may_differ_in_dtype(verb, kind, tolerance, stored_as, tmp_path):

@@ -24,10 +24,6 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import registry, testing
-from loraformat.identity import digest
-from loraformat.verbs.bind import bind
-from loraformat.verbs.convert import convert
-from loraformat.verbs.verify import verify
 
 # Case → the rule that refuses it and words that name the reason.
 REFUSED = {
@@ -83,7 +79,7 @@ def test_a_golden_merged_into_its_base_is_what_peft_merges(case, tmp_path):
 @every
 def test_a_merged_golden_is_accepted_by_verify(case, tmp_path):
     merged = lf.open_base(check_merge(case, tmp_path))
-    verdict = verify(lf.open_base(base_of(case)), lf.load(adapter_of(case)), merged, hints_of(case))
+    verdict = lf.verify(lf.open_base(base_of(case)), lf.load(adapter_of(case)), merged, hints_of(case))
     assert verdict.problems == []
     assert verdict.touched.keys() == facts_of(case)["targets"].keys()
 
@@ -160,14 +156,14 @@ def test_the_same_checkpoint_without_its_configuration_is_no_evidence_for_a_squa
 
 def test_the_users_word_places_what_nothing_else_does():
     base = lf.open_base(base_of("linear_square"))
-    bound = bind(lf.load(adapter_of("linear_square")), base, lf.Hints(axes={"*": "in,out"}))
+    bound = lf.bind(lf.load(adapter_of("linear_square")), base, lf.Hints(axes={"*": "in,out"}))
     wanted = truth_of("linear_square", "delta")
     assert all(testing.relative_error(u.delta(), wanted[k].T) <= 1e-6 for k, u in bound.items())
 
 
 def test_the_users_word_against_the_configuration_is_refused():
     base = lf.open_base(base_of("gpt2"))
-    problems = problems_of(bind, lf.load(adapter_of("gpt2")), base, lf.Hints(axes={"attn.c_proj": "out,in"}))
+    problems = problems_of(lf.bind, lf.load(adapter_of("gpt2")), base, lf.Hints(axes={"attn.c_proj": "out,in"}))
     assert {p.rule for p in problems} == {"LF-605"}
     assert "user" in problems[0].what
     assert "Conv1D" in problems[0].what
@@ -175,15 +171,15 @@ def test_the_users_word_against_the_configuration_is_refused():
 
 def test_the_users_word_against_the_shape_is_refused():
     base = lf.open_base(base_of("linear"))
-    problems = problems_of(bind, lf.load(adapter_of("linear")), base, lf.Hints(axes={"mlp.fc": "in,out"}))
+    problems = problems_of(lf.bind, lf.load(adapter_of("linear")), base, lf.Hints(axes={"mlp.fc": "in,out"}))
     assert {p.rule for p in problems} == {"LF-605"}
 
 
 def test_a_bound_adapter_keeps_its_digest_and_its_round_trip(tmp_path):
     adapter, bound = lf.load(adapter_of("gpt2")), placed("gpt2")
-    assert digest(adapter) == digest(bound)
+    assert lf.digest(adapter) == lf.digest(bound)
     lf.save(bound, tmp_path / "bound.safetensors")
-    convert(tmp_path / "bound.safetensors", tmp_path / "peft")
+    lf.convert(tmp_path / "bound.safetensors", tmp_path / "peft")
     assert raw(tmp_path / "peft" / "adapter_model.safetensors") == raw(adapter_of("gpt2") / "adapter_model.safetensors")
 
 
@@ -207,7 +203,7 @@ def test_verify_names_the_mistake_of_a_wrong_merge(mistake, tmp_path):
         tensors | {k: wrong(tensors[k], d).astype(np.float32) for k, d in deltas.items()}, tmp_path / "m.safetensors"
     )
     merged = lf.open_base(tmp_path / "m.safetensors")
-    verdict = verify(lf.open_base(base_of(case)), lf.load(adapter_of(case)), merged, hints_of(case))
+    verdict = lf.verify(lf.open_base(base_of(case)), lf.load(adapter_of(case)), merged, hints_of(case))
     assert {p.rule for p in verdict.problems} == {"LF-611"}
     assert {p.where for p in verdict.problems} == deltas.keys()
     assert all(words in p.what for p in verdict.problems)
@@ -218,7 +214,7 @@ def test_verify_sees_one_value_of_a_tensor_that_is_no_target(tmp_path):
     merged["head.weight"][3, 4] = np.nextafter(merged["head.weight"][3, 4], np.float32(9))
     save_file(merged, tmp_path / "touched.safetensors")
     base, found = lf.open_base(base_of("linear")), lf.open_base(tmp_path / "touched.safetensors")
-    verdict = verify(base, lf.load(adapter_of("linear")), found)
+    verdict = lf.verify(base, lf.load(adapter_of("linear")), found)
     assert [(p.rule, p.where) for p in verdict.problems] == [("LF-611", "head.weight")]
 
 
@@ -227,5 +223,5 @@ def test_verify_sees_one_value_of_a_target(tmp_path):
     merged["blocks.0.mlp.fc.weight"][3, 4] *= 1.001
     save_file(merged, tmp_path / "touched.safetensors")
     base, found = lf.open_base(base_of("linear")), lf.open_base(tmp_path / "touched.safetensors")
-    verdict = verify(base, lf.load(adapter_of("linear")), found)
+    verdict = lf.verify(base, lf.load(adapter_of("linear")), found)
     assert [(p.rule, p.where) for p in verdict.problems] == [("LF-611", "blocks.0.mlp.fc.weight")]

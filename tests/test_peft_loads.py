@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 import loraformat as lf
 from loraformat import registry, testing
 from loraformat.verbs.convert import save
-from loraformat.verbs.merge import merge
 
 pytestmark = pytest.mark.peer
 
@@ -125,7 +124,7 @@ def test_an_adapter_written_from_the_model_alone_is_what_peft_loads_and_merges(t
     assert all(testing.relative_error(ours[k].apply(base[k]), theirs[k]) <= 1e-6 for k in ours)
 
     save_file(base, tmp_path / "base.safetensors")
-    merge(ours, lf.open_base(tmp_path / "base.safetensors"), tmp_path / "merged.safetensors")
+    lf.merge(ours, lf.open_base(tmp_path / "base.safetensors"), tmp_path / "merged.safetensors")
     merged = {name: torch.from_numpy(t) for name, t in load_file(tmp_path / "merged.safetensors").items()}
     model.load_state_dict(merged)
     with torch.no_grad():

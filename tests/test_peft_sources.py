@@ -70,7 +70,7 @@ def test_without_a_configuration_the_scale_is_unknown_until_the_user_states_it(t
     assert {p.rule for p in problems_of(lf.load, file)} == {"LF-509"}
     options = registry.ReadOptions(alpha=9, scale_rule="alpha/r")
     stated = registry.read(file, options=options)[0].adapter
-    assert digest(stated) == digest(lf.load(adapter_of("linear")))
+    assert lf.digest(stated) == lf.digest(lf.load(adapter_of("linear")))
 
 
 def test_the_users_word_against_the_configuration_of_the_adapter_is_refused():
@@ -148,7 +148,7 @@ def test_factors_of_a_model_that_adapters_were_injected_into_have_no_prefix(tmp_
     folder = edited("linear", tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     save_file({name.removeprefix("base_model.model."): t for name, t in load_file(file).items()}, file)
-    assert digest(lf.load(folder)) == digest(lf.load(adapter_of("linear")))
+    assert lf.digest(lf.load(folder)) == lf.digest(lf.load(adapter_of("linear")))
 
 
 # Writing from the model alone.
@@ -190,7 +190,7 @@ def test_rslora_everywhere_is_written_as_rslora(tmp_path):
     again, config = rewritten(adapter, tmp_path)
     assert config["use_rslora"] is True
     assert config["lora_alpha"] == 8
-    assert digest(again) == digest(adapter)
+    assert lf.digest(again) == lf.digest(adapter)
 
 
 def test_a_configuration_that_no_longer_holds_is_written_anew_with_its_notes(tmp_path):
@@ -210,7 +210,7 @@ def test_a_configuration_that_no_longer_holds_is_written_anew_with_its_notes(tmp
 )
 def test_what_peft_cannot_hold_is_refused_before_anything_is_written(kinds, words, tmp_path):
     lf.save(testing.random_adapter(kinds=kinds), tmp_path / "a.safetensors")
-    problems = problems_of(convert, tmp_path / "a.safetensors", tmp_path / "peft")
+    problems = problems_of(lf.convert, tmp_path / "a.safetensors", tmp_path / "peft")
     assert {p.rule for p in problems} == {"LF-508"}
     assert words in problems[0].what
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]

@@ -17,9 +17,7 @@ from safetensors.numpy import save_file
 import loraformat as lf
 from loraformat import testing
 from loraformat.atomic import write_folder
-from loraformat.identity import digest
 from loraformat.values import value_problems
-from loraformat.verbs.convert import convert
 from loraformat_converters.peft import config as configs
 
 KINDS = ("lora", "conv", "embedding", "experts", "dora", "loha", "lokr", "delta", "replace", "rows")
@@ -42,14 +40,14 @@ def survives(source, folder):
     """Whether ``source`` reads; if so it can be written again, and what is written means the same."""
     before = {p.name for p in folder.iterdir()}
     try:
-        adapter, *_ = convert(source, folder / "out.safetensors")
+        adapter, *_ = lf.convert(source, folder / "out.safetensors")
     except lf.LoraFormatError as error:
         assert error.problems
         assert {p.name for p in folder.iterdir()} == before
         return False
     list(value_problems(adapter))
     again = lf.load(folder / "out.safetensors")
-    assert digest(again) == digest(adapter)
+    assert lf.digest(again) == lf.digest(adapter)
     with np.errstate(all="ignore"):  # a bit of an exponent makes infinities, which validate finds
         for update in again.values():
             if update.additive:
@@ -145,7 +143,7 @@ def test_a_file_that_is_replaced_is_whole_whenever_the_writer_is_killed(tmp_path
     draw = np.random.default_rng(0)
     for _ in range(30):
         killed_while(work, draw.uniform(0.001, 0.03))
-        assert digest(lf.load(out)) in {digest(one), digest(two)}
+        assert lf.digest(lf.load(out)) in {lf.digest(one), lf.digest(two)}
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["out.safetensors"]
 
 
@@ -195,8 +193,8 @@ def test_a_regular_expression_that_would_run_for_hours_is_matched_or_refused_at_
 def test_a_choice_of_modules_that_would_run_for_hours_does_not_stop_the_way_back(tmp_path):
     folder = peft_with(tmp_path / "in", "a" * 500 + "!", target_modules="(a+)+")
     with deadline(5):
-        convert(folder, tmp_path / "a.safetensors")
-        convert(tmp_path / "a.safetensors", tmp_path / "peft")
+        lf.convert(folder, tmp_path / "a.safetensors")
+        lf.convert(tmp_path / "a.safetensors", tmp_path / "peft")
     assert len(lf.load(tmp_path / "peft")) == 1
 
 
