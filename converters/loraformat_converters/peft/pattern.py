@@ -48,6 +48,7 @@ class Pattern:
             # The parser of ``re`` under the name that it has since CPython 3.11 (``sre_parse`` before).
             from re import _parser  # type: ignore[attr-defined]
 
+            re.compile(text)  # the compiler refuses what the parser lets pass, such as a look-behind of any width
             parsed = _parser.parse(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(str(error) or "nested too deeply") from None
