@@ -5,8 +5,8 @@ A third party adds a kind of base with an entry point in the group ``loraformat.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.axes import Placement
-    from loraformat.plan import Outcome, Plan
+    from loraformat.plan import Job, Outcome, Plan
     from loraformat.resolve import Hints, Resolution
 
     Array = npt.NDArray[Any]
@@ -39,14 +39,10 @@ class Options:
     Attributes:
         out: the output file.
         mode: of ``attach``: ``branch``.
-        name: of an attached adapter.
-        only: target patterns to apply; all targets when empty.
     """
 
     out: Path
     mode: str = "branch"
-    name: str = "default"
-    only: tuple[str, ...] = field(default=())
 
 
 class BaseKind(Protocol):
@@ -82,8 +78,8 @@ class Base(Protocol):
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """Where every target of ``adapter`` lies, with the evidence. Never guesses; writes nothing."""
 
-    def plan(self, verb: str, adapter: Adapter, resolution: Resolution, options: Options) -> Plan:
-        """What ``verb`` would read and write; every refusal happens here."""
+    def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
+        """What ``verb`` would read and write, the jobs applied one after the other; every refusal happens here."""
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Carry the plan out, atomically."""

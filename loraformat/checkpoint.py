@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,7 +17,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.file import KEY
 from loraformat.names import nearest
 from loraformat.placing import place
-from loraformat.plan import Outcome, Plan
+from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.shapes import FLOATS
 from loraformat.tiles import Norms, changed
@@ -53,9 +53,9 @@ kind = _Kind()
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What replaces one tensor: an update placed in the tensor's own axes; ``info`` as it was, or None if added."""
+    """What replaces one tensor: updates placed in the tensor's own axes; ``info`` as it was, or None if added."""
 
-    update: Update
+    updates: tuple[Update, ...]
     info: TensorInfo | None
     dtype: str
     shape: tuple[int, ...]
@@ -124,26 +124,29 @@ class Checkpoint:
         placement, evidence = place(key, update, info.shape, hints.spec(key), claims)
         return placement, (rung, *evidence)
 
-    def plan(self, verb: str, adapter: Adapter, resolution: Resolution, options: Options) -> Plan:
+    def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What a merge replaces; refuses dtypes that cannot hold a change (LF-608)."""
         if verb not in self.verbs:
             fix = "attach needs an ONNX model; merge works here"
             raise fault("LF-608", f"a checkpoint has no graph to {verb} to", where=str(self.path), fix=fix)
         changes: dict[str, _Change] = {}
-        for key, (match,) in resolution.require().targets.items():
-            changes[match.weight] = self._change(key, adapter[key], match)
+        for job in jobs:
+            for key, (match,) in job.resolution.require().targets.items():
+                change = self._change(key, job.adapter[key], match)
+                earlier = changes[match.weight].updates if match.weight in changes else ()
+                changes[match.weight] = replace(change, updates=(*earlier, *change.updates))
         total = sum(_nbytes(c.dtype, c.shape) for c in changes.values())
         kept = sum(i.stop - i.start for n, i in self.container.infos.items() if n not in changes)
         steps = tuple(f"merge {w} {c.dtype} {list(c.shape)}" for w, c in changes.items())
         writes = total + kept + self.container.data_start
-        return Plan(verb, adapter, resolution, options, steps, self.container.size, writes, 32 << 20, state=changes)
+        return Plan(verb, tuple(jobs), options, steps, self.container.size, writes, 32 << 20, state=changes)
 
     def _change(self, key: str, update: Update, match: Match) -> _Change:
         info = self.container.infos.get(match.weight)
         placed = update.placed(match.placement)
         if info is None:
             dtype = dtype_name(update["replace"].replace.dtype)
-            return _Change(placed, None, dtype, update["replace"].replace.shape)
+            return _Change((placed,), None, dtype, update["replace"].replace.shape)
         if info.dtype not in FLOATS or DTYPES[info.dtype] < 2:
             fix = "merge into the unquantised checkpoint, or attach the adapter at run time"
             raise fault(
@@ -152,13 +155,14 @@ class Checkpoint:
                 where=key,
                 fix=fix,
             )
-        return _Change(placed, info, info.dtype, match.placement.shape)
+        return _Change((placed,), info, info.dtype, match.placement.shape)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the merged file: unchanged tensors byte for byte, changed ones with one rounding."""
         changes: Mapping[str, _Change] = plan.state
-        outcome = Outcome({key: Norms() for key in plan.resolution.targets}, plan.writes, plan.writes - plan.reads)
-        norms = {match.weight: outcome.norms[key] for key, (match,) in plan.resolution.targets.items()}
+        names = {match.weight: key for job in plan.jobs for key, (match,) in job.resolution.targets.items()}
+        norms = {weight: Norms() for weight in names}
+        outcome = Outcome({key: norms[weight] for weight, key in names.items()}, plan.writes, plan.writes - plan.reads)
         write_file(plan.options.out, lambda file: self._write(file, changes, norms), force=force)
         return outcome
 
@@ -187,11 +191,15 @@ class Checkpoint:
 
         base = None if change.info is None else self.container[name]
         if base is None or base.shape != change.shape:  # added or resized: the adapter has it whole
-            whole = change.update.apply(base).astype(numpy_dtype(change.dtype))
+            whole = base
+            for update in change.updates:
+                whole = update.apply(whole)
+            assert whole is not None
+            whole = whole.astype(numpy_dtype(change.dtype))
             norms.delta = float(np.square(whole.astype(np.float32)).sum())
             yield _bytes(whole)
             return
-        for tile in changed(change.update, base, norms):
+        for tile in changed(change.updates, base, norms):
             yield _bytes(tile)
 
     def _copy(self, file: BinaryIO, source: TensorInfo) -> None:

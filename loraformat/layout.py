@@ -15,6 +15,7 @@ from loraformat.errors import Problem
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.atomic import Writer
+    from loraformat.base import Base
     from loraformat.scale import ScaleRule
     from loraformat.source import Source
 
@@ -23,11 +24,15 @@ __all__ = ["NATIVE", "Layout", "Native", "Output", "ReadOptions", "Reading"]
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What the user states that a source may not: used where the source is silent, an error where it disagrees."""
+    """What the user states that a source may not: used where the source is silent, an error where it disagrees.
+
+    ``base`` is asked for the shapes of its parameters where a source leaves open which of them a tensor belongs to.
+    """
 
     alpha: float | None = None
     rank: int | None = None
     scale_rule: ScaleRule | None = None
+    base: Base | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from loraformat.base import Options
     from loraformat.resolve import Resolution
 
-__all__ = ["Outcome", "Plan", "size"]
+__all__ = ["Job", "Outcome", "Plan", "size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One adapter and the places of its targets; ``name`` is what it is called where it stays apart (``attach``)."""
+
+    adapter: Adapter
+    resolution: Resolution
+    name: str = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,7 @@ class Plan:
 
     Attributes:
         verb: ``merge`` or ``attach``.
+        jobs: what is applied, in this order.
         steps: one line a target, in the words of the base.
         reads, writes: bytes.
         peak: bytes of anonymous memory beyond the imports.
@@ -30,8 +40,7 @@ class Plan:
     """
 
     verb: str
-    adapter: Adapter
-    resolution: Resolution
+    jobs: tuple[Job, ...]
     options: Options
     steps: tuple[str, ...]
     reads: int
@@ -39,6 +48,11 @@ class Plan:
     peak: int
     notes: tuple[str, ...] = ()
     state: Any = None
+
+    @property
+    def rungs(self) -> str:
+        """How the targets of all jobs were found."""
+        return "; ".join(dict.fromkeys(job.resolution.rungs for job in self.jobs))
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``--plan --json`` prints."""

@@ -15,6 +15,7 @@ from loraformat.source import Source, open_source
 if TYPE_CHECKING:
     import os
 
+    from loraformat.adapter import Adapter
     from loraformat.base import Base
 
 __all__ = ["detect", "layout", "layouts", "load", "open_base", "read"]
@@ -79,13 +80,16 @@ def read(
     return found.read(source, options or ReadOptions()), found, evidence
 
 
-def load(path: str | os.PathLike[str], layout: str | None = None) -> Any:
+def load(path: str | os.PathLike[str], layout: str | None = None, base: Base | None = None) -> Adapter:
     """The adapter at ``path``, in any layout that is installed.
+
+    Args:
+        base: tells the shapes of its parameters where the source leaves open which of them a tensor belongs to.
 
     Raises:
         LoraFormatError: LF-5xx, or the file rules of a native file.
     """
-    return read(path, layout)[0].adapter
+    return read(path, layout, ReadOptions(base=base))[0].adapter
 
 
 def open_base(path: str | os.PathLike[str]) -> Base:

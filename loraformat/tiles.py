@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,25 +40,27 @@ class Norms:
         return math.sqrt(self.lost / self.delta) if self.delta else 0.0
 
 
-def changed(update: Update, base: Array, norms: Norms) -> Iterator[Array]:
+def changed(updates: Sequence[Update], base: Array, norms: Norms) -> Iterator[Array]:
     """Runs of rows of W', each in the dtype of ``base``, in order; adds to ``norms`` as it goes.
 
     Args:
-        update: placed in ``base``'s own axes.
+        updates: placed in ``base``'s own axes; applied one after the other in float32, rounded once.
         base: W, any float dtype; may be a view of a file.
     """
-    if not update.tileable:
-        yield _tile(update, base, None, norms)
+    if not all(update.tileable for update in updates):
+        yield _tile(updates, base, None, norms)
         return
     rows = max(1, _TILE // max(1, math.prod(base.shape[1:])))
     for start in range(0, base.shape[0], rows):
         stop = min(start + rows, base.shape[0])
-        yield _tile(update, base[start:stop], (start, stop), norms)
+        yield _tile(updates, base[start:stop], (start, stop), norms)
 
 
-def _tile(update: Update, base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
+def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
     old = base.astype(np.float32)
-    wanted = update.apply(old, rows)
+    wanted = old
+    for update in updates:
+        wanted = update.apply(wanted, rows)
     stored = wanted.astype(base.dtype)
     norms.base += _square(old)
     norms.delta += _square(np.subtract(wanted, old, out=old))

@@ -158,7 +158,7 @@ def test_an_adapter_that_changes_nothing_is_told_and_merged(run, tmp_path):
     assert run("init", BASE, "-t", "c_fc", "-r", "4", "-a", "8", "-o", "i.safetensors").code == 0
     told = run("merge", "i.safetensors", "--into", BASE, "-o", "m.safetensors")
     assert told.code == 0
-    assert "2 of 2 targets have a factor that is all zero: they change nothing" in told.err
+    assert "2 of 2 targets of i.safetensors have a factor that is all zero: they change nothing" in told.err
     assert load_file(tmp_path / "m.safetensors").keys() == load_file(f"{BASE}/model.safetensors").keys()
 
 

@@ -210,8 +210,8 @@ def the_sum_is_rounded_twice(patch):
 
 
 def the_last_tile_is_not_changed(patch):
-    def forgetful(update, base, norms):
-        yield (update.apply(base[:-1], (0, len(base) - 1))).astype(base.dtype)
+    def forgetful(updates, base, norms):
+        yield (updates[0].apply(base[:-1], (0, len(base) - 1))).astype(base.dtype)
         yield base[-1:]
 
     patch.setattr("loraformat.checkpoint.changed", forgetful)

@@ -121,7 +121,7 @@ def test_an_adapter_may_have_one_prefix_more_for_all(tmp_path):
 
 def test_a_prefix_is_told_by_the_plan(tmp_path):
     base = open_base(save(chain("/q/MatMul"), tmp_path / "base.onnx"))
-    plan = prepare("merge", adapter({"decoder.q.weight": (6, 6)}), base, Options(tmp_path / "out.onnx"))
+    plan = prepare("merge", [("default", adapter({"decoder.q.weight": (6, 6)}))], base, Options(tmp_path / "out.onnx"))
     assert plan.notes == ("prefix: the graph's names are the adapter's without decoder.",)
 
 

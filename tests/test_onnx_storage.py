@@ -186,7 +186,7 @@ def test_the_plan_tells_what_will_be_written(tmp_path):
     for verb, place in (("attach", "a"), ("attach", "b"), ("merge", "a"), ("merge", "b")):
         out = tmp_path / place / f"{verb}.onnx"
         opened = open_base(base)
-        plan = prepare(verb, update, opened, Options(out))
+        plan = prepare(verb, [("default", update)], opened, Options(out))
         written = opened.apply(plan).written
         assert abs(plan.writes - written) < 6000, (verb, place)
         assert any("copies weights.bin" in note for note in plan.notes) == ((verb, place) == ("attach", "b"))
@@ -336,7 +336,7 @@ def test_data_that_shrinks_while_it_is_read_is_a_failure(tmp_path):
     base = external(tmp_path / "a" / "base.onnx")
     (tmp_path / "b").mkdir()
     opened = open_base(base)
-    plan = prepare("attach", adapter(KEYS), opened, Options(tmp_path / "b" / "out.onnx"))
+    plan = prepare("attach", [("default", adapter(KEYS))], opened, Options(tmp_path / "b" / "out.onnx"))
     with open(tmp_path / "a" / "weights.bin", "r+b") as file:
         file.truncate(100)
     with pytest.raises(LoraFormatError):

@@ -25,9 +25,9 @@ ORDER = (
     *("canonical", "container", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "atomic", "file"),
     *("source", "layout", "base", "registry"),
-    *("resolve", "placing", "huggingface", "tiles", "plan", "checkpoint", "normal"),
+    *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "checkpoint", "normal"),
     *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert", "testing"),
-    *("cli", "cli.options", "cli.inspect", "cli.create", "cli.deploy", "cli.main"),
+    *("cli", "cli.options", "cli.adapters", "cli.inspect", "cli.create", "cli.deploy", "cli.check", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

@@ -21,10 +21,10 @@ _VERBS = {
     "layouts": "inspect",
     "convert": "create",
     "bind": "create",
-    "resolve": "deploy",
+    "resolve": "check",
     "merge": "deploy",
     "attach": "deploy",
-    "verify": "deploy",
+    "verify": "check",
 }
 
 

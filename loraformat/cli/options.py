@@ -13,7 +13,7 @@ from loraformat import canonical
 from loraformat.errors import Problem, fault
 from loraformat.resolve import Hints
 
-__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "shown", "warn"]
+__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "shown", "strength", "warn"]
 
 _SPEC = re.compile(r"\s*(out|in|batch)\d*\s*(,\s*(out|in|batch)\d*\s*)*")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,6 +27,13 @@ def mapping(function: F) -> F:
     names = click.option("--names", type=click.Path(), help="JSON file: target → name in the base; * maps prefixes.")
     axes = click.option("--axes", multiple=True, metavar="PATTERN=SPEC", help="Axes of targets: out,in or in,out.")
     return names(axes(function))
+
+
+def strength(function: F) -> F:
+    """``--only`` and ``--scale``: which targets, and how much of each."""
+    only = click.option("--only", multiple=True, metavar="PATTERN", help="Apply these targets only.")
+    scale = click.option("--scale", multiple=True, metavar="PATTERN=S", help="Multiply ΔW of these targets by S.")
+    return only(scale(function))
 
 
 def hints(names: str | None, axes: tuple[str, ...]) -> Hints:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from loraformat.base import Base, Options
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import tensor_sha256
+from loraformat.plan import Job
 from loraformat.resolve import Hints
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from loraformat.adapter import Adapter
     from loraformat.plan import Outcome, Plan
@@ -21,11 +23,18 @@ __all__ = ["attach", "merge", "prepare"]
 
 
 def prepare(
-    verb: str, adapter: Adapter, base: Base, options: Options, hints: Hints | None = None, *, any_base: bool = False
+    verb: str,
+    adapters: Sequence[tuple[str, Adapter]],
+    base: Base,
+    options: Options,
+    hints: Hints | None = None,
+    *,
+    any_base: bool = False,
 ) -> Plan:
     """The plan of ``merge`` or ``attach``, every target resolved and every obstacle found.
 
     Args:
+        adapters: (name, adapter), applied in this order.
         any_base: apply an adapter that was bound to other weights.
 
     Raises:
@@ -35,24 +44,25 @@ def prepare(
         raise fault(
             "LF-703", f"{options.out} is the base itself", fix="write to another name: the base is the way back"
         )
-    resolution = base.resolve(adapter, hints or Hints()).require()
+    jobs = [Job(adapter, base.resolve(adapter, hints or Hints()).require(), name) for name, adapter in adapters]
     if not any_base:
-        _check_identity(adapter, base, resolution)
-    return base.plan(verb, adapter, resolution, options)
+        for job in jobs:
+            _check_identity(job.adapter, base, job.resolution)
+    return base.plan(verb, jobs, options)
 
 
 def merge(
     adapter: Adapter, base: Base, out: str | os.PathLike[str], hints: Hints | None = None, *, force: bool = False
 ) -> Outcome:
     """Write ``base`` with W + ΔW in the place of W, in W's own dtype and orientation."""
-    return base.apply(prepare("merge", adapter, base, Options(Path(out)), hints), force=force)
+    return base.apply(prepare("merge", [("default", adapter)], base, Options(Path(out)), hints), force=force)
 
 
 def attach(
     adapter: Adapter, base: Base, out: str | os.PathLike[str], hints: Hints | None = None, *, force: bool = False
 ) -> Outcome:
     """Write ``base`` with the branch s·B·A·x beside each target; the base's weights are not touched."""
-    return base.apply(prepare("attach", adapter, base, Options(Path(out)), hints), force=force)
+    return base.apply(prepare("attach", [("default", adapter)], base, Options(Path(out)), hints), force=force)
 
 
 def _check_identity(adapter: Adapter, base: Base, resolution: Resolution) -> None:

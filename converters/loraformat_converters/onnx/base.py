@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from loraformat.base import Options, Parameter
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
 from loraformat.metadata import part_json
-from loraformat.plan import Outcome, Plan, size
+from loraformat.plan import Job, Outcome, Plan, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat_converters.onnx.attach import Branch
@@ -94,8 +94,11 @@ class OnnxBase:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
         return Match(self.path.name, site.node.name, site.root_name, site.placement, evidence, handle=site)
 
-    def plan(self, verb: str, adapter: Adapter, resolution: Resolution, options: Options) -> Plan:
+    def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
+        if len(jobs) != 1:
+            raise fault("LF-608", "several adapters in one graph are not put together yet", where=str(self.path))
+        adapter, resolution = jobs[0].adapter, jobs[0].resolution
         found = {key: tuple(m.handle for m in places) for key, places in resolution.require().targets.items()}
         problems = [p for key in adapter for p in _obstacles(verb, key, adapter[key], found[key])]
         if verb == "attach" and any(p.key == RECORD for p in self.model.metadata_props):
@@ -114,7 +117,7 @@ class OnnxBase:
         added = sum(t.nbytes for u in adapter.values() for t in _factors(u)) if verb == "attach" else 0
         steps = tuple(_step(verb, key, found[key]) for key in adapter)
         writes, peak = graph + storage.data_bytes + added, 3 * graph + (32 << 20)
-        return Plan(verb, adapter, resolution, options, steps, graph, writes, peak, notes, places)
+        return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, notes, places)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write a changed copy of the model; the opened one stays as it is."""
@@ -126,36 +129,40 @@ class OnnxBase:
             key: replace(spot, sites=tuple(index.sites[site.number] for site in spot.sites))
             for key, spot in plan.state.items()
         }
-        norms = {key: Norms() for key in plan.adapter}
+        adapter = plan.jobs[0].adapter
+        norms = {key: Norms() for key in adapter}
         data = self._merge(index, plan, places, norms) if plan.verb == "merge" else []
         if plan.verb == "attach":
             _attach(index, plan, places, norms)
             onnx.helper.set_model_props(model, {**_props(model), RECORD: _record(plan)})
-        written = Storage(model, self.path, plan.options.out, data, digest(plan.adapter)[:8]).write(force)
+        written = Storage(model, self.path, plan.options.out, data, digest(adapter)[:8]).write(force)
         return Outcome(norms, written, plan.options.out.stat().st_size - self.path.stat().st_size)
 
     def _merge(self, index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> Data:
         folder = self.path.parent
-        changes = [merge(index, key, plan.adapter[key], spot, folder, norms[key]) for key, spot in places.items()]
+        changes = [
+            merge(index, key, plan.jobs[0].adapter[key], spot, folder, norms[key]) for key, spot in places.items()
+        ]
         return [change for change in changes if change is not None]
 
 
 def _attach(index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> None:
     branch = Branch(index)
     for key, spot in places.items():
-        update = plan.adapter[key]
+        update = plan.jobs[0].adapter[key]
         branch.add(key, update["lora"], spot.sites)
         norms[key].delta = update.norm() ** 2
     branch.finish()
 
 
 def _record(plan: Plan) -> str:
+    (job,) = plan.jobs
     record = {
         "version": 1,
-        "name": plan.options.name,
+        "name": job.name,
         "mode": plan.options.mode,
-        "digest": digest(plan.adapter),
-        "targets": {key: [part_json(p) for p in update.parts] for key, update in plan.adapter.items()},
+        "digest": digest(job.adapter),
+        "targets": {key: [part_json(p) for p in update.parts] for key, update in job.adapter.items()},
     }
     return canonical.dumps(record)
 

@@ -86,7 +86,7 @@ def _other_readers(index: Index, sites: tuple[Site, ...]) -> list[str]:
 
 
 def _tiles(update: Update, base: Array, norms: Norms) -> Iterator[memoryview]:
-    for tile in changed(update, base, norms):
+    for tile in changed((update,), base, norms):
         yield np.ascontiguousarray(tile).reshape(-1).view(np.uint8).data
 
 
