@@ -8,14 +8,16 @@ from typing import Any
 
 __all__ = ["dumps", "loads"]
 
-_LARGEST = 2**53 - 1  # RFC 7493 §2.2: integers beyond are not exact in every reader
+_EXACT = 2**53 - 1  # RFC 7493 §2.2: integers beyond are not exact in every reader
+_LEVELS = 32  # no field of ours needs 8; a limit that all readers share is one that no file surprises
 
 
-def dumps(value: Any) -> str:
+def dumps(value: Any, levels: int = _LEVELS) -> str:
     """The canonical text of a JSON value: keys by UTF-16 code units, ECMAScript numbers, no spaces.
 
     Raises:
-        ValueError: NaN, an infinity, an integer beyond 2^53 − 1, or a lone surrogate, or no JSON value.
+        ValueError: NaN, an infinity, an integer that a double would round, a lone surrogate, more than ``levels``
+            levels of lists and objects, or no JSON value.
 
     >>> dumps({"b": 16.0, "a": [1e-7, "é"]})
     '{"a":[1e-7,"é"],"b":16}'
@@ -27,30 +29,42 @@ def dumps(value: Any) -> str:
             value.encode()  # a lone surrogate has no canonical form
             return json.dumps(value, ensure_ascii=False)
         case int():
-            if abs(value) > _LARGEST:
-                raise ValueError(f"integer {value} is beyond 2^53 − 1")
-            return str(value)
+            return _integer(value)
         case float():
             return _number(value)
+        case list() | tuple() | dict() if levels == 0:
+            raise ValueError(f"more than {_LEVELS} levels of lists and objects")
         case list() | tuple():
-            return f"[{','.join(map(dumps, value))}]"
+            return f"[{','.join(dumps(item, levels - 1) for item in value)}]"
         case dict():
             members = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be"))
-            return "{" + ",".join(f"{dumps(k)}:{dumps(v)}" for k, v in members) + "}"
+            return "{" + ",".join(f"{dumps(k)}:{dumps(v, levels - 1)}" for k, v in members) + "}"
         case _:
             raise ValueError(f"a {type(value).__name__} is no JSON value: {value!r}")
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: also for duplicate keys, NaN and Infinity, which ``json.loads`` lets pass.
+        ValueError: also for duplicate keys, NaN, Infinity and lone surrogates, which ``json.loads`` lets pass.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a pair
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
+
+
+def _integer(value: int) -> str:
+    """An integer beyond 2^53 − 1 is a double in full digits: only that double's own spelling is not rounded."""
+    if abs(value) <= _EXACT:
+        return str(value)
+    if abs(value) >= 10**21 or _number(float(value)) != str(value):  # ECMAScript spells 1e21 with an exponent
+        raise ValueError(f"double precision rounds the integer {str(value)[:40]}")
+    return str(value)
 
 
 def _number(value: float) -> str:

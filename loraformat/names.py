@@ -19,6 +19,8 @@ NAME_SPACES = ("torch", "mlx", "gguf", "flax", "keras", "kohya")
 _REVERSE_DNS = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9_-]*)+")
 _COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
 ROLES = frozenset(
     {
         *("lora_A", "lora_B", "mid"),
@@ -31,11 +33,12 @@ ROLES = frozenset(
 
 
 def key_fault(key: str) -> str | None:
-    """Why ``key`` is no legal key, or None: non-empty, Unicode NFC, no control characters or surrogates."""
+    """Why ``key`` is no legal key, or None: non-empty, Unicode NFC, nothing that breaks or turns a line, no surrogates."""
     if not key:
         return "the key is empty"
-    # Cc: a newline could forge a log line. Cf would forbid the joiners that some scripts need, so it is allowed.
-    bad = next((c for c in key if unicodedata.category(c) in {"Cc", "Cs"}), None)
+    # A line break could forge a line of a log, a bidi override shows one name as another. The other format
+    # characters are allowed: some scripts need their joiners.
+    bad = next((c for c in key if unicodedata.category(c) in {"Cc", "Zl", "Zp", "Cs"} or c in _BIDI), None)
     if bad is not None:
         return f"the key holds the control character U+{ord(bad):04X}"
     if not unicodedata.is_normalized("NFC", key):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["parse"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32, in which factors are multiplied
 _VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)")
 
 
@@ -138,7 +138,7 @@ def _target(key: str, value: Any, roles: dict[str, Array], faults: Faults) -> Up
     """The update; takes the tensors that its parts store out of ``roles``."""
     where, before = f'targets["{key}"]', faults.errors
     entry = faults.members(value, TARGET_FIELDS, where, required=("parts",))
-    placement = _placement(entry, where, faults)
+    placement = _placement(value, entry, where, faults)
     sha256 = entry.get("base_sha256")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         faults.say("LF-407", f"{brief(sha256)} is not 64 lower-case hexadecimal digits", where)
@@ -151,8 +151,8 @@ def _target(key: str, value: Any, roles: dict[str, Array], faults: Faults) -> Up
     return update
 
 
-def _placement(entry: Mapping[str, Any], where: str, faults: Faults) -> Placement | None:
-    if ("shape" in entry) != ("axes" in entry):
+def _placement(value: Any, entry: Mapping[str, Any], where: str, faults: Faults) -> Placement | None:
+    if isinstance(value, dict) and ("shape" in value) != ("axes" in value):
         faults.say("LF-401", "shape and axes must be both present (placed) or both absent (unplaced)", where)
     if "shape" not in entry or "axes" not in entry:
         return None
@@ -213,8 +213,8 @@ def _part(value: dict[str, Any], roles: dict[str, Array], where: str, faults: Fa
 
 def _check_scale(entry: Mapping[str, Any], where: str, faults: Faults) -> None:
     alpha, rule = entry.get("alpha", 0), entry.get("scale_rule", "factor")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        faults.say("LF-306", f"alpha is {brief(alpha)}; it must be a finite number", where)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST:
+        faults.say("LF-306", f"alpha is {brief(alpha)}; it must be a number that is finite in float32", where)
     if rule not in SCALE_RULES:
         faults.say("LF-307", f"scale_rule {brief(rule)} is not one of {', '.join(SCALE_RULES)}", where)
     if entry.get("r", 1) < 1:

@@ -232,6 +232,13 @@ class Rows:
     indices: Array
     axis: int = 0
 
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why these are no slices of a tensor of ``shape``, or None."""
+        wanted = tuple(len(self.indices) if a == self.axis else n for a, n in enumerate(shape))
+        if self.values.shape == wanted and int(self.indices[-1]) < shape[self.axis]:
+            return None
+        return f"values {list(self.values.shape)} at indices up to {int(self.indices[-1])} do not fit {list(shape)}"
+
 
 Additive = Lora | Loha | Lokr | Delta
 Part = Lora | Loha | Lokr | Delta | Replace | Magnitude | Rows

@@ -91,6 +91,8 @@ def _unknown(key: str, shape: tuple[int, ...], matrix: tuple[int, ...] | None) -
 
 def _check(key: str, update: Update, placement: Placement, matrix: tuple[int, ...] | None) -> None:
     wanted = placement.matrix_shape
+    if "rows" in update and "replace" not in update and (why := update["rows"].misfit(placement.shape)):
+        raise fault("LF-606", why, where=key, fix="is this the base that the adapter was trained on?")
     if matrix is None or (len(matrix) == len(wanted) and matrix[-2:] == wanted[-2:]):
         return
     turned = matrix[-2:] == wanted[-2:][::-1]

@@ -129,8 +129,5 @@ def _rows_faults(part: Rows, shape: tuple[int, ...] | None) -> Iterator[tuple[st
         yield "LF-405", "indices must be one axis of unique, ascending, non-negative integers"
     elif not 0 <= part.axis < values.ndim or values.shape[part.axis] != len(indices):
         yield "LF-405", f"values {list(values.shape)} must have {len(indices)} slices along axis {part.axis}"
-    elif shape is not None:
-        wanted = tuple(len(indices) if a == part.axis else n for a, n in enumerate(shape))
-        if values.shape != wanted or int(indices[-1]) >= shape[part.axis]:
-            what = f"values {list(values.shape)} at indices up to {int(indices[-1])} do not fit {list(shape)}"
-            yield "LF-405", what
+    elif shape is not None and (why := part.misfit(shape)):
+        yield "LF-405", why

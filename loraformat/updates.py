@@ -109,8 +109,7 @@ class Update:
                 not given.
         """
         if self.linear:
-            tile = self._tile(rows)
-            return tile.placement.from_matrix(self._sum(tile))
+            return self._added(rows)
         if base is None:
             raise fault("LF-612", f"the change of a {self.kind} update depends on the base tensor", fix="pass base")
         result = self.apply(base, rows)
@@ -126,11 +125,14 @@ class Update:
         Args:
             base: W (or its rows), any float dtype; None only where ``replace`` adds the tensor.
             rows: (start, stop) of axis 0; not for a magnitude whose norm runs over axis 0 (see ``tileable``).
+
+        Raises:
+            LoraFormatError: LF-602 no base tensor; LF-604 unplaced; LF-606 the base tensor does not fit; LF-612 a
+                magnitude of a slice that is zero.
         """
         value = self._start(base, rows)
         if self.additive:
-            tile = self._tile(rows)
-            value += tile.placement.from_matrix(self._sum(tile))
+            value += self._added(rows)
         for part in self.parts:
             if isinstance(part, Magnitude):
                 value = _rescale(part, value, self.placement or _unplaced(), rows)
@@ -150,11 +152,13 @@ class Update:
         if "replace" in self:
             return self._replaced(base, rows)
         if base is None:
-            raise fault("LF-612", f"a {self.kind} update changes a tensor; it cannot add one", fix="pass base")
+            raise fault("LF-602", f"a {self.kind} update changes a tensor; it cannot add one", fix="pass base")
         if self.placement is not None:
             shape = self.placement.shape if rows is None else (rows[1] - rows[0], *self.placement.shape[1:])
             if base.shape != shape:
                 raise fault("LF-606", f"the base tensor is {list(base.shape)}, the update is for {list(shape)}")
+        elif "rows" in self and rows is None and (why := self["rows"].misfit(base.shape)):
+            raise fault("LF-606", why, fix="is this the base that the adapter was trained on?")
         return np.array(base, np.float32)
 
     def _replaced(self, base: Array | None, rows: tuple[int, int] | None) -> F32:
@@ -166,9 +170,13 @@ class Update:
             raise fault("LF-606", f"the base tensor is {list(base.shape)}, its replacement {list(value.shape)}")
         return np.array(value, np.float32)
 
-    def _tile(self, rows: tuple[int, int] | None) -> Rows:
+    def _added(self, rows: tuple[int, int] | None) -> F32:
+        """The sum of the additive parts in the base tensor's shape, or a run of its rows."""
         place = self.placement or _unplaced()
-        return place.rows(*rows) if rows else place.rows(0, place.shape[0])
+        if rows is None:
+            return place.from_matrix(self._sum(None))
+        tile = place.rows(*rows)
+        return tile.placement.from_matrix(self._sum(tile))
 
     def _sum(self, tile: Rows | None) -> F32:
         terms = (product(p, tile) * np.float32(p.scale) for p in self.additive)
@@ -201,6 +209,8 @@ def _rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int
         raise fault("LF-612", "the norm of this magnitude runs over axis 0: a run of rows cannot be served alone")
     over = tuple(a for a in range(value.ndim) if a not in kept)
     norm = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
+    if not norm.all():
+        raise fault("LF-612", "a slice of the weight is zero: it has no direction that a magnitude could scale")
     ascending = sorted(range(len(kept)), key=kept.__getitem__)
     magnitude = single(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
     magnitude = magnitude.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])

@@ -8,7 +8,7 @@ import numpy as np
 from vector import Array, Part, Vector, einsum, lora, place, valid
 
 
-@valid
+@valid("LF-101", "LF-102", "LF-201", "LF-207", "LF-304", "LF-311")
 def smallest(v: Vector) -> None:
     """The file of section 1: one unplaced Linear of rank 1."""
     A, B = np.array([[0.5, -1.25, 2]], np.float32), np.array([[1], [-0.75]], np.float32)
@@ -16,7 +16,7 @@ def smallest(v: Vector) -> None:
     v.expect("proj.weight", matrix=2 * einsum("or,ri->oi", B, A))
 
 
-@valid
+@valid("LF-401")
 def linear_unplaced(v: Vector) -> None:
     """A Linear of which the source does not say how it lies: the matrix is known, the delta is not."""
     A, B = v.numbers(3, 7), v.numbers(5, 3)
@@ -24,7 +24,7 @@ def linear_unplaced(v: Vector) -> None:
     v.expect("layer.weight", matrix=2 * einsum("or,ri->oi", B, A))
 
 
-@valid
+@valid()
 def linear(v: Vector) -> None:
     """A Linear [out, in]."""
     v.top["names"] = "mlx"
@@ -34,7 +34,7 @@ def linear(v: Vector) -> None:
     v.adds("layer.weight", matrix, matrix)
 
 
-@valid
+@valid()
 def linear_square(v: Vector) -> None:
     """A square weight that lies transposed: no shape tells, only the axes do."""
     A, B = v.numbers(3, 6), v.numbers(6, 3)
@@ -42,7 +42,7 @@ def linear_square(v: Vector) -> None:
     v.adds("layer.kernel", 2 * einsum("or,ri->oi", B, A), 2 * einsum("or,ri->io", B, A))
 
 
-@valid
+@valid()
 def conv1d(v: Vector) -> None:
     """A Conv1D of Hugging Face [in, out]."""
     A, B = v.numbers(3, 7), v.numbers(5, 3)
@@ -57,7 +57,7 @@ def _conv(v: Vector) -> tuple[Array, Array, Array]:
     return A, A.reshape(4, 2, 3, 5), B
 
 
-@valid
+@valid()
 def conv_torch(v: Vector) -> None:
     """A convolution of PyTorch [out, in, kh, kw]."""
     A, kernels, B = _conv(v)
@@ -65,7 +65,7 @@ def conv_torch(v: Vector) -> None:
     v.adds("conv.weight", 0.5 * einsum("or,ri->oi", B, A), 0.5 * einsum("or,riyx->oiyx", B, kernels))
 
 
-@valid
+@valid()
 def conv_jax(v: Vector) -> None:
     """A convolution kernel of JAX [kh, kw, in, out], with the factors of conv_torch byte for byte."""
     A, kernels, B = _conv(v)
@@ -74,7 +74,7 @@ def conv_jax(v: Vector) -> None:
     v.adds("conv/kernel", 0.5 * einsum("or,ri->oi", B, A), 0.5 * einsum("or,riyx->yxio", B, kernels))
 
 
-@valid
+@valid()
 def embedding(v: Vector) -> None:
     """An embedding [vocabulary, dim]: A is [r, vocabulary], the input is a one-hot row."""
     A, B = v.numbers(3, 11), v.numbers(6, 3)
@@ -82,7 +82,7 @@ def embedding(v: Vector) -> None:
     v.adds("embed_tokens.weight", 2 * einsum("or,ri->oi", B, A), 2 * einsum("or,ri->io", B, A))
 
 
-@valid
+@valid()
 def experts(v: Vector) -> None:
     """Experts in one tensor [expert, out, in]: a pair for each."""
     A, B = v.numbers(3, 2, 7), v.numbers(3, 5, 2)
@@ -91,7 +91,7 @@ def experts(v: Vector) -> None:
     v.adds("experts.up_proj", delta, delta)
 
 
-@valid
+@valid()
 def scanned_layers(v: Vector) -> None:
     """Layers scanned along a middle axis [in, layer, out]."""
     v.top["names"] = "flax"
@@ -100,7 +100,7 @@ def scanned_layers(v: Vector) -> None:
     v.adds("layers/mlp/kernel", 3 * einsum("lor,lri->loi", B, A), 3 * einsum("lor,lri->ilo", B, A))
 
 
-@valid
+@valid("LF-402")
 def two_batch_axes(v: Vector) -> None:
     """Two batch axes whose order is not that of the tensor [expert, in, layer, out]."""
     A, B = v.numbers(4, 3, 2, 7), v.numbers(4, 3, 5, 2)
@@ -108,7 +108,7 @@ def two_batch_axes(v: Vector) -> None:
     v.adds("w", 3 * einsum("leor,leri->leoi", B, A), 3 * einsum("leor,leri->eilo", B, A))
 
 
-@valid
+@valid("LF-309", "LF-403")
 def shared_factors(v: Vector) -> None:
     """A batch size of 1 is shared by all: A shared, B shared, both shared, and one delta for every expert."""
     axes = place([3, 5, 7], out=[1], in_=[2], batch=[0])
@@ -129,7 +129,7 @@ def shared_factors(v: Vector) -> None:
         v.adds(key, matrix, np.repeat(matrix, 3, axis=0))
 
 
-@valid
+@valid("LF-403")
 def einsum_heads(v: Vector) -> None:
     """An einsum kernel [heads, dim, head_dim] of Keras: a batch of heads, B shared, still of rank r."""
     v.top["names"] = "keras"
@@ -138,7 +138,7 @@ def einsum_heads(v: Vector) -> None:
     v.adds("attention/query/kernel", 3 * einsum("or,nri->noi", B[0], A), 3 * einsum("or,nri->nio", B[0], A))
 
 
-@valid
+@valid("LF-402")
 def grouped_axes(v: Vector) -> None:
     """Several axes on both sides, in an order of their own: [in_a, out_b, in_b, out_a]."""
     A, B = v.numbers(2, 3 * 4), v.numbers(5 * 7, 2)
@@ -151,7 +151,7 @@ def _delta(tensor: Array, alpha: float, scale_rule: str = "factor", **more: int)
     return {"kind": "delta", "alpha": alpha, "scale_rule": scale_rule, "delta": tensor, **more}
 
 
-@valid
+@valid()
 def lora_bias(v: Vector) -> None:
     """The bias that a trained lora_B brings: a dense delta on a vector, its scale stated as a factor or by a rule."""
     A, B, bias = v.numbers(4, 7), v.numbers(5, 4), v.numbers(5)
@@ -165,7 +165,7 @@ def lora_bias(v: Vector) -> None:
     v.adds("other.bias", 3 * wide[:, None], 3 * wide)
 
 
-@valid
+@valid("LF-307")
 def scale_rules(v: Vector) -> None:
     """One pair under the three rules: 5/4, 5/√4 and 5."""
     A, B = v.numbers(4, 7), v.numbers(6, 4)
@@ -175,7 +175,7 @@ def scale_rules(v: Vector) -> None:
         v.adds(key, scale * product, scale * product)
 
 
-@valid
+@valid("LF-306")
 def scale_signs(v: Vector) -> None:
     """alpha may be negative, zero, and no multiple of anything; it is not rounded to the factors' dtype."""
     A, B = v.numbers(3, 7, dtype="bfloat16"), v.numbers(6, 3, dtype="bfloat16")
@@ -185,7 +185,7 @@ def scale_signs(v: Vector) -> None:
         v.adds(key, alpha / 3 * product, alpha / 3 * product)
 
 
-@valid
+@valid()
 def scale_sqrt(v: Vector) -> None:
     """alpha/sqrt(r) of a rank that is no square."""
     A, B = v.numbers(3, 7), v.numbers(6, 3)
@@ -194,7 +194,7 @@ def scale_sqrt(v: Vector) -> None:
     v.adds("w", matrix, matrix)
 
 
-@valid
+@valid("LF-106", "LF-108")
 def dtypes(v: Vector) -> None:
     """Every float dtype, and two in one pair."""
     kinds = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -206,7 +206,7 @@ def dtypes(v: Vector) -> None:
         v.adds(key, matrix, matrix)
 
 
-@valid
+@valid("LF-303")
 def lora_mid(v: Vector) -> None:
     """A Tucker core between B and A: [r, r, kh, kw]."""
     A, B, mid = v.numbers(4, 2), v.numbers(7, 4), v.numbers(4, 4, 3, 5)
@@ -221,7 +221,7 @@ def _loha(*factors: Array, r: int, t1: Array | None = None, t2: Array | None = N
     return {"kind": "loha", "r": r, "alpha": 6, "scale_rule": "alpha/r", **roles, **cores}
 
 
-@valid
+@valid()
 def loha(v: Vector) -> None:
     """The Hadamard product of two products."""
     factors = v.numbers(5, 4), v.numbers(4, 7), v.numbers(5, 4), v.numbers(4, 7)
@@ -230,7 +230,7 @@ def loha(v: Vector) -> None:
     v.adds("w", matrix, matrix)
 
 
-@valid
+@valid("LF-308", "LF-309")
 def loha_two_ranks(v: Vector) -> None:
     """The second product of a loha may have another rank; r is that of the first."""
     factors = v.numbers(5, 4), v.numbers(4, 7), v.numbers(5, 2), v.numbers(2, 7)
@@ -239,7 +239,7 @@ def loha_two_ranks(v: Vector) -> None:
     v.adds("w", matrix, matrix)
 
 
-@valid
+@valid()
 def loha_tucker(v: Vector) -> None:
     """Hadamard factors around two cores: a [r, out], b [r, channels], t [r, r, kh, kw]."""
     a1, b1, a2, b2 = v.numbers(4, 7), v.numbers(4, 2), v.numbers(4, 7), v.numbers(4, 2)
@@ -250,7 +250,7 @@ def loha_tucker(v: Vector) -> None:
     v.adds("conv.weight", 1.5 * (first * second).reshape(7, 30), 1.5 * first * second)
 
 
-@valid
+@valid("LF-303", "LF-307")
 def lokr(v: Vector) -> None:
     """The Kronecker product, each side whole or a product; r is stated or the rule has none."""
     w1, a1, b1 = v.numbers(2, 3), v.numbers(2, 4), v.numbers(4, 3)
@@ -275,7 +275,7 @@ def lokr(v: Vector) -> None:
         v.adds(key, matrix, matrix)
 
 
-@valid
+@valid()
 def lokr_conv(v: Vector) -> None:
     """The Kronecker product for a convolution: w2 whole, a product, or around a core."""
     w1, w2 = v.numbers(2, 3), v.numbers(5, 4, 3, 2)
@@ -292,7 +292,7 @@ def lokr_conv(v: Vector) -> None:
         v.adds(key, delta.reshape(10, 72), delta)
 
 
-@valid
+@valid()
 def sum_of_kinds(v: Vector) -> None:
     """Additive parts of one target are summed, each with its own scale."""
     A, B, D, w1, w2 = v.numbers(3, 6), v.numbers(4, 3), v.numbers(4, 6), v.numbers(2, 2), v.numbers(2, 3)

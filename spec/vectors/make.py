@@ -1,8 +1,7 @@
-"""Write the test vectors: ``python make.py`` writes ``valid/`` and ``invalid/``, ``--check`` compares instead.
+"""Write the test vectors: ``python make.py`` writes them and ``index.json``, ``--check`` compares instead.
 
-``valid/NAME.safetensors`` is a file, ``NAME.json`` says what it is, ``NAME.expected.safetensors`` holds what it
-must mean (float32 ``matrix.KEY``, ``base.KEY``, ``delta.KEY``, ``result.KEY``). ``invalid/RULE-name.safetensors``
-breaks one rule; ``invalid/index.json`` lists them.
+``valid`` files conform; ``warned`` ones conform and call for a warning; ``invalid`` ones break one rule each. Beside
+a valid or warned file stands ``NAME.expected.safetensors`` with what it must mean.
 """
 
 from __future__ import annotations
@@ -12,29 +11,51 @@ import sys
 from pathlib import Path
 
 import additive  # noqa: F401  (each registers its cases)
+import headers
 import special  # noqa: F401
-from broken import BROKEN
+import targets
+import whole  # noqa: F401
+from broken import BROKEN, Broken
+from refused import REFUSALS
 from vector import VALID, Vector
 
 HERE = Path(__file__).resolve().parent
+FOLDERS = ("valid", "warned", "invalid")
 
 
 def vectors() -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    for case in VALID:
-        vector = Vector(case.__name__, str(case.__doc__))
-        case(vector)
-        files |= {f"valid/{name}": data for name, data in vector.files().items()}
-    for broken in BROKEN:
-        files[f"invalid/{broken.file}"] = broken.data
-    index = [broken.as_json() for broken in BROKEN]
-    files["invalid/index.json"] = (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()
-    return files
+    """Every file by its path."""
+    made: list[Vector | Broken] = []
+    for case, rules in VALID:
+        made.append(Vector(case.__name__, str(case.__doc__), rules))
+        case(made[-1])
+    for section in (headers.container, headers.top, targets.targets, targets.placement):
+        section()
+    made += BROKEN
+    files = {name: data for vector in made for name, data in vector.files().items()}
+    index = {
+        "$schema": "index.schema.json",
+        "version": "1.0",
+        "vectors": [vector.as_json() for vector in made],
+        "refusals": [refusal.as_json() for refusal in REFUSALS],
+    }
+    return files | {"index.json": _text(index)}
+
+
+def _text(index: dict[str, list[dict[str, object]]]) -> bytes:
+    """The index as JSON, an entry a line."""
+    members = []
+    for name, value in index.items():
+        lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in value) if name[-1] == "s" else ""
+        members.append(f'"{name}": [\n  {lines}\n ]' if lines else f'"{name}": {json.dumps(value)}')
+    return ("{\n " + ",\n ".join(members) + "\n}\n").encode()
 
 
 def main(arguments: list[str]) -> int:
+    """Write or compare; the exit code."""
     wanted = vectors()
-    found = {f"{p.parent.name}/{p.name}": p for folder in ("valid", "invalid") for p in (HERE / folder).glob("*")}
+    found = {f"{folder}/{p.name}": p for folder in FOLDERS for p in (HERE / folder).glob("*")}
+    found["index.json"] = HERE / "index.json"
     if arguments == ["--check"]:
         wrong = [name for name in wanted.keys() | found.keys() if not _same(found.get(name), wanted.get(name))]
         for name in sorted(wrong):
@@ -53,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _same(path: Path | None, data: bytes | None) -> bool:
-    return path is not None and data is not None and path.read_bytes() == data
+    return path is not None and data is not None and path.exists() and path.read_bytes() == data
 
 
 if __name__ == "__main__":

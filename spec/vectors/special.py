@@ -1,111 +1,143 @@
-"""Valid vectors of replace, magnitude and rows, and of whole files: metadata, components, names, spellings."""
+"""Valid vectors of replace, magnitude and rows, and of every part together."""
 
 from __future__ import annotations
 
-import json
-import math
-
 import numpy as np
-from vector import Array, Part, Vector, einsum, lora, place, valid
+from vector import Vector, einsum, lora, magnitude, place, replaced, rows_of, valid
 
 
-def _replace(tensor: Array, *allows: str) -> Part:
-    return {"kind": "replace", "replace": tensor} | ({"allows": list(allows)} if allows else {})
-
-
-@valid
+@valid()
 def replace(v: Vector) -> None:
     """Trained biases and norms: the parameter becomes what is stored; no placement is needed."""
     for key, shape in (("layer.bias", (5,)), ("norm.weight", (7,)), ("head.weight", (4, 3))):
         new = v.numbers(*shape, dtype="float16")
-        v.target(key, _replace(new))
+        v.target(key, replaced(new))
         v.becomes(key, v.numbers(*shape), new.astype(np.float64))
 
 
-@valid
+@valid("LF-311", "LF-314")
 def replace_scalar(v: Vector) -> None:
     """A parameter without axes, and a counter that is no float, can be replaced too."""
     for key, dtype in (("logit_scale", "float32"), ("norm.num_batches_tracked", "int64")):
         new = np.asarray(8 * v.numbers(dtype="float64") + 16, dtype)
-        v.target(key, _replace(new))
+        v.target(key, replaced(new))
         v.becomes(key, v.numbers(), new.astype(np.float64))
 
 
-@valid
+@valid()
 def replace_and_lora(v: Vector) -> None:
     """A factor pair on top of a replaced weight, and of a replaced bias (a matrix of one column)."""
     new, A, B = v.numbers(5, 7), v.numbers(3, 7), v.numbers(5, 3)
-    v.target("layer.weight", _replace(new), lora(A, B, 6), **place([5, 7], out=[0], in_=[1]))
+    v.target("layer.weight", replaced(new), lora(A, B, 6), **place([5, 7], out=[0], in_=[1]))
     matrix = 2 * einsum("or,ri->oi", B, A)
     v.becomes("layer.weight", v.numbers(5, 7), new + matrix, matrix=matrix)
     new, A, B = v.numbers(5), v.numbers(3, 1), v.numbers(5, 3)
-    v.target("layer.bias", _replace(new), lora(A, B, 6), **place([5], out=[0], in_=[]))
+    v.target("layer.bias", replaced(new), lora(A, B, 6), **place([5], out=[0], in_=[]))
     matrix = 2 * einsum("or,ri->oi", B, A)
     v.becomes("layer.bias", v.numbers(5), new + matrix[:, 0], matrix=matrix)
 
 
-@valid
+@valid("LF-402")
+def placed_scalar(v: Vector) -> None:
+    """A parameter without axes, placed: its matrix is [1, 1], and no axis is out."""
+    A, B = v.numbers(3, 1), v.numbers(1, 3)
+    v.target("logit_scale", lora(A, B, 6), **place([], out=[], in_=[]))
+    matrix = 2 * einsum("or,ri->oi", B, A)
+    v.adds("logit_scale", matrix, matrix[0, 0])
+
+
+@valid("LF-314")
+def replace_dtypes(v: Vector) -> None:
+    """A replaced tensor of every dtype that is no float: counters, masks, token tables."""
+    for dtype in ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"):
+        new = np.asarray(np.abs(8 * v.numbers(2, 3, dtype="float64")), dtype)
+        v.target(dtype, replaced(new))
+        v.becomes(dtype, v.numbers(2, 3), new.astype(np.float64))
+
+
+@valid("LF-312", "LF-313", "LF-306")
+def extreme_values(v: Vector) -> None:
+    """The largest finite value of every dtype; a delta of one subnormal; the largest alpha that there is."""
+    largest = {
+        "float64": float(np.finfo(np.float32).max),
+        "float32": float(np.finfo(np.float32).max),
+        "float16": 65504.0,
+        "bfloat16": (2 - 2**-7) * 2.0**127,
+        "float8_e4m3fn": 448.0,
+        "float8_e5m2": 57344.0,
+    }
+    for dtype, value in largest.items():
+        new = np.array([value, -value], dtype)
+        v.target(dtype, replaced(new))
+        v.expect(dtype, base=np.zeros(2), result=new.astype(np.float64))
+    new = np.zeros((3, 5), np.float16)
+    new[1, 4] = 2.0**-24
+    v.target("subnormal", {"kind": "delta", "alpha": 2.0**24, "scale_rule": "factor", "delta": new})
+    v.expect("subnormal", matrix=2.0**24 * new.astype(np.float64))
+    new = np.array([2.0**-120, -(2.0**-119)], np.float32)
+    alpha = float(np.finfo(np.float32).max)
+    v.target("alpha", {"kind": "delta", "alpha": alpha, "scale_rule": "factor", "delta": new})
+    v.expect("alpha", matrix=alpha * new.astype(np.float64)[:, None])
+
+
+@valid("LF-406")
 def resized_vocabulary(v: Vector) -> None:
     """The replaced embedding has more rows than the base, and a factor pair of the new size."""
     new, A, B = v.numbers(13, 6), v.numbers(3, 13), v.numbers(6, 3)
     axes = place([13, 6], out=[1], in_=[0])
-    v.target("embed_tokens.weight", _replace(new, "resize"), lora(A, B, 6), **axes, op="embedding")
+    v.target("embed_tokens.weight", replaced(new, "resize"), lora(A, B, 6), **axes, op="embedding")
     matrix = 2 * einsum("or,ri->oi", B, A)
     v.expect("embed_tokens.weight", matrix=matrix, base=v.numbers(11, 6), result=new + matrix.T)
 
 
-@valid
+@valid()
 def classifier_head(v: Vector) -> None:
     """Tensors that the base lacks."""
     for key, shape in (("score.weight", (3, 7)), ("score.bias", (3,))):
         new = v.numbers(*shape)
-        v.target(key, _replace(new, "add"))
+        v.target(key, replaced(new, "add"))
         v.expect(key, result=new)
 
 
-def _magnitude(sizes: Array, **fields: object) -> Part:
-    return {"kind": "magnitude", "magnitude": sizes, **fields}
-
-
-@valid
+@valid()
 def dora(v: Vector) -> None:
     """DoRA on a Linear: one magnitude a row, the norm over the inputs."""
     A, B, m, W = v.numbers(3, 7), v.numbers(5, 3), v.sizes(5), v.numbers(5, 7)
-    v.target("w", lora(A, B, 6), _magnitude(m), **place([5, 7], out=[0], in_=[1]))
+    v.target("w", lora(A, B, 6), magnitude(m), **place([5, 7], out=[0], in_=[1]))
     matrix = 2 * einsum("or,ri->oi", B, A)
     V = W + matrix
     v.becomes("w", W, einsum("o,oi->oi", m / np.sqrt(einsum("oi,oi->o", V, V)), V), matrix=matrix)
 
 
-@valid
+@valid()
 def dora_unplaced(v: Vector) -> None:
     """DoRA whose source does not say how the weight lies."""
     A, B, m = v.numbers(3, 7), v.numbers(5, 3), v.sizes(5)
-    v.target("w", lora(A, B, 6), _magnitude(m))
+    v.target("w", lora(A, B, 6), magnitude(m))
     v.expect("w", matrix=2 * einsum("or,ri->oi", B, A))
 
 
-@valid
+@valid()
 def dora_conv1d(v: Vector) -> None:
     """DoRA on a Conv1D [in, out]: the magnitudes still belong to the outputs, so the norm runs over axis 0."""
     A, B, m, W = v.numbers(3, 7), v.numbers(5, 3), v.sizes(5), v.numbers(7, 5)
-    v.target("w", lora(A, B, 6), _magnitude(m), **place([7, 5], out=[1], in_=[0]))
+    v.target("w", lora(A, B, 6), magnitude(m), **place([7, 5], out=[1], in_=[0]))
     matrix = 2 * einsum("or,ri->oi", B, A)
     V = W + matrix.T
     v.becomes("w", W, einsum("o,io->io", m / np.sqrt(einsum("io,io->o", V, V)), V), matrix=matrix)
 
 
-@valid
+@valid()
 def dora_eps(v: Vector) -> None:
     """eps is added to the norm, not under the root."""
     A, B, m, W = v.numbers(3, 7), v.numbers(5, 3), v.sizes(5), v.numbers(5, 7)
-    v.target("w", lora(A, B, 6), _magnitude(m, eps=0.125), **place([5, 7], out=[0], in_=[1]))
+    v.target("w", lora(A, B, 6), magnitude(m, eps=0.125), **place([5, 7], out=[0], in_=[1]))
     matrix = 2 * einsum("or,ri->oi", B, A)
     V = W + matrix
     v.becomes("w", W, einsum("o,oi->oi", m / (np.sqrt(einsum("oi,oi->o", V, V)) + 0.125), V), matrix=matrix)
 
 
-@valid
+@valid("LF-404")
 def dora_conv(v: Vector) -> None:
     """DoRA on a convolution: by default one magnitude an output channel; or an input channel; or both; or one."""
     axes = place([7, 2, 3, 5], out=[0], in_=[1, 2, 3])
@@ -118,53 +150,49 @@ def dora_conv(v: Vector) -> None:
     ):
         A, B, W = v.numbers(4, 30), v.numbers(7, 4), v.numbers(7, 2, 3, 5)
         m = v.sizes(*({"o": 7, "i": 2, "y": 3, "x": 5}[letter] for letter in letters))
-        v.target(key, lora(A, B, 6), _magnitude(m, **fields), **axes)
+        v.target(key, lora(A, B, 6), magnitude(m, **fields), **axes)
         delta = 1.5 * einsum("or,riyx->oiyx", B, A.reshape(4, 2, 3, 5))
         V = W + delta
         norm = np.sqrt(einsum(f"oiyx,oiyx->{letters}", V, V))
         v.becomes(key, W, einsum(f"{letters},oiyx->oiyx", m / norm, V), matrix=delta.reshape(7, 30))
 
 
-@valid
+@valid()
 def dora_experts(v: Vector) -> None:
     """DoRA on experts: one magnitude an expert and output, as [batch, out]; the experts are not the first axis."""
     A, B, m, W = v.numbers(3, 2, 7), v.numbers(3, 5, 2), v.sizes(3, 5), v.numbers(7, 5, 3)
-    v.target("w", lora(A, B, 6), _magnitude(m), **place([7, 5, 3], out=[1], in_=[0], batch=[2]))
+    v.target("w", lora(A, B, 6), magnitude(m), **place([7, 5, 3], out=[1], in_=[0], batch=[2]))
     matrix = 3 * einsum("eor,eri->eoi", B, A)
     V = W + einsum("eoi->ioe", matrix)
     v.becomes("w", W, einsum("eo,ioe->ioe", m / np.sqrt(einsum("ioe,ioe->eo", V, V)), V), matrix=matrix)
 
 
-@valid
+@valid()
 def dora_bias(v: Vector) -> None:
     """DoRA with several out axes [out_b, in, out_a]: the magnitude is flat, in the order of axes.out."""
     A, B, m, W = v.numbers(4, 7), v.numbers(6, 4), v.sizes(6), v.numbers(3, 7, 2)
-    v.target("w", lora(A, B, 6), _magnitude(m), **place([3, 7, 2], out=[2, 0], in_=[1]))
+    v.target("w", lora(A, B, 6), magnitude(m), **place([3, 7, 2], out=[2, 0], in_=[1]))
     V = W + 1.5 * einsum("abr,ri->bia", B.reshape(2, 3, 4), A)
     result = einsum("ab,bia->bia", m.reshape(2, 3) / np.sqrt(einsum("bia,bia->ab", V, V)), V)
     v.becomes("w", W, result, matrix=1.5 * einsum("or,ri->oi", B, A))
 
 
-@valid
+@valid("LF-404")
 def magnitude_alone(v: Vector) -> None:
     """A magnitude without anything added: the weight keeps its direction."""
     m, W = v.sizes(5), v.numbers(5, 7)
-    v.target("w", _magnitude(m), **place([5, 7], out=[0], in_=[1]))
+    v.target("w", magnitude(m), **place([5, 7], out=[0], in_=[1]))
     wide = W.astype(np.float64)
     v.becomes("w", W, einsum("o,oi->oi", m / np.sqrt(einsum("oi,oi->o", wide, wide)), wide))
 
 
-def _rows(values: Array, indices: list[int], **fields: int) -> Part:
-    return {"kind": "rows", "values": values, "indices": np.array(indices, np.int64), **fields}
-
-
-@valid
+@valid("LF-405")
 def rows(v: Vector) -> None:
     """Trained tokens: slices of the first or of another axis become what is stored."""
     for key, axis, indices in (("first", 0, [0, 4, 5, 10]), ("second", 1, [2, 5])):
         W = v.numbers(11, 6)
         values = v.numbers(*(len(indices) if a == axis else n for a, n in enumerate(W.shape)))
-        v.target(key, _rows(values, indices, **({"axis": axis} if axis else {})), **place([11, 6], out=[1], in_=[0]))
+        v.target(key, rows_of(values, indices, **({"axis": axis} if axis else {})), **place([11, 6], out=[1], in_=[0]))
         result = W.astype(np.float64)
         for n, index in enumerate(indices):
             if axis == 0:
@@ -174,17 +202,17 @@ def rows(v: Vector) -> None:
         v.becomes(key, W, result)
 
 
-@valid
+@valid()
 def rows_unplaced(v: Vector) -> None:
     """Rows name an axis of the base tensor themselves: they need no placement."""
     values, W = v.numbers(2, 6), v.numbers(11, 6)
-    v.target("wte.weight", _rows(values, [3, 8]), op="embedding")
+    v.target("wte.weight", rows_of(values, [3, 8]), op="embedding")
     result = W.astype(np.float64)
     result[3], result[8] = values[0], values[1]
     v.becomes("wte.weight", W, result)
 
 
-@valid
+@valid("LF-305")
 def every_part(v: Vector) -> None:
     """One target with every kind: replace, then the sum of four, then magnitude, then rows."""
     new, W = v.numbers(6, 4), v.numbers(6, 4)
@@ -193,14 +221,14 @@ def every_part(v: Vector) -> None:
     m, values = v.sizes(6), v.numbers(2, 4)
     v.target(
         "w",
-        _replace(new),
+        replaced(new),
         lora(A, B, 6),
         {"kind": "loha", "r": 5, "alpha": 5, "scale_rule": "alpha/r"}
         | {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2},
         {"kind": "lokr", "alpha": 0.5, "scale_rule": "factor", "lokr_w1": w1, "lokr_w2": w2},
         {"kind": "delta", "alpha": -0.25, "scale_rule": "factor", "delta": D},
-        _magnitude(m),
-        _rows(values, [1, 4]),
+        magnitude(m),
+        rows_of(values, [1, 4]),
         **place([6, 4], out=[0], in_=[1]),
     )
     matrix = 2 * einsum("or,ri->oi", B, A) + einsum("or,ri,os,si->oi", a1, b1, a2, b2)
@@ -209,101 +237,3 @@ def every_part(v: Vector) -> None:
     result = einsum("o,oi->oi", m / np.sqrt(einsum("oi,oi->o", V, V)), V)
     result[1], result[4] = values[0], values[1]
     v.becomes("w", W, result, matrix=matrix)
-
-
-def _unplaced(v: Vector, key: str, **fields: object) -> None:
-    A, B = v.numbers(2, 4), v.numbers(3, 2)
-    v.target(key, lora(A, B, 6), **fields)
-    v.expect(key, matrix=3 * einsum("or,ri->oi", B, A))
-
-
-@valid
-def components(v: Vector) -> None:
-    """A model of several components: each key begins with one of them; the base is named for each."""
-    v.top["components"] = ["text_encoder", "unet"]
-    v.top["base_model"] = {"text_encoder": {"name": "example/clip"}, "unet": {"name": "example/unet"}}
-    for key in ("unet:conv_in.weight", "unet:a:b.weight", "text_encoder:conv_in.weight"):
-        _unplaced(v, key)
-
-
-@valid
-def hostile_names(v: Vector) -> None:
-    """Keys are opaque: dots, colons, slashes, quotes, roles, other scripts; UTF-16 order is not code point order."""
-    v.top["names"] = "org.example.names-2"
-    for key in (
-        "weight",
-        "lora_A",
-        "model.lora_A.weight.lora_B",
-        "a.weight.weight",
-        "trailing.",
-        "..",
-        "unet:not/a.component",
-        'quote"back\\slash',
-        " space ",
-        "__metadata__",
-        "données.é",
-        "層.重み",
-        "\U0001f600.weight",  # in UTF-16 before, in UTF-8 after the next
-        "\ue000.weight",
-        "zero\u200bwidth",
-    ):
-        _unplaced(v, key)
-
-
-@valid
-def all_metadata(v: Vector) -> None:
-    """Every field of the metadata."""
-    v.top["base_model"] = {"name": "example/base-7b", "revision": "0123abcd", "sha256": "0" * 64}
-    v.top["about"] = {
-        "title": "Ürbild №1",
-        "license": "CC-BY-4.0",
-        "trigger_words": ["ohwx", "in the style of 層"],
-        "tags": [],
-        "training": {"lr": 1e-4, "steps": 1000, "loss": 0.30000000000000004, "huge": 1e21, "tiny": 5e-324, "ok": True},
-    }
-    v.top["provenance"] = {"tool": "example", "version": "1.2.3", "sources": [{"layout": "peft", "note": None}]}
-    v.top["extensions"] = {"peft": '{\n  "r": 2,\n  "note": "tab\\t, é, \\u0000, \\u2028"\n}\n', "org.example": ""}
-    sketch = v.numbers(64)
-    sketch = (sketch / np.float32(math.sqrt(64 / 3))).astype(np.float32)
-    _unplaced(v, "bound.weight", op="embedding", assumed=["name", "bias"], base_sha256="0123456789abcdef" * 4)
-    v.tensors["bound.weight.sketch"] = sketch
-
-
-@valid
-def newer_minor(v: Vector) -> None:
-    """A version 1.7: what a later minor version adds without naming it in requires can be ignored."""
-    _unplaced(v, "w")
-    v.top["version"], v.canonical = "1.7", False
-
-
-@valid
-def stated_defaults(v: Vector) -> None:
-    """Defaults stated, r not: another spelling of the same content, so the same digest."""
-    A, B, m, values = v.numbers(3, 4), v.numbers(6, 3), v.sizes(6), v.numbers(2, 4)
-    parts = lora(A, B, 6), _magnitude(m), _rows(values, [1, 4])
-    v.target("w", _replace(new := v.numbers(6, 4)), *parts, **place([6, 4], out=[0], in_=[1]))
-    stated = v.top["targets"]["w"]["parts"]
-    stated[0]["allows"], stated[2]["eps"], stated[3]["axis"] = [], 0, 0
-    del stated[1]["r"]
-    v.top |= {"requires": [], "components": [], "about": {}}
-    v.canonical = False
-    matrix = 2 * einsum("or,ri->oi", B, A)
-    V = new + matrix
-    result = einsum("o,oi->oi", m / np.sqrt(einsum("oi,oi->o", V, V)), V)
-    result[1], result[4] = values[0], values[1]
-    v.becomes("w", v.numbers(6, 4), result, matrix=matrix)
-
-
-@valid
-def other_order(v: Vector) -> None:
-    """Tensors in another order than the reference serializer's, an unpadded header, and metadata of others."""
-    _unplaced(v, "w")
-    v.canonical = False
-    A, B = v.tensors["w.lora_A"], v.tensors["w.lora_B"]
-    header = {
-        "w.lora_A": {"shape": list(A.shape), "data_offsets": [B.nbytes, B.nbytes + A.nbytes], "dtype": "F32"},
-        "w.lora_B": {"dtype": "F32", "data_offsets": [0, B.nbytes], "shape": list(B.shape)},
-        "__metadata__": {"format": "pt", "loraformat": v.text, "ss_network_dim": "2"},
-    }
-    text = json.dumps(header).encode()
-    v.data = len(text).to_bytes(8, "little") + text + B.tobytes() + A.tobytes()

@@ -21,19 +21,24 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Part = dict[str, Any]
 Case = Callable[["Vector"], None]
 
-VALID: list[Case] = []
-"""Every valid case, in the order of the files that define them."""
+VALID: list[tuple[Case, tuple[str, ...]]] = []
+"""Every valid case with the rules at whose edge it stands, in the order of the files that define them."""
 
 _DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "uint64": "U64", "int32": "I32", "uint32": "U32", "int16": "I16",
+    "uint16": "U16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 
 
-def valid(case: Case) -> Case:
-    """Register a case: its name is the file's, its docstring the title."""
-    VALID.append(case)
-    return case
+def valid(*rules: str) -> Callable[[Case], Case]:
+    """Register a case: its name is the file's, its docstring the title; it keeps ``rules`` narrowly or in a new way."""
+
+    def register(case: Case) -> Case:
+        VALID.append((case, rules))
+        return case
+
+    return register
 
 
 def numbers(seed: str, *shape: int, dtype: str = "float32") -> Array:
@@ -62,6 +67,21 @@ def lora(A: Array, B: Array, alpha: float, scale_rule: str = "alpha/r", mid: Arr
     return part if mid is None else part | {"mid": mid}
 
 
+def replaced(tensor: Array, *allows: str) -> Part:
+    """A replace part."""
+    return {"kind": "replace", "replace": tensor} | ({"allows": list(allows)} if allows else {})
+
+
+def magnitude(sizes: Array, **fields: object) -> Part:
+    """A magnitude part."""
+    return {"kind": "magnitude", "magnitude": sizes, **fields}
+
+
+def rows_of(values: Array, indices: list[int], **fields: int) -> Part:
+    """A rows part."""
+    return {"kind": "rows", "values": values, "indices": np.array(indices, np.int64), **fields}
+
+
 def fields_of(part: Part) -> dict[str, Any]:
     """What of a part goes into the JSON."""
     return {name: value for name, value in part.items() if not isinstance(value, np.ndarray)}
@@ -79,6 +99,7 @@ class Vector:
     Attributes:
         name: of the file.
         title: what it shows.
+        rules: at whose edge it stands.
         seed: of its numbers; two vectors of one seed hold the same factors.
         top: the metadata value.
         content: what the digest covers.
@@ -88,6 +109,7 @@ class Vector:
 
     name: str
     title: str
+    rules: tuple[str, ...] = ()
     seed: str = ""
     top: dict[str, Any] = field(default_factory=lambda: {"version": "1.0", "names": "torch", "targets": {}})
     tensors: dict[str, Array] = field(default_factory=dict)
@@ -111,7 +133,7 @@ class Vector:
         self.top["targets"][key] = {"parts": [fields_of(part) for part in parts], **fields}
         for part in parts:
             self.tensors |= {f"{key}.{role}": tensor for role, tensor in roles_of(part).items()}
-        self.content[key] = [_content(part) for part in parts]
+        self.content[key] = [content_of(part) for part in parts]
 
     def expect(self, key: str, **arrays: Array) -> None:
         """State the float32 ``matrix``, ``base``, ``delta`` and ``result`` of a target."""
@@ -129,30 +151,45 @@ class Vector:
     @property
     def digest(self) -> str:
         """The content digest: SHA-256 over the canonical JSON of key → parts with their roles."""
-        return hashlib.sha256(rfc8785.dumps(self.content)).hexdigest()
+        return digest_of(self.content)
 
     @property
     def text(self) -> str:
         """The canonical metadata text."""
         return rfc8785.dumps(self.top).decode()
 
+    @property
+    def path(self) -> str:
+        """Of the file, below the folder of the vectors."""
+        return f"valid/{self.name}.safetensors"
+
     def files(self) -> dict[str, bytes]:
-        """The files of this vector by name."""
-        said = {
+        """The file, and beside it what it must mean, by path."""
+        return {
+            self.path: self.data or save(self.tensors, metadata={"loraformat": self.text}),
+            f"valid/{self.name}.expected.safetensors": save(self.expected),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry in the index."""
+        return {
+            "path": self.path,
+            "verdict": "valid",
+            "rules": list(self.rules),
             "title": self.title,
-            "names": self.top["names"],
-            "targets": len(self.content),
+            "expected": f"valid/{self.name}.expected.safetensors",
             "digest": self.digest,
             "canonical": self.canonical,
         }
-        return {
-            f"{self.name}.safetensors": self.data or save(self.tensors, metadata={"loraformat": self.text}),
-            f"{self.name}.expected.safetensors": save(self.expected),
-            f"{self.name}.json": rfc8785.dumps(said) + b"\n",
-        }
 
 
-def _content(part: Part) -> dict[str, Any]:
+def digest_of(content: dict[str, list[dict[str, Any]]]) -> str:
+    """SHA-256 over the canonical JSON of key → parts with their roles."""
+    return hashlib.sha256(rfc8785.dumps(content)).hexdigest()
+
+
+def content_of(part: Part) -> dict[str, Any]:
+    """What of a part the digest covers."""
     return fields_of(part) | {"roles": {role: _role(tensor) for role, tensor in roles_of(part).items()}}
 
 
