@@ -1,4 +1,4 @@
-"""Check any implementation of loraformat against every vector: ``python run.py [--class CLASS]… COMMAND…``.
+"""Check any implementation of loraformat against every vector: ``python run.py [--class C]… [--only OP]… COMMAND…``.
 
 COMMAND reads a JSON request a line and writes a JSON reply a line (appendix B of ``spec/loraformat.md``). Without
 ``--class`` an operation that it does not know is no fault; with it, the operations of these classes (reader, writer,
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Implementation:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise EOFError(f"no reply to {json.dumps(request)[:200]}")
+            raise EOFError(json.dumps(request)[:200])
         reply: dict[str, Any] = json.loads(line)
         return reply
 
@@ -107,7 +107,12 @@ def questions(index: dict[str, Any], folder: Path) -> Iterator[tuple[dict[str, A
             elif what == "sketch":
                 yield {"op": "sketch", "path": path, "key": key, "base": base}, wanted
     for refusal in index["refusals"]:
-        request = {"op": "apply", "path": str(VECTORS / refusal["path"]), "key": refusal["key"], "base": refusal["base"]}
+        request = {
+            "op": "apply",
+            "path": str(VECTORS / refusal["path"]),
+            "key": refusal["key"],
+            "base": refusal["base"],
+        }
         yield request, {"refused": [refusal["rule"]]}
 
 
@@ -130,11 +135,13 @@ def satisfied(implementation: Implementation, request: dict[str, Any], reply: di
             return close(reply, wanted) if isinstance(wanted, np.ndarray) else reply == wanted
 
 
-def check(implementation: Implementation, folder: Path) -> dict[str, Score]:
-    """Ask everything."""
-    scores = {operation: Score() for operation in OPERATIONS}
+def check(implementation: Implementation, folder: Path, operations: Sequence[str]) -> dict[str, Score]:
+    """Ask everything about these operations."""
+    scores = {operation: Score() for operation in operations}
     index = json.loads((VECTORS / "index.json").read_text(encoding="utf-8"))
     for request, wanted in questions(index, folder):
+        if request["op"] not in scores:
+            continue
         score, reply = scores[request["op"]], implementation.ask(**request)
         if reply.get("unsupported"):
             score.unknown += 1
@@ -150,14 +157,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--class", dest="classes", action="append", choices=CLASSES, default=[], help="claimed")
+    parser.add_argument("--only", action="append", choices=OPERATIONS, help="ask nothing else")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     if not options.command:
         parser.error("which command is to be checked?")
     implementation = Implementation(options.command)
-    with tempfile.TemporaryDirectory() as folder:
-        scores = check(implementation, Path(folder))
-    implementation.close()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            scores = check(implementation, Path(folder), options.only or OPERATIONS)
+        implementation.close()
+    except (EOFError, BrokenPipeError) as error:
+        print(f"missed: no reply: {error}")
+        return 1
     claimed = {operation for name in options.classes for operation in CLASSES[name]}
     wrong = False
     print(f"{'operation':10} {'passed':>7} {'missed':>7} {'unknown':>8}")

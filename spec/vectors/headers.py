@@ -122,6 +122,7 @@ def top() -> None:
         says = f"{name} is null: null is not absent"
         parts(f"LF-203-{name}-null", says, *listed, tensors=pair(**more), target=PLACED, schema=True)
     wide = {"schema": True, "tensors": pair(None, None, delta=(3, 5))}
+    meta("LF-203-target-null", "a target is null", value(targets={KEY: None}), {}, where=KEY, schema=True)
     meta("LF-203-target-list", "a target is a list", value([]), {}, where=KEY, schema=True)
     meta("LF-203-no-parts", "a target without parts", value(PLACED), {}, where=KEY, schema=True)
     parts("LF-203-no-alpha", "alpha has no default", {"kind": "delta", "scale_rule": "factor"}, **wide)
