@@ -59,9 +59,12 @@ def targets() -> None:
     parts("LF-308-loha", "r is 3, hada_w1_b has 2 rows", loha | {"r": 3}, tensors=pair(None, None, **hada))
     meta("LF-309-rank", "lora_A of rank 2, lora_B of rank 4", value(), pair(b=(3, 4)), **more)
     meta("LF-309-one-axis", "lora_A has one axis", value(), pair(a=(2,)), **more)
-    meta("LF-309-axes", "lora_A has a batch axis, lora_B has none", value(), pair(a=(4, 2, 5)), **more)
+    meta("LF-309-axes", "lora_A has a batch axis, lora_B has none", value(), pair(a=(3, 2, 5)), **more)
     meta("LF-309-batch", "batches of 4 and 6", value(), pair(a=(4, 2, 5), b=(6, 3, 2)), **more)
     meta("LF-309-mid", "a core of another rank", value(), pair(mid=(4, 4, 3, 3)), **more)
+    meta("LF-309-mid-left", "a core that fits lora_A alone", value(), pair(mid=(4, 2, 3, 3)), **more)
+    meta("LF-309-mid-right", "a core that fits lora_B alone", value(), pair(mid=(2, 4, 3, 3)), **more)
+    meta("LF-309-mid-flat", "a core without kernel", value(), pair(mid=(2, 2)), **more)
     dense = {"kind": "delta", "alpha": 1, "scale_rule": "factor"}
     parts("LF-309-two-matrices", "a pair [3, 5] and a delta [5, 3]", LORA, dense, tensors=pair(delta=(5, 3)))
     batches = pair(a=(2, 2, 5), b=(2, 3, 2), delta=(4, 3, 5))
@@ -70,11 +73,21 @@ def targets() -> None:
     wrong = pair(None, None, **(hada | {"hada_w2_a": (4, 2)}))
     parts("LF-309-loha", "the two products differ in shape", loha, tensors=wrong)
     parts("LF-309-one-core", "t1 without t2", loha, tensors=pair(None, None, **hada, t1=(2, 2, 3, 3)))
+    wrong = pair(None, None, **(hada | {"hada_w2_b": (4, 5)}))
+    parts("LF-309-loha-rank", "the second product has two ranks", loha, tensors=wrong)
+    cored = {"hada_w1_a": (2, 3), "hada_w1_b": (2, 1), "t1": (2, 2, 5), "hada_w2_a": (3, 2), "hada_w2_b": (2, 5)}
+    parts("LF-309-half-cored", "t1 without t2, of one matrix", loha, tensors=pair(None, None, **cored))
     factor = whole | {"scale_rule": "factor"}
     sides = {"lokr_w1": (2, 3), "lokr_w2": (5, 7)}
     both = pair(None, None, **sides, lokr_w2_a=(5, 2), lokr_w2_b=(2, 7))
     parts("LF-309-lokr-both", "w2 whole and as a product", factor, tensors=both)
     parts("LF-309-lokr-half", "w2_a without w2_b", factor, tensors=pair(None, None, lokr_w1=(2, 3), lokr_w2_a=(5, 2)))
+    half = pair(None, None, lokr_w1=(2, 3), lokr_w2_b=(2, 7))
+    parts("LF-309-lokr-other-half", "w2_b without w2_a", factor, tensors=half)
+    whole_core = pair(None, None, **sides, t2=(4, 4, 3, 3))
+    parts("LF-309-lokr-core-whole", "a core beside a whole w2", factor, tensors=whole_core)
+    parts("LF-309-lokr-none", "no w1 at all", factor, tensors=pair(None, None, lokr_w2=(5, 7)))
+    parts("LF-309-lokr-w2", "w2 has one axis", factor, tensors=pair(None, None, **(sides | {"lokr_w2": (5,)})))
     parts("LF-309-lokr-w1", "w1 has three axes", factor, tensors=pair(None, None, **(sides | {"lokr_w1": (2, 3, 4)})))
     around = {"lokr_w1": (2, 3), "lokr_w2_a": (4, 5), "lokr_w2_b": (4, 6)}
     for name, says, change in (
@@ -92,6 +105,10 @@ def targets() -> None:
         ("nan-bf16", np.nan, "bfloat16"),
         ("inf-f32", -np.inf, "float32"),
         ("nan-f16", np.nan, "float16"),
+        ("inf-f16", np.inf, "float16"),
+        ("inf-bf16", np.inf, "bfloat16"),
+        ("inf-f8", np.inf, "float8_e5m2"),
+        ("nan-f8-e5m2", np.nan, "float8_e5m2"),
     ):
         A = numbers("lora_A", 2, 5, dtype=dtype)
         A[1, 3] = bad

@@ -2,7 +2,6 @@
 
 // An integer as it is spelled becomes a BigInt, any other number a Number, an object one without a prototype.
 export function parse(text) {
-  if (!text.isWellFormed()) throw new SyntaxError("a lone surrogate");
   let at = 0;
   const wrong = (what) => new SyntaxError(`${what} at ${at}`);
   const space = () => { while (" \t\n\r".includes(text[at]) && at < text.length) at++; };
