@@ -52,6 +52,12 @@ def test_canonical_json_read_again_is_the_value(value):
     assert as_floats(canonical.loads(canonical.dumps(value))) == as_floats(value)
 
 
+@given(VALUES)
+def test_canonical_json_has_one_spelling(value):
+    text = canonical.dumps(value)
+    assert canonical.dumps(canonical.loads(text)) == text
+
+
 def as_floats(value):
     if isinstance(value, dict | list):
         return {k: as_floats(v) for k, v in value.items()} if isinstance(value, dict) else [as_floats(v) for v in value]

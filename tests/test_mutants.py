@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from peft_goldens import check_deltas, check_merge, check_numbers, check_patterns, check_round_trip
 
 import loraformat as lf
-from loraformat import axes, huggingface, parts, testing, updates
+from loraformat import axes, huggingface, parts, registry, testing, updates
 from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.attach import Branch
 from loraformat_converters.peft import config, read, write
@@ -61,6 +61,9 @@ class PeftFolder:
     """The PEFT layout, for ``check_round_trip``, whose path ends like a file's."""
 
     name, carries = "peft", frozenset({"lora"})
+
+    def read(self, source, options):
+        return registry.layout("peft").read(source, options)
 
     def write(self, adapter):
         return write.write(adapter)
