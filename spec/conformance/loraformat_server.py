@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -48,6 +49,16 @@ def roundtrip(path: str, out: str) -> Reply:
     return {}
 
 
+def sketch(path: str, key: str, base: Reply) -> Reply:
+    """The sketch of a base tensor."""
+    from loraformat import sketch as sketches
+
+    update, tensor = file.read(path)[0][key], _array(base)
+    if tensor is None or update.placement is None:
+        raise fault("LF-604", "a sketch needs a placed base tensor", where=key)
+    return _numbers(sketches.sketch(tensor, update.placement))
+
+
 OPERATIONS: dict[str, Callable[..., Reply]] = {
     "validate": validate,
     "digest": lambda path: {"digest": digest(file.read(path)[0])},
@@ -55,6 +66,8 @@ OPERATIONS: dict[str, Callable[..., Reply]] = {
     "apply": apply,
     "roundtrip": roundtrip,
 }
+if importlib.util.find_spec("loraformat.sketch"):
+    OPERATIONS["sketch"] = sketch
 
 
 def reply(request: Reply) -> Reply:

@@ -37,6 +37,15 @@ def replace_and_lora(v: Vector) -> None:
     v.becomes("layer.bias", v.numbers(5), new + matrix[:, 0], matrix=matrix)
 
 
+@valid("LF-105")
+def replace_axes(v: Vector) -> None:
+    """A tensor of 32 axes: as many as there may be."""
+    shape = [1] * 30 + [2, 3]
+    new = v.numbers(*shape)
+    v.target("w", replaced(new))
+    v.becomes("w", v.numbers(*shape), new.astype(np.float64))
+
+
 @valid("LF-402")
 def placed_scalar(v: Vector) -> None:
     """A parameter without axes, placed: its matrix is [1, 1], and no axis is out."""
