@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import additive  # noqa: F401  (each registers its cases)
 import headers
@@ -27,22 +28,23 @@ def vectors() -> dict[str, bytes]:
     """Every file by its path."""
     made: list[Vector | Broken] = []
     for case, rules in VALID:
-        made.append(Vector(case.__name__, str(case.__doc__), rules))
-        case(made[-1])
+        vector = Vector(case.__name__, str(case.__doc__), rules)
+        case(vector)
+        made.append(vector)
     for section in (headers.container, headers.top, targets.targets, targets.placement):
         section()
     made += BROKEN
-    files = {name: data for vector in made for name, data in vector.files().items()}
-    index = {
+    files = {name: data for item in made for name, data in item.files().items()}
+    index: dict[str, Any] = {
         "$schema": "index.schema.json",
         "version": "1.0",
-        "vectors": [vector.as_json() for vector in made],
+        "vectors": [item.as_json() for item in made],
         "refusals": [refusal.as_json() for refusal in REFUSALS],
     }
     return files | {"index.json": _text(index)}
 
 
-def _text(index: dict[str, list[dict[str, object]]]) -> bytes:
+def _text(index: dict[str, Any]) -> bytes:
     """The index as JSON, an entry a line."""
     members = []
     for name, value in index.items():

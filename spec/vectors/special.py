@@ -60,6 +60,8 @@ def replace_dtypes(v: Vector) -> None:
     """A replaced tensor of every dtype that is no float: counters, masks, token tables."""
     for dtype in ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"):
         new = np.asarray(np.abs(8 * v.numbers(2, 3, dtype="float64")), dtype)
+        if dtype == "bool":
+            new.view(np.uint8)[:] = [[0, 1, 2], [0, 255, 0]]
         v.target(dtype, replaced(new))
         v.becomes(dtype, v.numbers(2, 3), new.astype(np.float64))
 

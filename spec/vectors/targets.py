@@ -184,6 +184,7 @@ def placement() -> None:
         ("negative", "an index from the end", [-1, 2], (2, 5), {}, PLACED, False),
         ("beyond", "row 3 of three", [0, 3], (2, 5), {}, PLACED, False),
         ("count", "two indices, one row", [0, 2], (1, 5), {}, PLACED, False),
+        ("count-unplaced", "two indices, one row, unplaced", [0, 2], (1, 5), {}, {}, False),
         ("width", "rows of another width", [0, 2], (2, 4), {}, PLACED, False),
         ("matrix", "indices with two axes", [[0], [2]], (2, 5), {}, PLACED, False),
         ("axis", "axis 2 of two", [0, 2], (2, 5), {"axis": 2}, PLACED, False),
