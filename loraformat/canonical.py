@@ -63,7 +63,7 @@ def _integer(value: int) -> str:
     if abs(value) <= _EXACT:
         return str(value)
     if abs(value) >= 10**21 or _number(float(value)) != str(value):  # ECMAScript spells 1e21 with an exponent
-        raise ValueError(f"double precision rounds the integer {str(value)[:40]}")
+        raise ValueError(f"the integer {str(value)[:40]} is beyond 2^53 and double precision rounds it")
     return str(value)
 
 
