@@ -1,11 +1,11 @@
-"""Valid vectors of the additive kinds: every placement, every factorisation, every scale rule."""
+"""Valid vectors of lora and delta: every placement, every scale rule, every float dtype."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from vector import Array, Part, Vector, einsum, lora, place, valid
+from vector import Array, Vector, dense, einsum, lora, place, valid
 
 
 @valid("LF-101", "LF-102", "LF-201", "LF-207", "LF-304", "LF-311")
@@ -123,7 +123,7 @@ def shared_factors(v: Vector) -> None:
     A, B, D = v.numbers(1, 2, 7), v.numbers(1, 5, 2), v.numbers(1, 5, 7)
     for key, part, matrix in (
         ("both_shared", lora(A, B, 6), 3 * einsum("bor,bri->boi", B, A)),
-        ("delta_shared", _delta(D, 0.5), 0.5 * D.astype(np.float64)),
+        ("delta_shared", dense(D, 0.5), 0.5 * D.astype(np.float64)),
     ):
         v.target(key, part, **axes)
         v.adds(key, matrix, np.repeat(matrix, 3, axis=0))
@@ -147,10 +147,6 @@ def grouped_axes(v: Vector) -> None:
     v.adds("w", 3 * einsum("or,ri->oi", B, A), delta)
 
 
-def _delta(tensor: Array, alpha: float, scale_rule: str = "factor", **more: int) -> Part:
-    return {"kind": "delta", "alpha": alpha, "scale_rule": scale_rule, "delta": tensor, **more}
-
-
 @valid()
 def lora_bias(v: Vector) -> None:
     """The bias that a trained lora_B brings: a dense delta on a vector, its scale stated as a factor or by a rule."""
@@ -159,9 +155,9 @@ def lora_bias(v: Vector) -> None:
     matrix = 3 * einsum("or,ri->oi", B, A)
     v.adds("layer.weight", matrix, matrix)
     wide = bias.astype(np.float64)
-    v.target("layer.bias", _delta(bias, 3.0), **place([5], out=[0], in_=[]))
+    v.target("layer.bias", dense(bias, 3.0), **place([5], out=[0], in_=[]))
     v.adds("layer.bias", 3 * wide[:, None], 3 * wide)
-    v.target("other.bias", _delta(bias, 6, "alpha/sqrt(r)", r=4), **place([5], out=[0], in_=[]))
+    v.target("other.bias", dense(bias, 6, "alpha/sqrt(r)", r=4), **place([5], out=[0], in_=[]))
     v.adds("other.bias", 3 * wide[:, None], 3 * wide)
 
 
@@ -213,90 +209,3 @@ def lora_mid(v: Vector) -> None:
     v.target("conv.weight", lora(A, B, 6, mid=mid), **place([7, 2, 3, 5], out=[0], in_=[1, 2, 3]))
     delta = 1.5 * einsum("om,mnyx,ni->oiyx", B, mid, A)
     v.adds("conv.weight", delta.reshape(7, 30), delta)
-
-
-def _loha(*factors: Array, r: int, t1: Array | None = None, t2: Array | None = None) -> Part:
-    roles = dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), factors, strict=True))
-    cores = {} if t1 is None else {"t1": t1, "t2": t2}
-    return {"kind": "loha", "r": r, "alpha": 6, "scale_rule": "alpha/r", **roles, **cores}
-
-
-@valid()
-def loha(v: Vector) -> None:
-    """The Hadamard product of two products."""
-    factors = v.numbers(5, 4), v.numbers(4, 7), v.numbers(5, 4), v.numbers(4, 7)
-    v.target("w", _loha(*factors, r=4), **place([5, 7], out=[0], in_=[1]))
-    matrix = 1.5 * einsum("or,ri,os,si->oi", *factors)
-    v.adds("w", matrix, matrix)
-
-
-@valid("LF-308", "LF-309")
-def loha_two_ranks(v: Vector) -> None:
-    """The second product of a loha may have another rank; r is that of the first."""
-    factors = v.numbers(5, 4), v.numbers(4, 7), v.numbers(5, 2), v.numbers(2, 7)
-    v.target("w", _loha(*factors, r=4), **place([5, 7], out=[0], in_=[1]))
-    matrix = 1.5 * einsum("or,ri,os,si->oi", *factors)
-    v.adds("w", matrix, matrix)
-
-
-@valid()
-def loha_tucker(v: Vector) -> None:
-    """Hadamard factors around two cores: a [r, out], b [r, channels], t [r, r, kh, kw]."""
-    a1, b1, a2, b2 = v.numbers(4, 7), v.numbers(4, 2), v.numbers(4, 7), v.numbers(4, 2)
-    t1, t2 = v.numbers(4, 4, 3, 5), v.numbers(4, 4, 3, 5)
-    part = _loha(a1, b1, a2, b2, r=4, t1=t1, t2=t2)
-    v.target("conv.weight", part, **place([7, 2, 3, 5], out=[0], in_=[1, 2, 3]))
-    first, second = (einsum("mo,mnyx,ni->oiyx", a, t, b) for a, t, b in ((a1, t1, b1), (a2, t2, b2)))
-    v.adds("conv.weight", 1.5 * (first * second).reshape(7, 30), 1.5 * first * second)
-
-
-@valid("LF-303", "LF-307")
-def lokr(v: Vector) -> None:
-    """The Kronecker product, each side whole or a product; r is stated or the rule has none."""
-    w1, a1, b1 = v.numbers(2, 3), v.numbers(2, 4), v.numbers(4, 3)
-    w2, a2, b2 = v.numbers(5, 7), v.numbers(5, 6), v.numbers(6, 7)
-    first, second = einsum("or,ri->oi", a1, b1), einsum("or,ri->oi", a2, b2)
-    by_rank = {"kind": "lokr", "alpha": 9, "scale_rule": "alpha/r"}
-    for key, part, scale, left, right in (
-        ("whole", {"kind": "lokr", "alpha": 0.75, "scale_rule": "factor", "lokr_w1": w1, "lokr_w2": w2}, 0.75, w1, w2),
-        ("whole_r", by_rank | {"r": 12, "lokr_w1": w1, "lokr_w2": w2}, 0.75, w1, w2),
-        ("w2_product", by_rank | {"r": 6, "lokr_w1": w1, "lokr_w2_a": a2, "lokr_w2_b": b2}, 1.5, w1, second),
-        ("w1_product", by_rank | {"r": 4, "lokr_w1_a": a1, "lokr_w1_b": b1, "lokr_w2": w2}, 2.25, first, w2),
-        (
-            "products",
-            by_rank | {"r": 6, "lokr_w1_a": a1, "lokr_w1_b": b1, "lokr_w2_a": a2, "lokr_w2_b": b2},
-            1.5,
-            first,
-            second,
-        ),
-    ):
-        v.target(key, part, **place([10, 21], out=[0], in_=[1]))
-        matrix = scale * einsum("ab,cd->acbd", left, right).reshape(10, 21)
-        v.adds(key, matrix, matrix)
-
-
-@valid()
-def lokr_conv(v: Vector) -> None:
-    """The Kronecker product for a convolution: w2 whole, a product, or around a core."""
-    w1, w2 = v.numbers(2, 3), v.numbers(5, 4, 3, 2)
-    a2, b2 = v.numbers(5, 6), v.numbers(6, 4 * 3 * 2)
-    a, b, t2 = v.numbers(6, 5), v.numbers(6, 4), v.numbers(6, 6, 3, 2)
-    shared = {"kind": "lokr", "alpha": 1.5, "scale_rule": "factor", "lokr_w1": w1}
-    for key, roles, right in (
-        ("whole", {"lokr_w2": w2}, w2.astype(np.float64)),
-        ("product", {"lokr_w2_a": a2, "lokr_w2_b": b2}, einsum("or,riyx->oiyx", a2, b2.reshape(6, 4, 3, 2))),
-        ("core", {"lokr_w2_a": a, "lokr_w2_b": b, "t2": t2}, einsum("mo,mnyx,ni->oiyx", a, t2, b)),
-    ):
-        v.target(key, shared | roles, **place([10, 12, 3, 2], out=[0], in_=[1, 2, 3]))
-        delta = 1.5 * einsum("ab,cdyx->acbdyx", w1, right).reshape(10, 12, 3, 2)
-        v.adds(key, delta.reshape(10, 72), delta)
-
-
-@valid()
-def sum_of_kinds(v: Vector) -> None:
-    """Additive parts of one target are summed, each with its own scale."""
-    A, B, D, w1, w2 = v.numbers(3, 6), v.numbers(4, 3), v.numbers(4, 6), v.numbers(2, 2), v.numbers(2, 3)
-    kronecker = {"kind": "lokr", "alpha": -0.5, "scale_rule": "factor", "lokr_w1": w1, "lokr_w2": w2}
-    v.target("w", lora(A, B, 6), kronecker, _delta(D, 0.25), **place([6, 4], out=[1], in_=[0]))
-    matrix = 2 * einsum("or,ri->oi", B, A) - 0.5 * einsum("ab,cd->acbd", w1, w2).reshape(4, 6) + 0.25 * D
-    v.adds("w", matrix, matrix.T)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import additive  # noqa: F401  (each registers its cases)
+import factored  # noqa: F401
 import headers
 import special  # noqa: F401
 import targets

@@ -67,6 +67,11 @@ def lora(A: Array, B: Array, alpha: float, scale_rule: str = "alpha/r", mid: Arr
     return part if mid is None else part | {"mid": mid}
 
 
+def dense(tensor: Array, alpha: float, scale_rule: str = "factor", **more: int) -> Part:
+    """A delta part."""
+    return {"kind": "delta", "alpha": alpha, "scale_rule": scale_rule, "delta": tensor, **more}
+
+
 def replaced(tensor: Array, *allows: str) -> Part:
     """A replace part."""
     return {"kind": "replace", "replace": tensor} | ({"allows": list(allows)} if allows else {})

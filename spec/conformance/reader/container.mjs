@@ -14,15 +14,15 @@ export class Refusal extends Error {
 export const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 export const product = (sizes) => sizes.reduce((a, b) => a * b, 1);
 
-const float = (exponent, mantissa, bias, finite) => (bits) => {
-  const sign = bits >> (exponent + mantissa) ? -1 : 1;
-  const e = (bits >> mantissa) & (2 ** exponent - 1);
-  const m = (bits & (2 ** mantissa - 1)) / 2 ** mantissa;
-  const top = 2 ** exponent - 1;
-  if (finite ? e === top && m === 1 - 2 ** -mantissa : e === top) return m && !finite ? NaN : finite ? NaN : sign * Infinity;
-  return sign * (e ? (1 + m) * 2 ** (e - bias) : m * 2 ** (1 - bias));
+// A sign, an exponent, a mantissa; of a finite variant only the last pattern is no number.
+const float = (exponent, mantissa, finite = false) => (bits) => {
+  const sign = bits >> (exponent + mantissa) ? -1 : 1, top = 2 ** exponent - 1, bias = top >> 1;
+  const e = (bits >> mantissa) & top, m = bits & (2 ** mantissa - 1);
+  if (e === top && !finite) return m ? NaN : sign * Infinity;
+  if (e === top && m === 2 ** mantissa - 1) return NaN;
+  return sign * (e ? 2 ** mantissa + m : 2 * m) * 2 ** (e - bias - mantissa);
 };
-const half = float(5, 10, 15), e4m3 = float(4, 3, 7, true), e5m2 = float(5, 2, 15);
+const half = float(5, 10), e4m3 = float(4, 3, true), e5m2 = float(5, 2);
 const brain = (bits) => new DataView(Uint8Array.of(bits >> 8, bits & 255, 0, 0).buffer).getFloat32(0);
 
 // dtype → [bytes, how to read one value]
