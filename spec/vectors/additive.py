@@ -74,6 +74,15 @@ def conv_jax(v: Vector) -> None:
     v.adds("conv/kernel", 0.5 * einsum("or,ri->oi", B, A), 0.5 * einsum("or,riyx->yxio", B, kernels))
 
 
+@valid("LF-402")
+def conv_1x1(v: Vector) -> None:
+    """Axes of size 1 are axes: a convolution over single points."""
+    A, B = v.numbers(3, 2), v.numbers(7, 3)
+    v.target("conv.weight", lora(A, B, 6), **place([7, 2, 1, 1], out=[0], in_=[1, 2, 3]))
+    matrix = 2 * einsum("or,ri->oi", B, A)
+    v.adds("conv.weight", matrix, matrix.reshape(7, 2, 1, 1))
+
+
 @valid()
 def embedding(v: Vector) -> None:
     """An embedding [vocabulary, dim]: A is [r, vocabulary], the input is a one-hot row."""

@@ -128,9 +128,9 @@ function targetOf(key, entry, roles, warnings) {
   const order = kinds.map((kind) => Object.keys(KINDS).indexOf(kind));
   if (!kinds.length || order.some((n, i) => n < 0 || (i && n <= order[i - 1]))) throw new Refusal("LF-305", where);
   const parts = known.parts.map((part) => partOf(part, stored, where, warnings));
-  if (Object.keys(stored).length) throw new Refusal("LF-302", `${key}.${Object.keys(stored)[0]}`);
   const target = { key, where, parts, place, sketch, base_sha256: known.base_sha256 };
   fit(target);
+  if (Object.keys(stored).length) throw new Refusal("LF-302", `${key}.${Object.keys(stored)[0]}`);
   return target;
 }
 
