@@ -33,8 +33,9 @@ ORDER = (
         "verbs.init",
         "verbs.verify",
         "verbs.convert",
-        "testing",
+        "testing.adapters",
         "testing.strategies",
+        "testing",
     ),
     *("cli", "cli.options", "cli.adapters", "cli.inspect", "cli.create", "cli.deploy", "cli.check", "cli.main"),
 )

@@ -11,7 +11,7 @@ from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.names import key_fault
 from loraformat.scale import SCALE_RULES, ScaleRule
-from loraformat.testing import KINDS, random_adapter
+from loraformat.testing.adapters import KINDS, random_adapter
 
 __all__ = ["adapters", "alphas", "keys", "placements", "scale_rules"]
 
