@@ -119,20 +119,28 @@ def convert(
 @click.argument("file", metavar="FILE")
 @click.option("--base", required=True, help="The checkpoint that the adapter belongs to.")
 @click.option("-o", "--out", help="Write here; default: FILE itself, which needs --force.")
+@click.option("--no-sketch", is_flag=True, help="Leave out the sketches that recognise a weight without its name.")
 @mapping
 @force
 @json_flag
 def bind(
-    file: str, base: str, out: str | None, names: str | None, axes: tuple[str, ...], force: bool, as_json: bool
+    file: str,
+    base: str,
+    out: str | None,
+    no_sketch: bool,
+    names: str | None,
+    axes: tuple[str, ...],
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Write into FILE what its base says: placement and SHA-256 of every target. The digest stays the same."""
+    """Write into FILE what its base says: placement, SHA-256 and sketch of every target. The digest stays the same."""
     from loraformat import registry
     from loraformat.verbs.bind import bind as run
     from loraformat.verbs.convert import save, target_layout
 
     reading, _, _ = registry.read(file)
     warn(reading.warnings)
-    bound = run(reading.adapter, registry.open_base(base), hints(names, axes))
+    bound = run(reading.adapter, registry.open_base(base), hints(names, axes), sketches=not no_sketch)
     destination = out or file
     save(bound, destination, target_layout(destination, "native")[0], force=force)
     _proof(bound, destination, f"bound to {base}", as_json, f"loraformat merge {destination} --into {base} -o OUT")

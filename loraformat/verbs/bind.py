@@ -1,4 +1,8 @@
-"""Bind: write into an adapter what its base says: how each matrix lies in its tensor, and which tensor it is."""
+"""Bind: write into an adapter what its base says: how each matrix lies in its tensor, and which tensor it is.
+
+Two things tell which: a digest of its bytes, which only the very tensor has, and a sketch, which recognises it renamed,
+cast or quantised, so that a target is found in a graph that kept no names.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING
 from loraformat.errors import fault
 from loraformat.identity import tensor_sha256
 from loraformat.resolve import Hints
+from loraformat.sketch import sketch
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -16,8 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["bind"]
 
 
-def bind(adapter: Adapter, base: Base, hints: Hints | None = None) -> Adapter:
-    """The same adapter (the same digest) with ``placement`` and ``base_sha256`` of every target.
+def bind(adapter: Adapter, base: Base, hints: Hints | None = None, *, sketches: bool = True) -> Adapter:
+    """The same adapter (the same digest) with ``placement``, ``base_sha256`` and ``sketch`` of every target.
+
+    Args:
+        sketches: write them; 256 bytes a target. A tensor of one axis has none.
 
     Raises:
         LoraFormatError: LF-602 … LF-606 where a target is not found or not placed; LF-608 where the base stores its
@@ -33,6 +41,11 @@ def bind(adapter: Adapter, base: Base, hints: Hints | None = None) -> Adapter:
     bound = {}
     for key, update in adapter.items():
         (match,) = resolution.targets[key]
-        sha256 = tensor_sha256(base.read(match.weight)) if match.weight in known else None
-        bound[key] = replace(update, placement=match.placement, base_sha256=sha256)
+        sha256 = drawn = None
+        if match.weight in known:
+            weight = base.read(match.weight)
+            sha256 = tensor_sha256(weight)
+            # A resized vocabulary is no longer the tensor that the placement describes: its sketch would mislead.
+            drawn = sketch(weight, match.placement) if sketches and weight.shape == match.placement.shape else None
+        bound[key] = replace(update, placement=match.placement, base_sha256=sha256, sketch=drawn)
     return replace(adapter, targets=bound)

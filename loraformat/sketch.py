@@ -1,0 +1,135 @@
+"""Sketches: 64 numbers that recognise a base weight though it was renamed, cast, quantised or stored the other way.
+
+Normative. Let W be a base weight of two or more axes as the matrix [out, in] of its placement, batch axes in front of
+out and flattened with it. In float64,
+
+    S = P · W · Q        8 × 8,  P [8, out],  Q [in, 8],  all entries ±1
+
+- P[k, j] is +1 where bit k (of value 2^k) of byte j of SHAKE-128("loraformat/1\\nsketch\\nout") is set, else −1;
+  Q[j, k] is read in the same way from SHAKE-128("loraformat/1\\nsketch\\nin"). A weight of any size reads a prefix of
+  the same two streams.
+- The sketch is S divided by its Frobenius norm, row-major, as 64 values of F32; all zeros where S is zero.
+
+Two sketches are compared by their cosine, never bit by bit: the order of the sums is free. The same weight gives 1,
+cast to 16 bits or quantised to 4 bits more than 0.95; any other weight, the transpose of a square one too, less than
+0.5 (measured on 247 trained matrices). A weight is recognised at a cosine of at least 0.90, with at least 0.3 between
+it and the next other weight. A close fine-tune of the base looks the same: equality needs ``base_sha256``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.axes import Placement
+
+    Array = npt.NDArray[Any]
+    F32 = npt.NDArray[np.float32]
+    F64 = npt.NDArray[np.float64]
+
+__all__ = ["ACCEPT", "GAP", "Recognised", "cosine", "recognise", "sketch"]
+
+ACCEPT = 0.90
+"""The least cosine at which a weight is recognised."""
+
+GAP = 0.3
+"""The least distance between its cosine and that of any other weight."""
+
+_K = 8
+_TILE = 1 << 18  # values: 2 MiB of float64
+
+Name = TypeVar("Name")
+
+
+def sketch(weight: Array, placement: Placement) -> F32 | None:
+    """The sketch of a base weight: float32 [64].
+
+    Args:
+        weight: a tensor of ``placement.shape``, any float dtype; may be a view of a file, it is read in tiles.
+
+    Returns:
+        None for a weight of fewer than two axes, or with values that are not finite: it has no sketch.
+    """
+    if weight.ndim < 2:
+        return None
+    *batch, out, in_ = placement.matrix_shape
+    left, right = _signs("out", math.prod(batch) * out), _signs("in", in_)
+    grid = np.arange(len(left)).reshape(*batch, out)
+    total = np.zeros((_K, _K))
+    step = max(1, _TILE // max(1, math.prod(weight.shape[1:])))
+    for start in range(0, weight.shape[0], step):
+        run = placement.rows(start, min(start + step, weight.shape[0]))
+        tile = weight[start : start + step].astype(np.float64)
+        matrix = run.placement.to_matrix(tile).reshape(-1, run.placement.matrix_shape[-1])
+        if run.group == "in":
+            total += left.T @ (matrix @ right[run.index])
+        else:
+            axis = run.position if run.group == "batch" else -1
+            rows = np.arange(grid.shape[axis])[run.index]
+            total += left[grid.take(rows, axis).reshape(-1)].T @ (matrix @ right)
+    return _unit(total)
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised(Generic[Name]):
+    """Which of several weights a sketch means.
+
+    Attributes:
+        names: the weights that it may mean: none, the one, or several that are too much alike.
+        cosine: of the best.
+        second: the highest cosine of a weight that is not among ``names``; 0 if there is none.
+    """
+
+    names: tuple[Name, ...]
+    cosine: float
+    second: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it means one weight: its cosine is high enough, and far enough from every other."""
+        return len(self.names) == 1 and self.cosine - self.second >= GAP
+
+
+def recognise(wanted: Array, known: Mapping[Name, Array]) -> Recognised[Name]:
+    """Which of the known sketches the wanted one is.
+
+    >>> one, other = np.eye(64, dtype=np.float32)[:2]
+    >>> recognise(one, {"a": one, "b": other}).names, recognise(one + other, {"a": one, "b": other}).names
+    (('a',), ())
+    """
+    cosines = {name: cosine(wanted, other) for name, other in known.items()}
+    best = max(cosines.values(), default=0.0)
+    names = tuple(name for name, value in cosines.items() if value >= max(ACCEPT, best - GAP))
+    second = max((value for name, value in cosines.items() if name not in names), default=0.0)
+    return Recognised(names, best, second)
+
+
+def cosine(one: Array, other: Array) -> float:
+    """The cosine of two sketches; 0 where one is all zeros, which resembles nothing."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if norms else 0.0
+
+
+@functools.lru_cache(maxsize=32)
+def _signs(side: Literal["out", "in"], count: int) -> npt.NDArray[np.int8]:
+    """±1 [count, 8] of one side; a byte each, because a vocabulary is long."""
+    stream = hashlib.shake_128(f"loraformat/1\nsketch\n{side}".encode()).digest(count)
+    bits = np.unpackbits(np.frombuffer(stream, np.uint8)[:, None], axis=1, bitorder="little")
+    return (2 * bits.astype(np.int8) - 1).astype(np.int8)
+
+
+def _unit(total: F64) -> F32 | None:
+    norm = float(np.linalg.norm(total))
+    if not math.isfinite(norm):
+        return None
+    return np.asarray(total.reshape(-1) / norm if norm else total.reshape(-1), np.float32)
