@@ -6,10 +6,13 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
+
+if TYPE_CHECKING:
+    from loraformat.base import Base
 
 __all__ = ["Hints", "Match", "Resolution", "matches"]
 
@@ -85,13 +88,18 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What the user states: ``names`` maps a target to a weight or node of the base, ``axes`` a pattern to a spec.
+    """What the user states of the base, and what he gives to recognise its weights by.
 
-    In ``names`` a trailing ``*`` on both sides maps a whole prefix: ``{"encoder.*": "bert.encoder.*"}``.
+    Attributes:
+        names: target → weight or node of the base. A trailing ``*`` on both sides maps a whole prefix:
+            ``{"encoder.*": "bert.encoder.*"}``.
+        axes: pattern → spec.
+        base: the weights that the adapter was trained on: a graph's weight that equals one of them is that one.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, str] = field(default_factory=dict)
+    base: Base | None = None
 
     def mapped(self, key: str) -> str | None:
         """The base's name for a target, where the user gave one; the longest pattern wins."""

@@ -84,7 +84,7 @@ class Recognised(Generic[Name]):
     """Which of several weights a sketch means.
 
     Attributes:
-        names: the weights that it may mean: none, the one, or several that are too much alike.
+        names: none; the one that it means; or several that are too near to each other to be told apart.
         cosine: of the best.
         second: the highest cosine of a weight that is not among ``names``; 0 if there is none.
     """
@@ -92,11 +92,6 @@ class Recognised(Generic[Name]):
     names: tuple[Name, ...]
     cosine: float
     second: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether it means one weight: its cosine is high enough, and far enough from every other."""
-        return len(self.names) == 1 and self.cosine - self.second >= GAP
 
 
 def recognise(wanted: Array, known: Mapping[Name, Array]) -> Recognised[Name]:
@@ -108,7 +103,7 @@ def recognise(wanted: Array, known: Mapping[Name, Array]) -> Recognised[Name]:
     """
     cosines = {name: cosine(wanted, other) for name, other in known.items()}
     best = max(cosines.values(), default=0.0)
-    names = tuple(name for name, value in cosines.items() if value >= max(ACCEPT, best - GAP))
+    names = tuple(name for name, value in cosines.items() if best >= ACCEPT and value > best - GAP)
     second = max((value for name, value in cosines.items() if name not in names), default=0.0)
     return Recognised(names, best, second)
 

@@ -2,49 +2,113 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.options import echo_json, hints, json_flag, mapping, shown, warn
+from loraformat.cli.options import echo_json, hints, json_flag, mapping, origin, shown, warn
 
 if TYPE_CHECKING:
-    from loraformat.resolve import Resolution
+    from collections.abc import Sequence
+
+    from loraformat.base import Base
+    from loraformat.errors import Problem
+    from loraformat.resolve import Match, Resolution
 
 __all__ = ["resolve", "verify"]
 
 
 @click.command()
 @click.argument("adapter")
-@click.option("--in", "base", required=True, help="The base: a checkpoint or an ONNX model.")
+@click.option("--in", "base", required=True, help="The base: a checkpoint, an ONNX model, or a folder of them.")
+@click.option(
+    "--names-stub", "stub", type=click.Path(), help="Write a file to fill in for --names: what was not found."
+)
 @mapping
+@origin
 @json_flag
 @click.pass_context
 def resolve(
-    ctx: click.Context, adapter: str, base: str, names: str | None, axes: tuple[str, ...], as_json: bool
+    ctx: click.Context,
+    adapter: str,
+    base: str,
+    stub: str | None,
+    names: str | None,
+    axes: tuple[str, ...],
+    origin: str | None,
+    as_json: bool,
 ) -> None:
-    """Say where every target lies in a base, and by which evidence. Writes nothing; exit 1 if one is not found."""
+    """Say where every target lies in a base, and by which evidence. Changes nothing; exit 1 if one is not found."""
     opened, gathered = open_both((adapter,), base)
-    resolution = opened.resolve(gathered.adapters[0][1], hints(names, axes))
+    resolution = opened.resolve(gathered.adapters[0][1], hints(names, axes, origin))
     if as_json:
         echo_json(resolution.as_json())
     else:
         warn(gathered.warnings)
         _print(resolution)
-    ctx.exit(1 if resolution.unresolved or resolution.ambiguous else 0)
+    failed = [*resolution.unresolved, *resolution.ambiguous]
+    if stub is not None and failed:
+        _write_stub(Path(stub), opened, failed)
+    ctx.exit(1 if failed else 0)
 
 
 def _print(resolution: Resolution) -> None:
-    """Failures first."""
+    """Failures first; targets that differ only in their numbers in one line."""
+    failures: dict[tuple[str, str], list[Problem]] = {}
     for problem in [*resolution.unresolved, *resolution.ambiguous]:
-        click.echo(shown(problem))
+        failures.setdefault((problem.rule, _starred(problem.where)), []).append(problem)
+    for alike in failures.values():
+        click.echo(shown(alike[0]))
+        if more := alike[1:]:
+            click.echo(f"        and {len(more)} more like it: {', '.join(_plain(p.where) for p in more[:3])}…")
+    several = len({match.file for places in resolution.targets.values() for match in places}) > 1
+    lines: dict[str, list[str]] = {}
     for key, places in resolution.targets.items():
         for match in places:
-            where = f"{match.node} ({match.weight})" if match.node else match.weight
-            click.echo(f"{key} → {where} [{match.placement.spec}]  by {'; '.join(match.evidence)}")
+            line = _line(key, match, match.file if several else "")
+            lines.setdefault(_starred(line), []).append(line)
+    for starred, lines_alike in lines.items():
+        click.echo(_plain(f"{len(lines_alike)} × {starred}" if lines_alike[1:] else lines_alike[0]))
     failed = len({p.where for p in [*resolution.unresolved, *resolution.ambiguous]})
     click.echo(f"{len(resolution.targets)} resolved by {resolution.rungs or 'nothing'}, {failed} not", err=True)
+
+
+def _line(key: str, match: Match, file: str) -> str:
+    where = f"{match.node} ({match.weight})" if match.node else match.weight
+    return f"{key} → {f'{file}: ' if file else ''}{where} [{match.placement.spec}]  by {'; '.join(match.evidence)}"
+
+
+def _starred(text: str) -> str:
+    """The text with every number as ``*``: what the layers of a model have in common."""
+    return re.sub(r"(?<![A-Za-z0-9])\d+(\.\d+)?(?![A-Za-z0-9])", "*", text)
+
+
+def _plain(text: str) -> str:
+    """A stranger's name for a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _write_stub(path: Path, base: Base, failed: Sequence[Problem]) -> None:
+    """``--names`` to fill in: left as it is, it names nothing, so that no guess of ours is taken for the user's word."""
+    import json
+
+    from loraformat.atomic import write_file
+    from loraformat.names import nearest
+    from loraformat.resolve import Hints
+
+    known = [*dict.fromkeys([*base.linears(Hints()), *base.parameters()])]
+    missing = [p.where for p in failed if p.rule in ("LF-602", "LF-603", "LF-609")]
+    stub = {key: f"CHOOSE: {', '.join(nearest(key, known)) or 'a weight or node'}" for key in dict.fromkeys(missing)}
+    text = json.dumps(stub, indent=2, ensure_ascii=False) + "\n"
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_file(path, write)
+    click.echo(f"{path}: {len(stub)} targets to fill in, then: --names {path}", err=True)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, strength, warn
+from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, origin, strength, warn
 
 if TYPE_CHECKING:
     from loraformat.plan import Outcome, Plan
@@ -27,6 +27,7 @@ _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that
 @click.option("-o", "--out", required=True, help="The file to write.")
 @strength
 @mapping
+@origin
 @_plan_flag
 @_any_base
 @force
@@ -46,6 +47,7 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 @click.option("--mode", type=click.Choice(["branch"]), default="branch", show_default=True)
 @strength
 @mapping
+@origin
 @_plan_flag
 @_any_base
 @force
@@ -65,6 +67,7 @@ def _carry_out(
     scale: tuple[str, ...],
     names: str | None,
     axes: tuple[str, ...],
+    origin: str | None,
     plan_only: bool,
     any_base: bool,
     force: bool,
@@ -78,7 +81,8 @@ def _carry_out(
     if not plan_only:
         check_free(Path(out), force)
     base, gathered = open_both(words, base_path, only, scale)
-    plan = prepare(verb, gathered.adapters, base, Options(Path(out), mode), hints(names, axes), any_base=any_base)
+    stated = hints(names, axes, origin)
+    plan = prepare(verb, gathered.adapters, base, Options(Path(out), mode), stated, any_base=any_base)
     if plan_only:
         _show_plan(plan, as_json)
         return

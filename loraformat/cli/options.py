@@ -13,7 +13,7 @@ from loraformat import canonical
 from loraformat.errors import Problem, fault
 from loraformat.resolve import Hints
 
-__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "shown", "strength", "warn"]
+__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "origin", "shown", "strength", "warn"]
 
 _SPEC = re.compile(r"\s*(out|in|batch)\d*\s*(,\s*(out|in|batch)\d*\s*)*")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +29,12 @@ def mapping(function: F) -> F:
     return names(axes(function))
 
 
+def origin(function: F) -> F:
+    """``--base``: the weights by which a graph's are recognised."""
+    text = "The checkpoint that the adapter was trained on: finds weights of a graph by their values."
+    return click.option("--base", "origin", type=click.Path(), help=text)(function)
+
+
 def strength(function: F) -> F:
     """``--only`` and ``--scale``: which targets, and how much of each."""
     only = click.option("--only", multiple=True, metavar="PATTERN", help="Apply these targets only.")
@@ -36,8 +42,10 @@ def strength(function: F) -> F:
     return only(scale(function))
 
 
-def hints(names: str | None, axes: tuple[str, ...]) -> Hints:
-    """The stated names and axes; LF-705 where they cannot be read."""
+def hints(names: str | None, axes: tuple[str, ...], origin: str | None = None) -> Hints:
+    """The stated names, axes and ``--base``; LF-705 where they cannot be read."""
+    from loraformat import registry
+
     stated = {}
     for item in axes:
         pattern, equals, spec = item.rpartition("=")
@@ -45,7 +53,7 @@ def hints(names: str | None, axes: tuple[str, ...]) -> Hints:
             fix = "SPEC has a word an axis: out, in or batch, such as '*c_proj=in,out'"
             raise fault("LF-705", f"--axes {item!r} is not PATTERN=SPEC", fix=fix)
         stated[pattern] = spec
-    return Hints(_names(Path(names)) if names else {}, stated)
+    return Hints(_names(Path(names)) if names else {}, stated, registry.open_base(origin) if origin else None)
 
 
 def _names(path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import tensor_sha256
 from loraformat.plan import Job
 from loraformat.resolve import Hints
+from loraformat.sketch import ACCEPT, cosine, sketch
 
 if TYPE_CHECKING:
     import os
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.plan import Outcome, Plan
-    from loraformat.resolve import Resolution
+    from loraformat.resolve import Match, Resolution
+    from loraformat.updates import Update
 
 __all__ = ["attach", "merge", "prepare"]
 
@@ -66,20 +68,31 @@ def attach(
 
 
 def _check_identity(adapter: Adapter, base: Base, resolution: Resolution) -> None:
-    """LF-607 where the adapter says which weights it was bound to, in this very orientation, and these are others."""
-    problems = []
-    for key, places in resolution.targets.items():
-        update = adapter[key]
-        for match in places:
-            if (
-                update.base_sha256 is None
-                or update.placement != match.placement
-                or match.weight not in base.parameters()
-            ):
-                continue
-            found = tensor_sha256(base.read(match.weight))
-            if found != update.base_sha256:
-                what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
-                problems.append(Problem("LF-607", what, key, "take that base, or --any-base for a close relative"))
+    """LF-607 where the adapter says which weights it was bound to, and these are others."""
+    known = base.parameters()
+    checked = ((k, m) for k, places in resolution.targets.items() for m in places if m.weight in known)
+    problems = [problem for key, match in checked if (problem := _other(key, adapter[key], base, match))]
     if problems:
         raise LoraFormatError(problems)
+
+
+def _other(key: str, update: Update, base: Base, match: Match) -> Problem | None:
+    """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
+    if update.base_sha256 is not None and update.placement == match.placement:
+        found = tensor_sha256(base.read(match.weight))
+        if found == update.base_sha256:
+            return None
+        what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
+        return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
+    recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
+    if update.sketch is None or recognised or not update.sketch.any():
+        return None
+    weight = base.read(match.weight)
+    drawn = sketch(weight, match.placement) if weight.shape == match.placement.shape else None
+    like = 0.0 if drawn is None else cosine(update.sketch, drawn)
+    if like >= ACCEPT:
+        return None
+    what = f"{match.weight} is not like the tensor that the adapter was bound to: their sketches have cosine {like:.2f}"
+    return Problem(
+        "LF-607", what, key, "another base, or a name that means another weight; --any-base takes it all the same"
+    )

@@ -11,16 +11,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Alignment", "align"]
+__all__ = ["Alignment", "Prefix", "align", "rules_of", "told", "under"]
+
+Prefix = tuple[str, str]
+"""(what the graph's names have more, what the adapter's have more); two empty texts where they are equal."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Wanted name → name in the graph, with the rule in words; or the rules that fit equally well."""
+    """Wanted name → name in the graph, with the rule; or the rules that fit equally well, in words."""
 
     names: Mapping[str, str] = field(default_factory=dict)
-    rule: str = ""
+    prefix: Prefix | None = None
     rivals: tuple[str, ...] = ()
+
+    @property
+    def rule(self) -> str:
+        """The rule in words; "" where the names are equal."""
+        return "" if self.prefix is None else told(*self.prefix)
 
 
 def align(wanted: Collection[str], known: Iterable[str]) -> Alignment:
@@ -32,21 +40,37 @@ def align(wanted: Collection[str], known: Iterable[str]) -> Alignment:
     ('with decoder.', 'with encoder.')
     """
     names = set(known)
-    exact = {name: name for name in wanted if name in names}
-    if exact or not wanted:
-        return Alignment(exact)
+    if any(name in names for name in wanted):
+        return under(("", ""), wanted, names)
+    if not wanted:
+        return Alignment()
     first = next(iter(wanted))
-    layered = len(wanted) > 1 and any(_numbered(name) for name in wanted)
-    rules = {rule for name in names if (rule := _rule(first, name, layered)) is not None}
-    fits = [rule for rule in rules if all(_under(name, *rule) in names for name in wanted)]
-    told = sorted(f"with {more}" if more else f"without {less}" for more, less in fits)
+    fits = [rule for rule in rules_of(first, wanted, names) if len(under(rule, wanted, names).names) == len(wanted)]
     if len(fits) == 1:
-        return Alignment({name: str(_under(name, *fits[0])) for name in wanted}, told[0])
-    return Alignment(rivals=tuple(told))
+        return under(fits[0], wanted, names)
+    return Alignment(rivals=tuple(sorted(told(*rule) for rule in fits)))
 
 
-def _rule(wanted: str, name: str, layered: bool) -> tuple[str, str] | None:
-    """(prefix that the graph has more, prefix that the adapter has more), where one name ends with the other."""
+def rules_of(name: str, wanted: Collection[str], names: Iterable[str]) -> set[Prefix]:
+    """Every rule under which ``name``, one of the wanted, is a name of the graph."""
+    layered = len(wanted) > 1 and any(_numbered(other) for other in wanted)
+    return {rule for other in names if (rule := _rule(name, other, layered)) is not None}
+
+
+def under(prefix: Prefix, wanted: Iterable[str], names: Collection[str]) -> Alignment:
+    """What one rule makes of the wanted names, as far as the graph has them."""
+    more, less = prefix
+    spelled = ((name, f"{more}{name.removeprefix(less)}") for name in wanted if name.startswith(less))
+    return Alignment({name: other for name, other in spelled if other in names}, prefix)
+
+
+def told(more: str, less: str) -> str:
+    """A rule in words."""
+    return f"with {more}" if more else f"without {less}" if less else ""
+
+
+def _rule(wanted: str, name: str, layered: bool) -> Prefix | None:
+    """The rule that makes two different names equal, where one ends with the other."""
     for longer, shorter in ((name, wanted), (wanted, name)):
         if longer.endswith(f".{shorter}"):
             prefix = longer.removesuffix(shorter)
@@ -58,8 +82,3 @@ def _rule(wanted: str, name: str, layered: bool) -> tuple[str, str] | None:
 
 def _numbered(name: str) -> bool:
     return any(component.isdigit() for component in name.split("."))
-
-
-def _under(name: str, more: str, less: str) -> str | None:
-    """``name`` with the graph's prefix ``more``, or without its own prefix ``less``."""
-    return f"{more}{name.removeprefix(less)}" if name.startswith(less) else None

@@ -25,7 +25,9 @@ from loraformat_converters.onnx.ladder import PREFIX, Found, climb
 from loraformat_converters.onnx.merge import Spot, merge, spots
 from loraformat_converters.onnx.model import FLOATS, array, load
 from loraformat_converters.onnx.names import names_of
+from loraformat_converters.onnx.part import Part
 from loraformat_converters.onnx.store import Addition, Patch, Storage
+from loraformat_converters.onnx.values import Values
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -54,6 +56,7 @@ class OnnxBase:
         self.path = path
         self.model = load(path)
         self.index = Index(self.model)
+        self.values = Values(self.index, path.parent)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every stored tensor of a float type, by its name in the file."""
@@ -85,14 +88,22 @@ class OnnxBase:
                 f"the adapter's keys are in {what}; this graph's names are of one torch model",
                 fix="retarget it first",
             )
-        found, unresolved, ambiguous = climb(self.index, adapter, hints)
+        return self.resolve_part(adapter, hints, None, hints.unused(adapter))
+
+    def resolve_part(
+        self, adapter: Adapter, hints: Hints, part: Part | None, problems: Sequence[Problem] = ()
+    ) -> Resolution:
+        """The same for one of several graphs that are one model, where ``part`` says what the file's name tells."""
+        found, unresolved, ambiguous = climb(self.index, adapter, hints, self.values, part)
+        unresolved = [*problems, *unresolved]
         unresolved += [problem for key, place in found.items() for problem in _contradicted(key, place, hints)]
         targets = {key: tuple(self._match(f, site) for site in f.sites) for key, f in found.items()}
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))
 
     def _match(self, found: Found, site: Site) -> Match:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
-        return Match(self.path.name, site.node.name, site.root_name, site.placement, evidence, handle=site)
+        where = (self.path.name, site.node.name, site.root_name, site.placement)
+        return Match(*where, evidence, found.confidence, handle=site)
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""

@@ -34,6 +34,7 @@ class Site:
         chain: the nodes between root and operator, root first: Identity and Transpose, or the use is refused.
         placement: how [out, in] lies in the root.
         refusal: why this use cannot be changed; None if it can.
+        parameter: what the stored tensor is called inside its module.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Site:
     chain: tuple[onnx.NodeProto, ...]
     placement: Placement
     refusal: str | None = None
+    parameter: str = "weight"
 
     @property
     def known_operator(self) -> bool:

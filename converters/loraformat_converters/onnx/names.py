@@ -9,7 +9,7 @@ import onnx
 
 from loraformat_converters.onnx.index import Site
 
-__all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "same_module"]
+__all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "parameter_of", "same_module"]
 
 RUNGS = ("name_scopes", "initializer", "node_name")
 """In the order in which they are reported; where two speak, they must agree."""
@@ -30,6 +30,12 @@ def names_of(site: Site, rung: str) -> str | None:
     if not site.known_operator:
         return None
     return _scope(site.node) if rung == "name_scopes" else _node_path(site.node)
+
+
+def parameter_of(site: Site, rung: str) -> str | None:
+    """The full name of the site's parameter, as one witness gives it: a module's operators use its parameters."""
+    name = names_of(site, rung)
+    return name if name is None or rung not in MODULES else f"{name}.{site.parameter}"
 
 
 def modules_of(site: Site) -> set[str]:

@@ -1,0 +1,143 @@
+"""Finding a target by its values: ``fingerprint``, equal to the tensor in ``--base``, and ``sketch``, like it.
+
+Both work where a graph kept no names. They answer with every site that they cannot tell apart: weights of equal values
+are twins, and only a name says which of them is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loraformat.container import numpy_dtype
+from loraformat.resolve import Hints
+from loraformat.sketch import Recognised, cosine, recognise, sketch
+from loraformat_converters.onnx.index import Site
+from loraformat_converters.onnx.model import FLOATS
+from loraformat_converters.onnx.values import Values, fingerprint
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.axes import Placement
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Finder", "Sighting"]
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """The sites whose values are those of a target.
+
+    Attributes:
+        rung: ``fingerprint`` or ``sketch``.
+        told: what was seen, in words.
+        cosine: of the best; 1.0 for equal values.
+    """
+
+    rung: str
+    told: str
+    sites: tuple[Site, ...]
+    cosine: float = 1.0
+
+
+class Finder:
+    """Looks for the targets of one adapter among the sites of one graph."""
+
+    def __init__(self, sites: Sequence[Site], values: Values, adapter: Adapter, hints: Hints) -> None:
+        self.sites, self.values, self.adapter = sites, values, adapter
+        self.base = hints.base
+        self.places = self._places()
+        self._wanted: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def _places(self) -> dict[str, Placement]:
+        """Target → how it lies in ``--base``, as far as that is known."""
+        if self.base is None:
+            return {}
+        found = self.base.resolve(self.adapter, Hints()).targets
+        return {key: matches[0].placement for key, matches in found.items() if matches}
+
+    def look(self, key: str, named: Sequence[Site] = ()) -> list[Sighting]:
+        """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere."""
+        fit = self._of_shape(key)
+        here, elsewhere = ([site for site in fit if (site in named) is there] for there in (True, False))
+        equal = self._equal(key, here) or self._equal(key, elsewhere)
+        if equal and self.adapter[key].sketch is None:  # a sketch of the same tensor would say it again
+            return [equal]
+        alike = self._alike(key, here) or self._alike(key, elsewhere)
+        return [sighting for sighting in (equal, alike) if sighting]
+
+    def silence(self, key: str) -> str:
+        """What to add where nothing was found: how near the nearest weight came."""
+        wanted = self._sketch(key)
+        drawn = [s for site in self._of_shape(key) if (s := self.values.sketch(site)) is not None]
+        if wanted is None or not drawn:
+            return ""
+        return f", and none is like its sketch (cosine ≤ {max(cosine(wanted, other) for other in drawn):.2f})"
+
+    def _of_shape(self, key: str) -> list[Site]:
+        shape = _matrix_shape(self.adapter[key], self.places.get(key))
+        embedding = self.adapter[key].op == "embedding"
+        fit = (s for s in self.sites if shape is not None and self.values.shape(s) == shape)
+        return [site for site in fit if (site.node.op_type == "Gather") == embedding]
+
+    def _equal(self, key: str, sites: Sequence[Site]) -> Sighting | None:
+        """The sites whose weight is the tensor of ``--base``, cast to the graph's dtype."""
+        if self.base is None or key not in self.base.parameters():
+            return None
+        equal = []
+        for site in sites:
+            dtype = FLOATS.get(site.root.data_type)
+            if dtype is not None and self.values.fingerprint(site) in self._fingerprints(key, dtype):
+                equal.append(site)
+        return Sighting("fingerprint", f"equals {key} of {self.base.path.name}", tuple(equal)) if equal else None
+
+    def _fingerprints(self, key: str, dtype: str) -> tuple[str, ...]:
+        """Of the tensor in ``--base`` as [out, in]; both readings of one whose orientation nothing tells."""
+        if (key, dtype) not in self._wanted:
+            assert self.base is not None
+            weight = self.base.read(key)
+            place = self.places.get(key)
+            if place is None:
+                readings = [weight, weight.T] if weight.ndim == 2 else []
+            else:
+                readings = [place.to_matrix(weight)] if weight.shape == place.shape else []
+            self._wanted[key, dtype] = tuple(fingerprint(m.astype(numpy_dtype(dtype))) for m in readings)
+        return self._wanted[key, dtype]
+
+    def _alike(self, key: str, sites: Sequence[Site]) -> Sighting | None:
+        """The sites whose weight the target's sketch recognises."""
+        wanted = self._sketch(key)
+        if wanted is None or not wanted.any():
+            return None
+        known: dict[Hashable, Array] = {}
+        for site in sites:
+            drawn = self.values.sketch(site)
+            if drawn is not None:
+                known[self.values.key(site)] = drawn
+        met = recognise(wanted, known)
+        if not met.names:
+            return None
+        fits = tuple(site for site in sites if self.values.key(site) in met.names)
+        return Sighting("sketch", _told(met), fits, met.cosine)
+
+    def _sketch(self, key: str) -> Array | None:
+        """The adapter's own; else that of the tensor in ``--base``."""
+        own = self.adapter[key].sketch
+        if own is not None or self.base is None or key not in self.places or key not in self.base.parameters():
+            return own
+        weight, place = self.base.read(key), self.places[key]
+        return sketch(weight, place) if weight.shape == place.shape else None
+
+
+def _matrix_shape(update: Update, place: Placement | None) -> tuple[int, ...] | None:
+    place = update.placement or place
+    return place.matrix_shape if place is not None else update.matrix_shape()
+
+
+def _told(met: Recognised[Hashable]) -> str:
+    return f"cosine {met.cosine:.3f}, the next {met.second:.2f}"

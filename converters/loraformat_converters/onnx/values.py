@@ -1,0 +1,149 @@
+"""What an operator multiplies by: the values of its weight as the matrix [out, in], for finding a target by its values.
+
+A float weight is read where it lies. A quantised one is computed as the graph computes it (DequantizeLinear, or
+Cast, Sub and Mul), by onnx's own reference operators: it can be recognised, though not changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from loraformat.axes import Placement
+from loraformat.sketch import sketch
+from loraformat_converters.onnx.index import Index, Site
+from loraformat_converters.onnx.model import FLOATS, array
+from loraformat_converters.onnx.scopes import STANDARD
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Values", "fingerprint"]
+
+_MOVES = frozenset({"Identity", "Transpose"})
+_COMPUTES = _MOVES | {"Cast", "Sub", "Mul", "DequantizeLinear"}
+"""The operators that dequantisation is made of; none makes a tensor larger than its largest input, or is refused."""
+
+
+class Values:
+    """The matrices of a graph's sites; what is computed of one is kept, the matrix is not."""
+
+    def __init__(self, index: Index, folder: Path) -> None:
+        self.index, self.folder = index, folder
+        self.opset = onnx.helper.make_opsetid("", index.opset)
+        self.producers = {name: node for node in index.graph.node for name in node.output}
+        self._sketches: dict[Hashable, Array | None] = {}
+        self._fingerprints: dict[Hashable, str | None] = {}
+
+    def key(self, site: Site) -> Hashable:
+        """The same for two sites that multiply by the same matrix."""
+        direct = self._direct(site)
+        return (site.root_name, site.placement) if direct else (site.node.input[site.position], _laid(site, ()))
+
+    def shape(self, site: Site) -> tuple[int, ...] | None:
+        """The shape of the matrix, without reading it; None where it cannot be read."""
+        if self._direct(site):
+            return site.placement.matrix_shape
+        sizes = list(site.root.dims)
+        for node in site.chain:
+            if node.op_type not in _COMPUTES or node.domain not in STANDARD:
+                return None
+            if node.op_type == "Transpose":
+                perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), range(len(sizes))[::-1])
+                if sorted(perm) != list(range(len(sizes))):
+                    return None
+                sizes = [sizes[i] for i in perm]
+        place = _laid(site, tuple(sizes))
+        return place.matrix_shape if place else None
+
+    def sketch(self, site: Site) -> Array | None:
+        """The sketch of the matrix; None where it has none."""
+        key = self.key(site)
+        if key not in self._sketches:
+            found = self._read(site)
+            self._sketches[key] = None if found is None else sketch(*found)
+        return self._sketches[key]
+
+    def fingerprint(self, site: Site) -> str | None:
+        """The fingerprint of the matrix in the dtype in which it is stored; None for a quantised one."""
+        key = self.key(site)
+        if key not in self._fingerprints:
+            found = self._read(site) if self._direct(site) else None
+            self._fingerprints[key] = None if found is None else fingerprint(found[1].to_matrix(found[0]))
+        return self._fingerprints[key]
+
+    def _direct(self, site: Site) -> bool:
+        """Whether the weight is a stored float tensor, turned at most."""
+        return site.root.data_type in FLOATS and all(node.op_type in _MOVES for node in site.chain)
+
+    def _read(self, site: Site) -> tuple[Array, Placement] | None:
+        if self._direct(site):
+            return array(site.root, self.folder), site.placement
+        value = self._compute(site.node.input[site.position])
+        place = _laid(site, value.shape) if value is not None else None
+        return (value, place) if value is not None and place is not None else None
+
+    def _compute(self, name: str) -> Array | None:
+        """A constant of the main graph; None where it is made in another way than weights are dequantised."""
+        if name in self.index.roots:
+            return array(self.index.roots[name], self.folder)
+        node = self.producers.get(name)
+        if node is None or node.op_type not in _COMPUTES or node.domain not in STANDARD:
+            return None
+        inputs = {name: self._compute(name) for name in node.input if name}
+        if any(value is None for value in inputs.values()):
+            return None
+        try:
+            return _evaluated(node, {k: v for k, v in inputs.items() if v is not None}, self.opset)
+        except Exception:  # of a stranger's graph onnx may raise anything: what cannot be computed is not recognised
+            return None
+
+
+def fingerprint(matrix: Array) -> str:
+    """SHA-256 of a matrix [*batch, out, in]: dtype, shape, row-major little-endian values, −0 as +0."""
+    digest = hashlib.sha256(f"{matrix.dtype.name} {list(matrix.shape)}".encode())
+    rows = max(1, (1 << 20) // max(1, matrix[:1].size))
+    for start in range(0, len(matrix), rows):
+        tile = np.ascontiguousarray(matrix[start : start + rows] + matrix.dtype.type(0))
+        little = tile.astype(tile.dtype.newbyteorder("<")) if tile.dtype.byteorder == ">" else tile
+        digest.update(little.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _evaluated(node: onnx.NodeProto, inputs: Mapping[str, Array], opset: onnx.OperatorSetIdProto) -> Array | None:
+    largest = max(value.size for value in inputs.values())
+    if node.op_type in ("Mul", "Sub") and np.prod(np.broadcast_shapes(*(v.shape for v in inputs.values()))) > largest:
+        return None
+    typed = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in inputs]
+    output = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UNDEFINED, None)
+    graph = onnx.helper.make_graph([node], "weight", typed, [output])
+    model = onnx.helper.make_model(graph, opset_imports=[opset])
+    (value,) = ReferenceEvaluator(model).run(None, dict(inputs))
+    return np.asarray(value)
+
+
+def _laid(site: Site, shape: tuple[int, ...]) -> Placement | None:
+    """How [out, in] lies in what the operator reads; None for an operator whose quantised weight is not read."""
+    node, rank = site.node, len(shape)
+    if node.domain not in STANDARD:
+        return None
+    match node.op_type, site.position, rank:
+        case "MatMul", 1, 0 | 2:
+            return Placement(shape, (1,), (0,))
+        case "Gemm", 1, 0 | 2:
+            turned = any(a.name == "transB" and a.i for a in node.attribute)
+            return Placement(shape, (0,), (1,)) if turned else Placement(shape, (1,), (0,))
+        case "Gather", 0, 0 | 2:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            return Placement(shape, (1,), (0,)) if axis == 0 else None
+        case "Conv", 1, _:
+            return Placement(shape, (0,), tuple(range(1, rank)))
+    return None
