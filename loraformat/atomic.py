@@ -62,6 +62,7 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
     with _temporary(path) as temporary:
         temporary.mkdir()
         for name, writer in writers.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / name, "xb") as file:
                 writer(file)
                 file.flush()
@@ -78,7 +79,8 @@ def _check_nothing_else(path: Path, names: Iterable[str]) -> None:
         return
     if path.is_symlink() or not path.is_dir():
         raise fault("LF-703", f"{path} is not a plain folder; the output is one")
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in set(names))
+    files = (entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir())
+    others = sorted(name for entry in files if (name := entry.relative_to(path).as_posix()) not in set(names))
     if others:
         some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise fault("LF-703", f"{path} also holds {some}, which would be lost", fix="write to another name")

@@ -67,7 +67,7 @@ class Base(Protocol):
     """Which of ``merge`` and ``attach`` it takes."""
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Logical name → weight, for every weight that an adapter could target."""
+        """Logical name → weight, for every weight that an adapter could target; ``FILE:NAME`` in a base of several files."""
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every weight of two axes that a new adapter could target, by logical name; None where unplaced."""

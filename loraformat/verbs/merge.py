@@ -70,16 +70,20 @@ def attach(
 def _check_identity(adapter: Adapter, base: Base, resolution: Resolution) -> None:
     """LF-607 where the adapter says which weights it was bound to, and these are others."""
     known = base.parameters()
-    checked = ((k, m) for k, places in resolution.targets.items() for m in places if m.weight in known)
-    problems = [problem for key, match in checked if (problem := _other(key, adapter[key], base, match))]
+    problems = []
+    for key, places in resolution.targets.items():
+        for match in places:
+            name = next((n for n in (match.weight, f"{match.file}:{match.weight}") if n in known), None)
+            if name is not None and (problem := _other(key, adapter[key], base, match, name)):
+                problems.append(problem)
     if problems:
         raise LoraFormatError(problems)
 
 
-def _other(key: str, update: Update, base: Base, match: Match) -> Problem | None:
+def _other(key: str, update: Update, base: Base, match: Match, name: str) -> Problem | None:
     """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
     if update.base_sha256 is not None and update.placement == match.placement:
-        found = tensor_sha256(base.read(match.weight))
+        found = tensor_sha256(base.read(name))
         if found == update.base_sha256:
             return None
         what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
@@ -87,7 +91,7 @@ def _other(key: str, update: Update, base: Base, match: Match) -> Problem | None
     recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
     if update.sketch is None or recognised or not update.sketch.any():
         return None
-    weight = base.read(match.weight)
+    weight = base.read(name)
     drawn = sketch(weight, match.placement) if weight.shape == match.placement.shape else None
     like = 0.0 if drawn is None else cosine(update.sketch, drawn)
     if like >= ACCEPT:

@@ -1,7 +1,8 @@
 """ONNX models as bases: existing graphs, exported by anyone, that adapters are merged into or attached to.
 
 ``index`` finds the places that use weights, ``names`` what each place is called, ``ladder`` which target it is,
-``merge`` and ``attach`` change the graph, ``model`` reads and writes the file and its external data.
+``merge`` and ``attach`` change the graph, ``model`` reads and writes the file and its external data. ``folder`` holds
+several files that are one base.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraformat.errors import fault
+from loraformat_converters.onnx.pipeline import models_in
 
 if TYPE_CHECKING:
     from loraformat.base import Base
@@ -18,21 +20,22 @@ __all__ = ["kind"]
 
 
 class _Kind:
-    """A ``.onnx`` file."""
+    """A ``.onnx`` file, or a folder of them."""
 
     name = "onnx"
-    describes = "ONNX model (.onnx)"
+    describes = "ONNX model (.onnx, or a folder of them)"
 
     def recognises(self, path: Path) -> bool:
-        return path.is_file() and path.suffix == ".onnx"
+        return bool(models_in(path)) if path.is_dir() else path.suffix == ".onnx"
 
     def open(self, path: Path) -> Base:
         try:
             from loraformat_converters.onnx.base import OnnxBase
+            from loraformat_converters.onnx.folder import OnnxFolder
         except ImportError as error:
             fix = "pip install 'loraformat[onnx]'"
             raise fault("LF-704", f"reading {path.name} needs the onnx package: {error}", fix=fix) from None
-        return OnnxBase(path)
+        return OnnxFolder(path) if path.is_dir() else OnnxBase(path)
 
 
 kind = _Kind()

@@ -133,6 +133,12 @@ class OnnxBase:
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write a changed copy of the model; the opened one stays as it is."""
         check_free(plan.options.out, force)
+        storage, norms = self.changed(plan)
+        written = storage.write(force)
+        return Outcome(norms, written, plan.options.out.stat().st_size - self.path.stat().st_size)
+
+    def changed(self, plan: Plan) -> tuple[Storage, Mapping[str, Norms]]:
+        """The changed copy, ready to be written, and the norms, which are known when it has been."""
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         index = Index(model)
@@ -146,8 +152,7 @@ class OnnxBase:
         if plan.verb == "attach":
             _attach(index, plan, places, norms)
             onnx.helper.set_model_props(model, {**_props(model), RECORD: _record(plan)})
-        written = Storage(model, self.path, plan.options.out, data, digest(adapter)[:8]).write(force)
-        return Outcome(norms, written, plan.options.out.stat().st_size - self.path.stat().st_size)
+        return Storage(model, self.path, plan.options.out, data, digest(adapter)[:8]), norms
 
     def _merge(self, index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> Data:
         folder = self.path.parent

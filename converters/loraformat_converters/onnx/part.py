@@ -68,9 +68,15 @@ class Part:
 
 def parts(files: Iterable[str]) -> dict[str, Part | None]:
     """File → part; None for a file that is alone."""
-    words = {file: frozenset(re.split(r"[^a-z0-9]+", PurePath(file).stem.lower())) for file in files}
+    words = {file: _words(file) for file in files}
     if len(words) == 1:
         return dict.fromkeys(words)
     common = frozenset.intersection(*words.values())
     every = frozenset.union(*words.values())
     return {file: Part(file, own - common, every - own - common) for file, own in words.items()}
+
+
+def _words(file: str) -> frozenset[str]:
+    """Of the path, its folders too; not numbers, which are layers in a target's name, nor what any file is called."""
+    found = re.split(r"[^a-z0-9]+", str(PurePath(file).with_suffix("")).lower())
+    return frozenset(word for word in found if word and not word.isdigit()) - {"model", "onnx"}

@@ -74,23 +74,27 @@ class Storage:
         files = sum(self.places[name].stat().st_size for name in self.renamed)
         return files + sum(_aligned(item.length) for item in self.additions)
 
-    def write(self, force: bool) -> int:
-        """Data files first, the model last, or nothing at all; the bytes written."""
+    def writers(self) -> dict[str, Writer]:
+        """Name of a file beside ``out`` → what writes it: data files first, the model last."""
         self._relocate()
         graph = _serialized(self.model)
         writers: dict[str, Writer] = {new: self._copier(name) for name, new in self.renamed.items()}
         if self.additions:
             writers[self.added] = self._add
+        return {**writers, self.out.name: lambda file: _write_all(file, graph)}
+
+    def write(self, force: bool) -> int:
+        """Data files first, the model last, or nothing at all; the bytes written."""
+        writers = self.writers()
         new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
         try:
             for name, writer in writers.items():
-                write_file(self.out.parent / name, writer, force=True)
-            write_file(self.out, lambda file: _write_all(file, graph), force=force)
+                write_file(self.out.parent / name, writer, force=force or name != self.out.name)
         except BaseException:
             for path in new:
                 path.unlink(missing_ok=True)
             raise
-        return len(graph) + self.data_bytes
+        return self.out.stat().st_size + self.data_bytes
 
     def _relocate(self) -> None:
         for name, new in self.renamed.items():

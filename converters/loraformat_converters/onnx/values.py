@@ -52,6 +52,8 @@ class Values:
         """The shape of the matrix, without reading it; None where it cannot be read."""
         if self._direct(site):
             return site.placement.matrix_shape
+        if not any(node.op_type in ("Cast", "DequantizeLinear") for node in site.chain):
+            return None  # integers as they are: indices, not weights
         sizes = list(site.root.dims)
         for node in site.chain:
             if node.op_type not in _COMPUTES or node.domain not in STANDARD:

@@ -1,0 +1,210 @@
+"""Several ONNX models in one folder as one base: the components of a pipeline, the encoder and decoder of a model.
+
+A component (``unet``, ``text_encoder`` beside ``model_index.json``) has names of its own. The parts of one component are
+graphs over the same weights: a target belongs to every part that has its module, and all of them are changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from loraformat.atomic import check_free, write_folder
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.names import join
+from loraformat.plan import Job, Outcome, Plan
+from loraformat.resolve import Hints, Match, Resolution
+from loraformat_converters.onnx.base import OnnxBase
+from loraformat_converters.onnx.model import external
+from loraformat_converters.onnx.part import parts
+from loraformat_converters.onnx.pipeline import components_of
+from loraformat_converters.onnx.scopes import tensors
+from loraformat_converters.onnx.together import Model, together
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.atomic import Writer
+    from loraformat.axes import Placement
+    from loraformat.base import Options, Parameter
+    from loraformat.tiles import Norms
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["OnnxFolder"]
+
+
+class OnnxFolder:
+    """An opened folder. ``components``: name → its models; the name is None in a folder that has none."""
+
+    verbs = frozenset({"merge", "attach"})
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.components = {
+            name: [Model(file, OnnxBase(path / file), part) for file, part in parts(files).items()]
+            for name, files in components_of(path).items()
+        }
+        self.models = {model.file: model for models in self.components.values() for model in models}
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every stored float tensor, as ``FILE:NAME``."""
+        return {
+            f"{file}:{name}": replace(parameter, name=f"{file}:{name}")
+            for file, model in self.models.items()
+            for name, parameter in model.base.parameters().items()
+        }
+
+    def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
+        """As each file has them; keys begin with the component where the folder has components."""
+        found: dict[str, Placement | None] = {}
+        for component, models in self.components.items():
+            for model in models:
+                found |= {join(component, name): place for name, place in model.base.linears(hints).items()}
+        return found
+
+    def read(self, name: str) -> Array:
+        """The values of ``FILE:NAME``."""
+        file, _, tensor = name.partition(":")
+        return self.models[file].base.read(tensor)
+
+    def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
+        """Every target in every part that has its module; LF-602 where a part may have it and nothing says so."""
+        targets: dict[str, tuple[Match, ...]] = {}
+        unresolved: list[Problem] = hints.unused(adapter)
+        ambiguous: list[Problem] = []
+        for component, own in self._shared_out(adapter, unresolved):
+            stated = _within(hints, component if adapter.components else None)
+            found = together(self.components[component], own, stated)
+            prefix = component if adapter.components else None
+            for key, places in found.targets.items():
+                if join(prefix, key) in targets:
+                    what = f"{places[0].file} and {targets[key][0].file} both have it, and they are two components"
+                    fix = "the adapter's keys must name the component: COMPONENT:NAME"
+                    ambiguous.append(Problem("LF-603", what, key, fix))
+                targets[join(prefix, key)] = places
+            unresolved += [replace(p, where=join(prefix, p.where)) for p in found.unresolved]
+            ambiguous += [replace(p, where=join(prefix, p.where)) for p in found.ambiguous]
+        if not adapter.components:  # which component has a target is not said: one that has it is enough
+            unresolved = [p for p in unresolved if p.rule != "LF-602" or p.where not in targets]
+        order = {key: targets[key] for key in adapter if key in targets}
+        return Resolution(order, tuple(_once(unresolved)), tuple(_once(ambiguous)))
+
+    def _shared_out(self, adapter: Adapter, problems: list[Problem]) -> Iterator[tuple[str | None, Adapter]]:
+        """(component, its share of the adapter, keys without the component)."""
+        if not adapter.components:
+            yield from ((component, adapter) for component in self.components)
+            return
+        for component in adapter.components:
+            share = {k.partition(":")[2]: u for k, u in adapter.items() if k.partition(":")[0] == component}
+            if component in self.components:
+                yield component, replace(adapter, targets=share, components=())
+                continue
+            known = ", ".join(str(name) for name in self.components if name) or "none"
+            what = f"the folder has no component {component}; it has: {known}"
+            problems += [Problem("LF-602", what, join(component, key)) for key in share]
+
+    def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
+        """The plans of the parts that change; the other files are copied."""
+        if self.path.resolve() in (options.out.resolve(), *options.out.resolve().parents):
+            raise fault("LF-703", f"{options.out} lies in the base's own folder", fix="write beside it")
+        plans: dict[str, Plan] = {}
+        problems: list[Problem] = []
+        for file, model in self.models.items():
+            own = [share for job in jobs if (share := _share(job, file)).adapter.targets]
+            try:
+                if own:
+                    plans[file] = model.base.plan(verb, own, replace(options, out=options.out / file))
+            except LoraFormatError as error:
+                problems += [replace(p, what=f"{file}: {p.what}") for p in error.problems]
+        if problems:
+            raise LoraFormatError(problems)
+        rest = self._rest(plans)
+        copied = sum((self.path / name).stat().st_size for name in rest)
+        steps = [f"{file}: {step}" for file, plan in plans.items() for step in plan.steps]
+        notes = [f"{file}: {note}" for file, plan in plans.items() for note in plan.notes]
+        notes.append(f"{len(plans)} of {len(self.models)} models change, {len(rest)} files are copied as they are")
+        reads, writes = (copied + sum(getattr(p, field) for p in plans.values()) for field in ("reads", "writes"))
+        peak = max((plan.peak for plan in plans.values()), default=0)
+        return Plan(verb, tuple(jobs), options, tuple(steps), reads, writes, peak, tuple(notes), plans)
+
+    def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
+        """Write the whole folder, or nothing."""
+        check_free(plan.options.out, force)
+        plans: Mapping[str, Plan] = plan.state
+        writers: dict[str, Writer] = {name: partial(_copy, self.path / name) for name in self._rest(plans)}
+        found: dict[str, Mapping[str, Norms]] = {}
+        for file, own in plans.items():
+            storage, norms = self.models[file].base.changed(own)
+            inside = Path(file).parent
+            writers |= {(inside / name).as_posix(): writer for name, writer in storage.writers().items()}
+            found[file] = norms
+        write_folder(plan.options.out, dict(sorted(writers.items())), force=force)
+        total = sum((plan.options.out / name).stat().st_size for name in writers)
+        before = sum(file.stat().st_size for file in _files(self.path))
+        return Outcome(_by_key(plan, found), total, total - before)
+
+    def _rest(self, plans: Iterable[str]) -> list[str]:
+        """What is copied as it is: not the models that change, nor data that only they refer to."""
+        data = {file: self._data(file) for file in self.models}
+        kept = {name for file, names in data.items() if file not in plans for name in names}
+        gone = {name for file, names in data.items() if file in plans for name in (file, *names)} - kept
+        names = (file.relative_to(self.path).as_posix() for file in _files(self.path))
+        return [name for name in names if name not in gone]
+
+    def _data(self, file: str) -> set[str]:
+        """The external data files of one model, by their paths in the folder."""
+        folder = (self.path / file).parent
+        places = (external(tensor, folder) for tensor in tensors(self.models[file].base.model))
+        return {(Path(file).parent / place.location).as_posix() for place in places if place is not None}
+
+
+def _within(hints: Hints, component: str | None) -> Hints:
+    """The hints for the keys of one component, without its name."""
+    if component is None:
+        return hints
+    prefix = f"{component}:"
+    names = {key.removeprefix(prefix): name for key, name in hints.names.items() if key.startswith(prefix)}
+    axes = {pattern.removeprefix(prefix): spec for pattern, spec in hints.axes.items()}
+    return Hints(names, axes)
+
+
+def _share(job: Job, file: str) -> Job:
+    """What of a job lies in one file, by the keys that the file's own resolution has."""
+    found = {k: here for k, places in job.resolution.targets.items() if (here := _in_file(places, file))}
+    components = job.adapter.components
+    plain = {key: key.partition(":")[2] if components else key for key in found}
+    updates = {plain[key]: job.adapter[key] for key in found}
+    adapter = replace(job.adapter, targets=updates, components=())
+    return replace(job, adapter=adapter, resolution=Resolution({plain[k]: here for k, here in found.items()}))
+
+
+def _in_file(places: Iterable[Match], file: str) -> tuple[Match, ...]:
+    return tuple(match for match in places if match.file == file)
+
+
+def _by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, Norms]:
+    """The norms of a target, from the first of the files that have it."""
+    return {
+        key: found[places[0].file][key.partition(":")[2] if job.adapter.components else key]
+        for job in plan.jobs
+        for key, places in job.resolution.targets.items()
+    }
+
+
+def _once(problems: Iterable[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _copy(source: Path, file: BinaryIO) -> None:
+    with open(source, "rb") as opened:
+        shutil.copyfileobj(opened, file, 8 << 20)
