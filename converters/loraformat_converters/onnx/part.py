@@ -59,7 +59,8 @@ class Part:
         """A name of the graph that may well be the target, though nothing says so; None where there is none."""
         if self.holds(key) is False:
             return None
-        for rule in sorted(rules_of(key, wanted, names)):
+        equal = {("", "")} if key in names else set()  # the user's map said another name
+        for rule in sorted(rules_of(key, wanted, names) | equal):
             other = under(rule, [key], names).names[key]
             if other not in taken:
                 return other

@@ -1,0 +1,344 @@
+"""Folders of several models: every target in every file that has its module, the numbers PEFT's own, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import adapter, model, save, session
+from safetensors.numpy import load_file
+
+import loraformat as lf
+from loraformat.base import Options
+from loraformat.registry import open_base
+from loraformat.sketch import sketch
+from loraformat.testing import relative_error
+from loraformat.verbs.merge import attach, merge, prepare
+
+GOLDEN = Path(__file__).parent / "golden" / "onnx"
+T5 = GOLDEN / "t5" / "model"
+PIPELINE = GOLDEN / "pipeline" / "model"
+VERBS = {"merge": merge, "attach": attach}
+
+
+def whole(case, *components):
+    """The adapters of a pipeline's components, as one."""
+    parts = {c: lf.load(GOLDEN / case / "adapter" / c) for c in components}
+    return lf.Adapter({f"{c}:{k}": u for c, part in parts.items() for k, u in part.items()}, components=components)
+
+
+@pytest.fixture
+def t5(tmp_path):
+    """The exported folder with the two decoders that are files of their own."""
+    shutil.copytree(T5, tmp_path / "t5", ignore=shutil.ignore_patterns("*_merged.onnx"))
+    return tmp_path / "t5"
+
+
+def ran(path, feeds):
+    """Output → values; of the feeds, what the model takes."""
+    running = session(path)
+    taken = {i.name for i in running.get_inputs()}
+    names = [o.name for o in running.get_outputs()]
+    return dict(zip(names, running.run(names, {k: v for k, v in feeds.items() if k in taken}), strict=True))
+
+
+def generated(folder, truth):
+    """(the encoder's states, the logits of all tokens at once, those of the last one after the others as its past)."""
+    feeds = {"input_ids": truth["input_ids"], "attention_mask": truth["attention_mask"]}
+    hidden = ran(folder / "encoder_model.onnx", feeds)["last_hidden_state"]
+    common = {"encoder_hidden_states": hidden, "encoder_attention_mask": truth["attention_mask"]}
+    tokens = truth["decoder_input_ids"]
+    at_once = ran(folder / "decoder_model.onnx", {**common, "input_ids": tokens})["logits"]
+    first = ran(folder / "decoder_model.onnx", {**common, "input_ids": tokens[:, :-1]})
+    past = {k.replace("present", "past_key_values"): v for k, v in first.items() if k.startswith("present")}
+    step = ran(folder / "decoder_with_past_model.onnx", {**common, **past, "input_ids": tokens[:, -1:]})["logits"]
+    return hidden, at_once, step
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_encoder_and_its_decoders_compute_what_peft_computes(verb, t5, tmp_path):
+    truth = load_file(GOLDEN / "t5" / "truth.safetensors")
+    VERBS[verb](lf.load(GOLDEN / "t5" / "adapter"), open_base(t5), tmp_path / "out")
+    hidden, at_once, step = generated(tmp_path / "out", truth)
+    valid = truth["attention_mask"].astype(bool)
+    assert relative_error(hidden[valid], truth["adapted.hidden"][valid]) <= 1e-5
+    assert relative_error(at_once, truth["adapted.logits"]) <= 1e-5
+    assert relative_error(step, truth["adapted.logits"][:, -1:]) <= 1e-5
+    _, before, _ = generated(t5, truth)
+    assert relative_error(before, truth["base.logits"]) <= 1e-5
+    assert relative_error(before, truth["adapted.logits"]) > 1e-2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_components_of_a_pipeline_compute_what_peft_computes(verb, tmp_path):
+    truth = load_file(GOLDEN / "pipeline" / "truth.safetensors")
+    feeds = truth | {"timestep": truth["timestep"].astype(np.float32)}
+    VERBS[verb](whole("pipeline", "unet", "text_encoder"), open_base(PIPELINE), tmp_path / "out")
+    for folder, wanted in ((tmp_path / "out", "adapted"), (PIPELINE, "base")):
+        noise = ran(folder / "unet" / "model.onnx", feeds)["out_sample"]
+        ids = {"input_ids": truth["input_ids"]}
+        hidden = ran(folder / "text_encoder" / "model.onnx", ids)["last_hidden_state"]
+        assert relative_error(noise, truth[f"{wanted}.noise"]) <= 1e-5
+        assert relative_error(hidden, truth[f"{wanted}.hidden"]) <= 1e-5
+    assert relative_error(truth["base.noise"], truth["adapted.noise"]) > 1e-2
+
+
+def test_what_no_target_is_in_is_copied_byte_for_byte(tmp_path):
+    merge(whole("pipeline", "text_encoder"), open_base(PIPELINE), tmp_path / "out")
+    names = {p.relative_to(PIPELINE).as_posix() for p in PIPELINE.rglob("*") if p.is_file()}
+    assert {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()} == names
+    differs = {n for n in names if (PIPELINE / n).read_bytes() != (tmp_path / "out" / n).read_bytes()}
+    assert differs == {"text_encoder/model.onnx"}
+
+
+def test_every_file_that_has_a_module_is_found_and_no_other():
+    found = open_base(T5).resolve(lf.load(GOLDEN / "t5" / "adapter"), lf.Hints()).require().targets
+    assert len(found) == 23
+    decoders = {"decoder_model.onnx", "decoder_model_merged.onnx"}
+    for key, places in found.items():
+        files = {place.file for place in places}
+        if key.startswith("encoder."):
+            assert files == {"encoder_model.onnx"}, key
+            assert "prefix: the graph's names are the adapter's without encoder." in places[0].evidence
+        elif "EncDecAttention.k" in key or "EncDecAttention.v" in key:  # with a past, theirs is read from it
+            assert files == decoders, key
+        else:
+            assert files == decoders | {"decoder_with_past_model.onnx"}, key
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_an_adapter_changes_half_of_the_folder(half, t5, tmp_path):
+    loaded = lf.load(GOLDEN / "t5" / "adapter")
+    own = lf.Adapter({key: update for key, update in loaded.items() if key.startswith(half)})
+    plan = prepare("merge", [("default", own)], open_base(t5), Options(tmp_path / "out"))
+    assert {step.partition(":")[0] for step in plan.steps} == {f.name for f in t5.glob(f"{half}*.onnx")}
+
+
+def test_one_part_that_cannot_be_changed_stops_all(tmp_path):
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608  decoder_model_merged\.onnx: .* lies inside"):
+        merge(lf.load(GOLDEN / "t5" / "adapter"), open_base(T5), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# A part must not be passed over.
+
+
+def anonymous(path):
+    """The model without a name that tells a module: as a quantiser leaves it."""
+    made = onnx.load(path)
+    for i, node in enumerate(made.graph.node):
+        node.name = f"n{i}"
+    onnx.save(made, path)
+
+
+def with_sketches(loaded, folder):
+    """The adapter with the sketches of the weights that the graphs have."""
+    base = open_base(folder)
+    found = base.resolve(loaded, lf.Hints()).require().targets
+    drawn = {k: sketch(base.read(f"{m[0].file}:{m[0].weight}"), m[0].placement) for k, m in found.items()}
+    updates = {k: lf.Update(u.parts, sketch=drawn[k]) for k, u in loaded.items()}
+    return lf.Adapter(updates)
+
+
+def test_a_part_without_names_is_not_passed_over(t5):
+    anonymous(t5 / "decoder_with_past_model.onnx")
+    loaded = lf.load(GOLDEN / "t5" / "adapter")
+    found = open_base(t5).resolve(loaded, lf.Hints())
+    doubtful = {p.where for p in found.ambiguous}
+    assert doubtful == {key for key in loaded if not key.startswith("encoder.")}
+    assert {p.rule for p in found.ambiguous} == {"LF-603"}
+    assert "decoder_with_past_model.onnx has" in found.ambiguous[0].what
+
+
+def test_a_part_without_names_is_found_by_sketches(t5, tmp_path):
+    loaded = with_sketches(lf.load(GOLDEN / "t5" / "adapter"), t5)
+    anonymous(t5 / "decoder_with_past_model.onnx")
+    truth = load_file(GOLDEN / "t5" / "truth.safetensors")
+    merge(loaded, open_base(t5), tmp_path / "out")
+    _, _, step = generated(tmp_path / "out", truth)
+    assert relative_error(step, truth["adapted.logits"][:, -1:]) <= 1e-5
+
+
+def test_files_whose_names_tell_nothing_are_not_guessed_at(t5):
+    for i, file in enumerate(sorted(t5.glob("*.onnx"))):
+        file.rename(t5 / f"part{i}.onnx")
+    loaded = lf.load(GOLDEN / "t5" / "adapter")
+    found = open_base(t5).resolve(loaded, lf.Hints())
+    failed = {p.where for p in (*found.unresolved, *found.ambiguous)}
+    assert failed >= {key for key in loaded if key.startswith("encoder.")}
+
+
+def one(name, seed, size=6):
+    """A graph of one MatMul."""
+    text = f'g (float[N,{size}] x) => (float[N,{size}] y) <float[{size},{size}] w> {{ ["{name}"] y = MatMul(x, w) }}'
+    return model(text, seed=seed)
+
+
+def folder(tmp_path, **files):
+    made = tmp_path / "models"
+    made.mkdir()
+    for name, graph in files.items():
+        save(graph, made / f"{name}.onnx")
+    return open_base(made)
+
+
+def only_problem(base, key, **hints):
+    found = base.resolve(adapter({key: (6, 6)}), lf.Hints(**hints))
+    problems = [*found.unresolved, *found.ambiguous]
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_one_name_for_two_weights_in_two_parts_means_neither(tmp_path):
+    base = folder(tmp_path, encoder_model=one("/layers.0/q/MatMul", 1), decoder_model=one("/layers.0/q/MatMul", 2))
+    problem = only_problem(base, "layers.0.q.weight")
+    assert problem.rule == "LF-603"
+    assert "decoder_model.onnx and encoder_model.onnx have different weights" in problem.what
+
+
+def test_one_name_for_one_weight_in_two_parts_is_one_target(tmp_path):
+    base = folder(tmp_path, first=one("/layers.0/q/MatMul", 1), second=one("/layers.0/q/MatMul", 1))
+    (places,) = base.resolve(adapter({"layers.0.q.weight": (6, 6)}), lf.Hints()).require().targets.values()
+    assert [place.file for place in places] == ["first.onnx", "second.onnx"]
+
+
+@pytest.mark.parametrize("key", ["encoder.layers.0.q.weight", "model.encoder.layers.0.q.weight"])
+def test_a_files_name_tells_which_prefix_it_lacks(key, tmp_path):
+    base = folder(tmp_path, encoder_model=one("/layers.0/q/MatMul", 1), decoder_model=one("/layers.0/q/MatMul", 2))
+    (places,) = base.resolve(adapter({key: (6, 6)}), lf.Hints()).require().targets.values()
+    assert [place.file for place in places] == ["encoder_model.onnx"]
+
+
+def test_a_files_name_is_matched_by_whole_words(tmp_path):
+    base = folder(tmp_path, encoder_model=one("/layers.0/q/MatMul", 1), decoder_model=one("/layers.0/q/MatMul", 2))
+    problem = only_problem(base, "encoder_attn.layers.0.q.weight")
+    assert problem.rule == "LF-602"
+
+
+def test_a_number_in_a_files_name_is_no_layer(tmp_path):
+    base = folder(tmp_path, part_0=one("/q/MatMul", 1), part_1=one("/q/MatMul", 2))
+    assert only_problem(base, "layers.0.q.weight").rule == "LF-602"
+
+
+def test_a_part_that_may_have_the_target_under_another_name_is_told(tmp_path):
+    base = folder(tmp_path, text=one("/tower/q/MatMul", 1), image=one("/m/tower/q/MatMul", 1))
+    problem = only_problem(base, "tower.q.weight")
+    assert problem.rule == "LF-603"
+    assert "image.onnx has m.tower.q.weight" in problem.what
+    # The user's word is of one file; the other has the target's own name.
+    told = only_problem(base, "tower.q.weight", names={"tower.q.weight": "m.tower.q.weight"})
+    assert "text.onnx has tower.q.weight" in told.what
+
+
+def test_a_target_in_no_file_is_told_with_what_the_files_have(tmp_path):
+    base = folder(tmp_path, encoder_model=one("/layers.0/q/MatMul", 1), decoder_model=one("/layers.0/k/MatMul", 2))
+    problem = only_problem(base, "encoder.layers.0.qq.weight")
+    assert problem.rule == "LF-602"
+    assert problem.what.startswith("encoder_model.onnx: no node or weight")
+    assert "nearest: layers.0.q" in problem.what
+
+
+# Components.
+
+
+def two_encoders(tmp_path):
+    made = tmp_path / "models"
+    shutil.copytree(PIPELINE, made)
+    shutil.copytree(made / "text_encoder", made / "text_encoder_2")
+    index = json.loads((made / "model_index.json").read_text())
+    (made / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": index["text_encoder"]}))
+    return made
+
+
+def test_a_component_is_not_another_one_that_has_the_same_names(tmp_path):
+    base = open_base(two_encoders(tmp_path))
+    own = whole("pipeline", "text_encoder")
+    merge(own, base, tmp_path / "out")
+    assert (tmp_path / "out/text_encoder_2/model.onnx").read_bytes() == (
+        tmp_path / "models/text_encoder/model.onnx"
+    ).read_bytes()
+    plain = base.resolve(lf.load(GOLDEN / "pipeline" / "adapter" / "text_encoder"), lf.Hints())
+    assert {p.rule for p in plain.ambiguous} == {"LF-603"}
+    assert len(plain.ambiguous) == len(own)
+    assert "two components" in plain.ambiguous[0].what
+
+
+def test_an_adapter_of_one_component_needs_no_prefix_where_only_one_has_its_modules():
+    found = open_base(PIPELINE).resolve(lf.load(GOLDEN / "pipeline" / "adapter" / "unet"), lf.Hints()).require()
+    assert {m.file for places in found.targets.values() for m in places} == {"unet/model.onnx"}
+
+
+def test_the_two_halves_of_an_autoencoder_are_one_component():
+    assert list(open_base(PIPELINE).components) == ["text_encoder", "unet", "vae"]
+    update = adapter({"vae:decoder.mid_block.attentions.0.to_q.weight": (4, 4)})
+    found = open_base(PIPELINE).resolve(lf.Adapter(update.targets, components=("vae",)), lf.Hints())
+    (places,) = found.require().targets.values()
+    assert [place.file for place in places] == ["vae_decoder/model.onnx"]
+
+
+def test_a_component_that_the_folder_lacks_is_an_error():
+    own = whole("pipeline", "text_encoder")
+    moved = {key.replace("text_encoder:", "transformer:"): update for key, update in own.items()}
+    found = open_base(PIPELINE).resolve(lf.Adapter(moved, components=("transformer",)), lf.Hints())
+    assert {p.rule for p in found.unresolved} == {"LF-602"}
+    assert len(found.unresolved) == len(own)
+    assert "it has: text_encoder, unet, vae" in found.unresolved[0].what
+
+
+# What is written.
+
+
+def test_the_output_may_not_lie_in_the_base(t5):
+    for out in (t5, t5 / "out"):
+        with pytest.raises(lf.LoraFormatError, match="LF-703"):
+            merge(lf.load(GOLDEN / "t5" / "adapter"), open_base(t5), out)
+
+
+def test_external_data_goes_with_the_part_that_refers_to_it(t5, tmp_path):
+    for name in ("encoder_model", "decoder_model"):
+        made = onnx.load(t5 / f"{name}.onnx")
+        onnx.save(made, t5 / f"{name}.onnx", save_as_external_data=True, location=f"{name}.data", size_threshold=0)
+    loaded = lf.load(GOLDEN / "t5" / "adapter")
+    merge(lf.Adapter({k: u for k, u in loaded.items() if k[0] == "e"}), open_base(t5), tmp_path / "half")
+    names = {p.name for p in (tmp_path / "half").iterdir()}
+    assert "decoder_model.data" in names
+    assert "encoder_model.data" not in names
+    for verb, run in VERBS.items():
+        run(loaded, open_base(t5), tmp_path / verb)
+        truth = load_file(GOLDEN / "t5" / "truth.safetensors")
+        assert relative_error(generated(tmp_path / verb, truth)[2], truth["adapted.logits"][:, -1:]) <= 1e-5
+
+
+def test_a_folder_of_one_model_is_written_as_a_folder(tmp_path):
+    base = folder(tmp_path, model=one("/enc/q/MatMul", 1))
+    (tmp_path / "models" / "config.json").write_text("{}")
+    merge(adapter({"enc.q.weight": (6, 6)}), base, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.onnx"]
+
+
+def test_the_commands_take_a_folder(run, t5):
+    told = run("resolve", GOLDEN / "t5" / "adapter", "--in", t5)
+    assert told.code == 0
+    line = next(line for line in told.out.splitlines() if "encoder.block.*.layer.*.SelfAttention.q" in line)
+    assert line.startswith("2 × encoder.block.*.layer.*.SelfAttention.q.weight → encoder_model.onnx: /block.*/")
+    told = run("merge", GOLDEN / "t5" / "adapter", "--into", t5, "-o", "merged")
+    assert told.code == 0
+    assert "23/23 targets by node_name" in told.err
+    assert "3 of 3 models change, 2 files are copied as they are" in told.err
+    assert run("merge", GOLDEN / "t5" / "adapter", "--into", t5, "-o", "merged").code == 1
+    assert run("merge", GOLDEN / "t5" / "adapter", "--into", t5, "-o", "merged", "--force").code == 0
+
+
+def test_a_stub_for_what_was_not_found_names_nothing_until_it_is_filled_in(run, tmp_path):
+    base = save(one("/encoder/query/MatMul", 1), tmp_path / "base.onnx")
+    lf.save(adapter({"encoder.qery.weight": (6, 6)}), tmp_path / "a.safetensors")
+    assert run("resolve", "a.safetensors", "--in", base, "--names-stub", "names.json").code == 1
+    stub = json.loads((tmp_path / "names.json").read_text())
+    assert stub == {"encoder.qery.weight": "CHOOSE: encoder.query.weight"}
+    assert run("resolve", "a.safetensors", "--in", base, "--names", "names.json").code == 1
+    (tmp_path / "names.json").write_text(json.dumps({"encoder.qery.weight": "encoder.query.weight"}))
+    assert run("resolve", "a.safetensors", "--in", base, "--names", "names.json").code == 0
