@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Values", "fingerprint"]
 
 _MOVES = frozenset({"Identity", "Transpose"})
-_COMPUTES = _MOVES | {"Cast", "Sub", "Mul", "DequantizeLinear"}
-"""The operators that dequantisation is made of; none makes a tensor larger than its largest input, or is refused."""
+_SPREADS = frozenset({"Sub", "Mul"})
+_COMPUTES = _MOVES | _SPREADS | {"Cast", "DequantizeLinear"}
+"""The operators that dequantisation is made of."""
 
 
 class Values:
@@ -38,7 +39,8 @@ class Values:
 
     def __init__(self, index: Index, folder: Path) -> None:
         self.index, self.folder = index, folder
-        self.opset = onnx.helper.make_opsetid("", index.opset)
+        # onnx 1.23's reference has DequantizeLinear since 19; what 10 and 13 allow means the same in 21.
+        self.opset = onnx.helper.make_opsetid("", max(21, index.opset))
         self.producers = {name: node for node in index.graph.node for name in node.output}
         self._sketches: dict[Hashable, Array | None] = {}
         self._fingerprints: dict[Hashable, str | None] = {}
@@ -52,19 +54,31 @@ class Values:
         """The shape of the matrix, without reading it; None where it cannot be read."""
         if self._direct(site):
             return site.placement.matrix_shape
-        if not any(node.op_type in ("Cast", "DequantizeLinear") for node in site.chain):
+        name = site.node.input[site.position]
+        if name in self.index.roots:
             return None  # integers as they are: indices, not weights
-        sizes = list(site.root.dims)
-        for node in site.chain:
-            if node.op_type not in _COMPUTES or node.domain not in STANDARD:
-                return None
-            if node.op_type == "Transpose":
-                perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), range(len(sizes))[::-1])
-                if sorted(perm) != list(range(len(sizes))):
-                    return None
-                sizes = [sizes[i] for i in perm]
-        place = _laid(site, tuple(sizes))
+        sizes = self._sizes(name)
+        place = None if sizes is None else _laid(site, sizes)
         return place.matrix_shape if place else None
+
+    def _sizes(self, name: str) -> tuple[int, ...] | None:
+        """The shape of what ``_compute`` gives, without reading it."""
+        if name in self.index.roots:
+            return tuple(self.index.roots[name].dims)
+        node = self._step(name)
+        inputs = [self._sizes(other) for other in node.input if other] if node is not None else []
+        if node is None or not inputs or any(sizes is None for sizes in inputs):
+            return None
+        first = inputs[0] or ()
+        if node.op_type == "Transpose":
+            perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), tuple(range(len(first)))[::-1])
+            return tuple(first[i] for i in perm) if sorted(perm) == list(range(len(first))) else None
+        return _spread([sizes or () for sizes in inputs]) if node.op_type in _SPREADS else first
+
+    def _step(self, name: str) -> onnx.NodeProto | None:
+        """The node that makes a constant of the main graph, if it is one that weights are dequantised with."""
+        node = self.producers.get(name)
+        return node if node is not None and node.op_type in _COMPUTES and node.domain in STANDARD else None
 
     def sketch(self, site: Site) -> Array | None:
         """The sketch of the matrix; None where it has none."""
@@ -97,8 +111,8 @@ class Values:
         """A constant of the main graph; None where it is made in another way than weights are dequantised."""
         if name in self.index.roots:
             return array(self.index.roots[name], self.folder)
-        node = self.producers.get(name)
-        if node is None or node.op_type not in _COMPUTES or node.domain not in STANDARD:
+        node = self._step(name)
+        if node is None or self._sizes(name) is None:
             return None
         inputs = {name: self._compute(name) for name in node.input if name}
         if any(value is None for value in inputs.values()):
@@ -120,10 +134,16 @@ def fingerprint(matrix: Array) -> str:
     return digest.hexdigest()
 
 
-def _evaluated(node: onnx.NodeProto, inputs: Mapping[str, Array], opset: onnx.OperatorSetIdProto) -> Array | None:
-    largest = max(value.size for value in inputs.values())
-    if node.op_type in ("Mul", "Sub") and np.prod(np.broadcast_shapes(*(v.shape for v in inputs.values()))) > largest:
+def _spread(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of a product; None where it is larger than each of its inputs: a weight does not grow."""
+    try:
+        shape = np.broadcast_shapes(*shapes)
+    except ValueError:
         return None
+    return shape if shape in shapes else None
+
+
+def _evaluated(node: onnx.NodeProto, inputs: Mapping[str, Array], opset: onnx.OperatorSetIdProto) -> Array:
     typed = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in inputs]
     output = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UNDEFINED, None)
     graph = onnx.helper.make_graph([node], "weight", typed, [output])

@@ -1,0 +1,316 @@
+"""Finding a target by its values: exactly, in a graph that kept no names, or like its sketch; never a wrong one."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import adapter, lora, model, save, stored
+from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
+
+import loraformat as lf
+from loraformat.base import Options
+from loraformat.registry import open_base
+from loraformat.sketch import sketch
+from loraformat.verbs.merge import merge, prepare
+
+LINEAR = lf.Placement((8, 6), (0,), (1,))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def graph(text, **weights):
+    """A textual graph with these initializers."""
+    made = model(text)
+    made.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in weights.items())
+    return made
+
+
+def two(w0, w1, names=("n0", "n1")):
+    """x·w0 and x·w1, both stored as MatMul reads them."""
+    text = f"""g (float[N,6] x) => (float[N,M] y0, float[N,M] y1)
+      {{ ["{names[0]}"] y0 = MatMul(x, w0)  ["{names[1]}"] y1 = MatMul(x, w1) }}"""
+    return graph(text, w0=w0, w1=w1)
+
+
+def checkpoint(tmp_path, config='{"model_type": "bert"}', **weights):
+    """A Hugging Face checkpoint: its config says that a Linear is [out, in]."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    if config:
+        (folder / "config.json").write_text(config)
+    return open_base(folder)
+
+
+def sketched(weight, **kinds):
+    """An update for a Linear [out, in], with its sketch."""
+    update = lora(*weight.shape)
+    return lf.Update(update.parts, sketch=sketch(weight, lf.Placement(weight.shape, (0,), (1,))), **kinds)
+
+
+def resolve(made, targets, tmp_path, **hints):
+    """(target → stored tensors, evidence of the first, problems)."""
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    found = base.resolve(adapter(targets), lf.Hints(**hints))
+    weights = {key: {m.weight for m in places} for key, places in found.targets.items()}
+    evidence = next((places[0].evidence for places in found.targets.values()), ())
+    return weights, evidence, [*found.unresolved, *found.ambiguous]
+
+
+def refusal(made, targets, tmp_path, **hints):
+    _, _, problems = resolve(made, targets, tmp_path, **hints)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+# Exactly: the tensor of --base.
+
+
+def test_a_weight_is_found_by_its_equal_in_the_base(tmp_path):
+    k = normal(8, 6)
+    made = two(normal(6, 8, seed=1), k.T)
+    found, evidence, problems = resolve(
+        made, {"enc.k.weight": (8, 6)}, tmp_path, base=checkpoint(tmp_path, **{"enc.k.weight": k})
+    )
+    assert (found, problems) == ({"enc.k.weight": {"w1"}}, [])
+    assert evidence[0] == "fingerprint: equals enc.k.weight of model.safetensors"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_the_base_is_cast_as_the_exporter_cast_it(dtype, tmp_path):
+    k = normal(8, 6)
+    made = two(normal(6, 8, seed=1).astype(dtype), k.T.astype(dtype))
+    base = checkpoint(tmp_path, **{"enc.k.weight": k})
+    assert resolve(made, {"enc.k.weight": (8, 6)}, tmp_path, base=base)[0] == {"enc.k.weight": {"w1"}}
+
+
+def test_one_value_that_differs_is_another_weight(tmp_path):
+    k = normal(8, 6)
+    other = k.copy()
+    other[3, 3] = np.nextafter(other[3, 3], 9)
+    base = checkpoint(tmp_path, **{"enc.k.weight": k})
+    _, evidence, _ = resolve(two(normal(6, 8, seed=1), other.T), {"enc.k.weight": (8, 6)}, tmp_path, base=base)
+    assert evidence[0].startswith("sketch: cosine 1.000")  # found all the same, but not called equal
+
+
+SQUARE = {"gemm": '["n"] y = Gemm <transB = 1> (x, w)', "matmul": '["n"] y = MatMul(x, w)'}
+
+
+@pytest.mark.parametrize("by", ["base", "sketch"])
+@pytest.mark.parametrize(("op", "turned"), [("gemm", False), ("matmul", True)])
+def test_a_square_weight_is_found_as_the_operator_reads_it(op, turned, by, tmp_path):
+    w = normal(6, 6)
+    right = w.T if turned else w
+    text = f"g (float[N,6] x) => (float[N,6] y) {{ {SQUARE[op]} }}"
+    base = checkpoint(tmp_path, **{"q.weight": w}) if by == "base" else None
+    targets = {"q.weight": (6, 6) if base else sketched(w)}
+    assert resolve(graph(text, w=right), targets, tmp_path, base=base)[0] == {"q.weight": {"w"}}
+    assert refusal(graph(text, w=right.T), targets, tmp_path, base=base).rule == "LF-602"
+
+
+def test_where_nothing_tells_how_the_base_stores_a_square_weight_both_readings_are_tried(tmp_path):
+    w = normal(6, 6)
+    base = checkpoint(tmp_path, config=None, **{"q.weight": w})
+    for i, right in enumerate((w, w.T)):
+        made = graph("g (float[N,6] x) => (float[N,6] y) { y = MatMul(x, w) }", w=right)
+        assert resolve(made, {"q.weight": (6, 6)}, tmp_path, base=base)[0] == {"q.weight": {"w"}}, i
+    merge(adapter({"q.weight": (6, 6)}), open_base(tmp_path / "base.onnx"), tmp_path / "out.onnx", lf.Hints(base=base))
+    expected = w.T + lora(6, 6).matrix().T  # the operator's own orientation, whatever the base's is
+    np.testing.assert_allclose(stored(tmp_path / "out.onnx")["w"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["base", "sketch"])
+def test_twins_of_equal_values_are_told_apart_by_names_only(by, tmp_path):
+    w = normal(8, 6)
+    base = checkpoint(tmp_path, **{"enc.q.weight": w}) if by == "base" else None
+    targets = {"enc.q.weight": (8, 6) if base else sketched(w)}
+    problem = refusal(two(w.T, w.T), targets, tmp_path, base=base)
+    assert problem.rule == "LF-603"
+    assert "w0, w1" in problem.what
+    named = two(w.T, w.T, names=("/enc/k/MatMul", "/enc/q/MatMul"))
+    found, evidence, problems = resolve(named, targets, tmp_path, base=base)
+    assert (found, problems) == ({"enc.q.weight": {"w1"}}, [])
+    assert [e.partition(":")[0] for e in evidence] == ["node_name", "fingerprint" if base else "sketch", "operator"]
+
+
+def test_one_of_two_weights_of_a_module_is_chosen_by_its_values(tmp_path):
+    w = normal(8, 6)
+    made = two(normal(6, 8, seed=1), w.T, names=("/enc/q/MatMul", "/enc/q/MatMul_1"))
+    assert refusal(made, {"enc.q.weight": (8, 6)}, tmp_path).rule == "LF-603"
+    assert resolve(made, {"enc.q.weight": sketched(w)}, tmp_path)[0] == {"enc.q.weight": {"w1"}}
+
+
+@pytest.mark.parametrize("by", ["base", "sketch"])
+def test_a_name_and_the_values_that_disagree_are_both_printed(by, tmp_path):
+    w = normal(8, 6)
+    base = checkpoint(tmp_path, **{"enc.q.weight": w}) if by == "base" else None
+    made = two(normal(6, 8, seed=1), w.T, names=("/enc/q/MatMul", "/enc/k/MatMul"))
+    problem = refusal(made, {"enc.q.weight": (8, 6) if base else sketched(w)}, tmp_path, base=base)
+    assert problem.rule == "LF-603"
+    assert "node_name: enc.q → /enc/q/MatMul (w0)" in problem.what
+    assert "→ /enc/k/MatMul (w1)" in problem.what
+
+
+@pytest.mark.parametrize("by", ["base", "sketch"])
+def test_a_tensor_that_two_nameless_nodes_use_is_nobodys(by, tmp_path):
+    w = normal(6, 6)
+    base = checkpoint(tmp_path, **{"q.weight": w}) if by == "base" else None
+    made = graph("g (float[N,6] x) => (float[N,6] y) { h = MatMul(x, w)  y = MatMul(h, w) }", w=w.T)
+    assert refusal(made, {"q.weight": (6, 6) if base else sketched(w)}, tmp_path, base=base).rule == "LF-609"
+
+
+def test_two_targets_of_equal_values_for_one_tensor_are_an_error(tmp_path):
+    w = normal(8, 6)
+    made = graph("g (float[N,6] x) => (float[N,8] y) { y = MatMul(x, w) }", w=w.T)
+    problem = refusal(made, {"a.weight": sketched(w), "b.weight": sketched(w)}, tmp_path)
+    assert problem.rule == "LF-603"
+    assert "a.weight means the node" in problem.what
+
+
+def test_a_tied_head_is_the_multiplication_and_the_embedding_the_look_up(tmp_path):
+    w = normal(9, 6)
+    made = graph("""g (int64[N] i) => (float[N,9] y)
+      { ["e"] h = Gather(w, i)  t = Transpose(w)  ["h"] y = MatMul(h, t) }""", w=w)  # fmt: skip
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    places = base.resolve(adapter({"head.weight": sketched(w)}), lf.Hints()).require().targets["head.weight"]
+    assert [place.node for place in places] == ["h"]
+
+
+# Zero weights, and vectors, which have no sketch.
+
+
+def test_a_zero_weight_is_recognised_by_nothing(tmp_path):
+    zero = np.zeros((8, 6), np.float32)
+    made = two(zero.T, normal(6, 8))
+    assert refusal(made, {"enc.q.weight": sketched(zero)}, tmp_path).rule == "LF-602"
+    named = two(zero.T, normal(6, 8), names=("/enc/q/MatMul", "n1"))
+    assert resolve(named, {"enc.q.weight": sketched(zero)}, tmp_path)[0] == {"enc.q.weight": {"w0"}}
+    base = checkpoint(tmp_path, **{"enc.q.weight": zero})
+    assert resolve(made, {"enc.q.weight": (8, 6)}, tmp_path, base=base)[0] == {"enc.q.weight": {"w0"}}
+    assert refusal(two(zero.T, zero.T), {"enc.q.weight": (8, 6)}, tmp_path, base=base).rule == "LF-603"
+
+
+# A name that means another weight than the adapter was bound to.
+
+
+def test_a_weight_that_is_not_like_the_sketch_is_not_changed_by_its_name(tmp_path):
+    made = two(normal(6, 8, seed=1), normal(6, 8, seed=2), names=("/enc/q/MatMul", "n1"))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    ours = [("default", adapter({"enc.q.weight": sketched(normal(8, 6))}))]
+    with pytest.raises(lf.LoraFormatError, match="LF-607  w0 is not like the tensor") as caught:
+        prepare("merge", ours, base, Options(tmp_path / "out.onnx"))
+    assert len(caught.value.problems) == 1
+    assert prepare("merge", ours, base, Options(tmp_path / "out.onnx"), any_base=True).steps
+
+
+def test_a_close_relative_of_the_base_is_taken(tmp_path):
+    w = normal(8, 6)
+    made = two(w.T + 0.05 * normal(6, 8, seed=1), normal(6, 8, seed=2), names=("/enc/q/MatMul", "n1"))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    merge(adapter({"enc.q.weight": sketched(w)}), base, tmp_path / "out.onnx")
+
+
+def test_a_checkpoint_is_held_against_the_sketch_too(tmp_path):
+    other = open_base(checkpoint(tmp_path, **{"enc.q.weight": normal(8, 6, seed=1)}).path)
+    with pytest.raises(lf.LoraFormatError, match="LF-607"):
+        merge(adapter({"enc.q.weight": sketched(normal(8, 6))}), other, tmp_path / "out.safetensors")
+
+
+# Quantised weights: found, though not changed.
+
+
+def int8(w, axis):
+    scale = np.abs(w).max(1 - axis, keepdims=True) / 127
+    return np.round(w / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def quantised(kind, w):
+    """A graph that multiplies by w [in, out] kept in fewer bits."""
+    q, scale = int8(w, axis=1)
+    head = "g (float[N,24] x) => (float[N,32] y)"
+    match kind:
+        case "DequantizeLinear":
+            nodes = 'f = DequantizeLinear <axis = 1> (q, s, z) ["n"] y = MatMul(x, f)'
+            return graph(f"{head} {{ {nodes} }}", q=q, s=scale[0], z=np.zeros(32, np.int8))
+        case "Cast, Mul":
+            return graph(f'{head} {{ f = Cast <to = 1> (q) v = Mul(f, s) ["n"] y = MatMul(x, v) }}', q=q, s=scale)
+        case "Cast, Sub, Mul":
+            unsigned = (q.astype(np.int16) + 128).astype(np.uint8)
+            nodes = 'f = Cast <to = 1> (q) c = Sub(f, z) v = Mul(c, s) ["n"] y = MatMul(x, v)'
+            return graph(f"{head} {{ {nodes} }}", q=unsigned, s=scale, z=np.array(128, np.float32))
+        case "Mul, Transpose":
+            nodes = 'f = Cast <to = 1> (q) v = Mul(s, f) t = Transpose(v) ["n"] y = MatMul(x, t)'
+            return graph(f"{head} {{ {nodes} }}", q=q.T, s=scale.T)
+        case "int4 blocks":
+            made = model(
+                f'{head} {{ f = DequantizeLinear <axis = 0, block_size = 8> (q, s) ["n"] y = MatMul(x, f) }}', opset=21
+            )
+            blocks = w.reshape(3, 8, 32)
+            step = np.abs(blocks).max(1, keepdims=True) / 7
+            codes = np.round(blocks / step).reshape(24, 32).astype(np.int8)
+            made.graph.initializer.append(helper.make_tensor("q", onnx.TensorProto.INT4, codes.shape, codes.ravel()))
+            made.graph.initializer.append(numpy_helper.from_array(step[:, 0].astype(np.float32), "s"))
+            return made
+    raise AssertionError(kind)
+
+
+QUANTISED = ("DequantizeLinear", "Cast, Mul", "Cast, Sub, Mul", "Mul, Transpose", "int4 blocks")
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_weight_is_found_by_its_sketch_and_not_changed(kind, tmp_path):
+    w = normal(32, 24)
+    made = quantised(kind, w.T)
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    onnx.checker.check_model(made)
+    ours = adapter({"enc.q.weight": sketched(w)})
+    (place,) = base.resolve(ours, lf.Hints()).require().targets["enc.q.weight"]
+    assert (place.node, place.evidence[0].partition(":")[0]) == ("n", "sketch")
+    assert 0.98 < place.confidence < 1.0
+    assert not base.resolve(adapter({"enc.q.weight": sketched(normal(32, 24, seed=1))}), lf.Hints()).targets
+    with pytest.raises(lf.LoraFormatError, match="LF-608"):
+        merge(ours, base, tmp_path / "out.onnx")
+
+
+def test_a_quantised_weight_is_found_by_the_base_alone(tmp_path):
+    w = normal(32, 24)
+    base = checkpoint(tmp_path, **{"enc.q.weight": w})
+    _, evidence, _ = resolve(quantised("Cast, Mul", w.T), {"enc.q.weight": (32, 24)}, tmp_path, base=base)
+    assert evidence[0].startswith("sketch: ")
+
+
+def test_a_small_tensor_that_a_product_would_blow_up_is_not_computed(tmp_path):
+    text = "g (float[N,6] x) => (float[N,M] y) { f = Cast <to = 1> (q) v = Mul(f, s) y = MatMul(x, v) }"
+    made = graph(text, q=np.ones((6, 1), np.int8), s=normal(1, 500))
+    assert refusal(made, {"q.weight": sketched(normal(1, 6))}, tmp_path).rule == "LF-602"
+
+
+@pytest.mark.parametrize("node", ["DequantizeLinear <axis = 7> (q, s)", "Cast <to = 99> (q)", "DequantizeLinear(q)"])
+def test_a_broken_dequantisation_is_not_found_and_not_a_crash(node, tmp_path):
+    made = graph(
+        f"g (float[N,6] x) => (float[N,8] y) {{ f = {node} y = MatMul(x, f) }}", q=np.ones((6, 8), np.int8), s=normal(8)
+    )
+    assert refusal(made, {"q.weight": sketched(normal(8, 6))}, tmp_path).rule == "LF-602"
+
+
+# On the command line.
+
+
+def test_the_base_is_given_on_the_command_line(run, tmp_path):
+    w = normal(8, 6)
+    source = checkpoint(tmp_path, **{"enc.q.weight": w}).path.parent
+    save(two(normal(6, 8, seed=1), w.T), tmp_path / "base.onnx")
+    lf.save(adapter({"enc.q.weight": (8, 6)}), tmp_path / "a.safetensors")
+    assert run("resolve", "a.safetensors", "--in", "base.onnx").code == 1
+    assert "1 resolved by fingerprint" in run("resolve", "a.safetensors", "--in", "base.onnx", "--base", source).err
+    assert run("attach", "a.safetensors", "--to", "base.onnx", "-o", "out.onnx").code == 1
+    assert run("attach", "a.safetensors", "--to", "base.onnx", "-o", "out.onnx", "--base", source).code == 0
+    told = run("merge", "a.safetensors", "--into", "base.onnx", "-o", "m.onnx", "--base", source)
+    assert "1/1 targets by fingerprint" in told.err
+    assert run("bind", "a.safetensors", "--base", source, "-o", "bound.safetensors").code == 0
+    assert "by sketch" in run("merge", "bound.safetensors", "--into", "base.onnx", "-o", "s.onnx").err
+    np.testing.assert_array_equal(stored(tmp_path / "s.onnx")["w1"], stored(tmp_path / "m.onnx")["w1"])
