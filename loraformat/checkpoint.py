@@ -120,7 +120,7 @@ class Checkpoint:
                 return Placement(shape, (0,), tuple(range(1, len(shape)))), (rung, "the adapter adds it")
             raise _missing(key, weight, update, self.container.infos)
         spec = huggingface.linear_spec(self.config, weight) if len(info.shape) == 2 and update.op is None else None
-        claims = [spec] if spec else []
+        claims = [*([spec] if spec else []), *hints.claims(key, update)]
         placement, evidence = place(key, update, info.shape, hints.spec(key), claims)
         return placement, (rung, *evidence)
 

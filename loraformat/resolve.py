@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
 
 if TYPE_CHECKING:
     from loraformat.base import Base
+    from loraformat.updates import Update
 
 __all__ = ["Hints", "Match", "Resolution", "matches"]
 
@@ -117,6 +119,13 @@ class Hints:
         if len(specs) > 1:
             raise fault("LF-605", f"--axes states {' and '.join(sorted(specs))} for one target", where=key)
         return next(iter(specs), None)
+
+    def claims(self, key: str, update: Update) -> list[tuple[str, str]]:
+        """(axes, evidence) of a target in ``base``, as far as they are known there."""
+        if self.base is None:
+            return []
+        places = self.base.resolve(Adapter({key: update}), Hints()).targets.get(key, ())
+        return [(match.placement.spec, f"base: as in {self.base.path.name}") for match in places[:1]]
 
     def unused(self, keys: Iterable[str]) -> list[Problem]:
         """One LF-705 for each hint that no target asked for: a typing error would otherwise pass in silence."""

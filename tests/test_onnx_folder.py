@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import adapter, model, save, session
+from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 import loraformat as lf
@@ -119,9 +120,15 @@ def test_half_an_adapter_changes_half_of_the_folder(half, t5, tmp_path):
 
 
 def test_one_part_that_cannot_be_changed_stops_all(tmp_path):
-    with pytest.raises(lf.LoraFormatError, match=r"LF-608  decoder_model_merged\.onnx: .* lies inside"):
-        merge(lf.load(GOLDEN / "t5" / "adapter"), open_base(T5), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    quantised = (
+        'g (float[N,6] x) => (float[N,6] y) <float[6] s> { f = DequantizeLinear(q, s) ["/q/MatMul"] y = MatMul(x, f) }'
+    )
+    second = model(quantised)
+    second.graph.initializer.append(numpy_helper.from_array(np.ones((6, 6), np.int8), "q"))
+    base = folder(tmp_path, first=one("/k/MatMul", 1), second=second)
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608  second\.onnx: .* lies between"):
+        merge(adapter({"k.weight": (6, 6), "q.weight": (6, 6)}), base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # A part must not be passed over.

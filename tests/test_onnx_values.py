@@ -297,6 +297,21 @@ def test_a_broken_dequantisation_is_not_found_and_not_a_crash(node, tmp_path):
     assert refusal(made, {"q.weight": sketched(normal(8, 6))}, tmp_path).rule == "LF-602"
 
 
+# A checkpoint takes the base's word for how a square weight lies.
+
+
+def test_a_checkpoint_that_does_not_say_how_a_square_weight_lies_is_read_as_the_base_is(tmp_path):
+    w = normal(6, 6)
+    save_file({"q.weight": w}, tmp_path / "bare.safetensors")
+    bare, base = open_base(tmp_path / "bare.safetensors"), checkpoint(tmp_path, **{"q.weight": w})
+    ours = adapter({"q.weight": (6, 6)})
+    assert [p.rule for p in bare.resolve(ours, lf.Hints()).unresolved] == ["LF-604"]
+    (place,) = bare.resolve(ours, lf.Hints(base=base)).require().targets["q.weight"]
+    assert (place.placement.spec, place.evidence[1]) == ("out,in", "base: as in model.safetensors")
+    turned = bare.resolve(ours, lf.Hints(base=base, axes={"q": "in,out"}))
+    assert [p.rule for p in turned.unresolved] == ["LF-605"]
+
+
 # On the command line.
 
 

@@ -63,6 +63,8 @@ class Finder:
 
     def look(self, key: str, named: Sequence[Site] = ()) -> list[Sighting]:
         """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere."""
+        if self.adapter[key].sketch is None and self.base is None:
+            return []
         fit = self._of_shape(key)
         here, elsewhere = ([site for site in fit if (site in named) is there] for there in (True, False))
         equal = self._equal(key, here) or self._equal(key, elsewhere)

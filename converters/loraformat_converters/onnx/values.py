@@ -42,6 +42,7 @@ class Values:
         # onnx 1.23's reference has DequantizeLinear since 19; what 10 and 13 allow means the same in 21.
         self.opset = onnx.helper.make_opsetid("", max(21, index.opset))
         self.producers = {name: node for node in index.graph.node for name in node.output}
+        self._shapes: dict[int, tuple[int, ...] | None] = {}
         self._sketches: dict[Hashable, Array | None] = {}
         self._fingerprints: dict[Hashable, str | None] = {}
 
@@ -54,12 +55,13 @@ class Values:
         """The shape of the matrix, without reading it; None where it cannot be read."""
         if self._direct(site):
             return site.placement.matrix_shape
-        name = site.node.input[site.position]
-        if name in self.index.roots:
-            return None  # integers as they are: indices, not weights
-        sizes = self._sizes(name)
-        place = None if sizes is None else _laid(site, sizes)
-        return place.matrix_shape if place else None
+        if site.number not in self._shapes:
+            name = site.node.input[site.position]
+            # Integers as they are read are indices, not weights.
+            sizes = None if name in self.index.roots else self._sizes(name)
+            place = None if sizes is None else _laid(site, sizes)
+            self._shapes[site.number] = place.matrix_shape if place else None
+        return self._shapes[site.number]
 
     def _sizes(self, name: str) -> tuple[int, ...] | None:
         """The shape of what ``_compute`` gives, without reading it."""
@@ -127,10 +129,12 @@ def fingerprint(matrix: Array) -> str:
     """SHA-256 of a matrix [*batch, out, in]: dtype, shape, row-major little-endian values, −0 as +0."""
     digest = hashlib.sha256(f"{matrix.dtype.name} {list(matrix.shape)}".encode())
     rows = max(1, (1 << 20) // max(1, matrix[:1].size))
+    kind = np.dtype(f"u{matrix.dtype.itemsize}")
+    minus_zero = kind.type(1 << (8 * kind.itemsize - 1))
     for start in range(0, len(matrix), rows):
-        tile = np.ascontiguousarray(matrix[start : start + rows] + matrix.dtype.type(0))
-        little = tile.astype(tile.dtype.newbyteorder("<")) if tile.dtype.byteorder == ">" else tile
-        digest.update(little.reshape(-1).view(np.uint8).data)
+        bits = np.ascontiguousarray(matrix[start : start + rows]).view(kind)
+        bits = np.where(bits == minus_zero, kind.type(0), bits).astype(kind.newbyteorder("<"), copy=False)
+        digest.update(bits.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
