@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,10 @@ class Match:
     evidence: tuple[str, ...]
     confidence: float = 1.0
     handle: Any = field(default=None, compare=False, repr=False)
+
+    def name_in(self, parameters: Container[str]) -> str | None:
+        """What the base calls the stored tensor: ``FILE:NAME`` in one of several files; None for one that it lacks."""
+        return next((name for name in (self.weight, f"{self.file}:{self.weight}") if name in parameters), None)
 
     def as_json(self) -> dict[str, Any]:
         """The fields of ``resolve --json``; slices and permutations are null where the whole tensor is meant."""

@@ -12,6 +12,7 @@ import test_onnx_values as values
 import loraformat as lf
 from loraformat_converters.onnx import folder, part, together, witness
 from loraformat_converters.onnx.align import Alignment
+from loraformat_converters.onnx.doubt import Doubts
 from loraformat_converters.onnx.fingerprint import Finder
 from loraformat_converters.onnx.values import Values
 
@@ -89,7 +90,7 @@ def values_are_asked_only_where_names_are_silent(patch):
 
 
 def sketches_are_not_held_against_the_named_weight(patch):
-    patch.setattr("loraformat.verbs.merge.ACCEPT", -1.0)
+    patch.setattr("loraformat.bound.ACCEPT", -1.0)
 
 
 def names_match_within_names(patch):
@@ -118,7 +119,7 @@ def one_part_is_enough(patch):
 
 
 def silence_of_a_part_is_absence(patch):
-    patch.setattr(together, "_doubt", lambda *a: None)
+    patch.setattr(Doubts, "of", lambda self, key: None)
 
 
 def a_name_is_proof_enough_in_every_part(patch):

@@ -170,6 +170,20 @@ def test_a_part_without_names_is_found_by_sketches(t5, tmp_path):
     assert relative_error(step, truth["adapted.logits"][:, -1:]) <= 1e-5
 
 
+PACKED = {
+    "MatMulNBits": "y = com.microsoft.MatMulNBits <K = 6, N = 6, bits = 4, block_size = 16> (x, q, s)",
+    "MatMulInteger": "i = Cast <to = 2> (x) z = MatMulInteger(i, q) y = Cast <to = 1> (z)",
+}
+
+
+@pytest.mark.parametrize("op", PACKED)
+def test_a_part_with_packed_weights_that_have_no_name_is_not_passed_over(op, tmp_path):
+    second = model(f"g (float[N,6] x) => (float[N,6] y) <float[6] s> {{ {PACKED[op]} }}")
+    second.graph.initializer.append(numpy_helper.from_array(np.ones((6, 6), np.uint8), "q"))
+    base = folder(tmp_path, first=one("/q/MatMul", 1), second=second)
+    assert "second.onnx has 1 packed weights" in only_problem(base, "q.weight").what
+
+
 def test_files_whose_names_tell_nothing_are_not_guessed_at(t5):
     for i, file in enumerate(sorted(t5.glob("*.onnx"))):
         file.rename(t5 / f"part{i}.onnx")

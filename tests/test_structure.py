@@ -26,7 +26,7 @@ ORDER = (
     *("identity", "atomic", "file"),
     *("source", "layout", "base", "registry"),
     *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "checkpoint", "normal"),
-    *("sketch",),
+    *("sketch", "bound"),
     *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert"),
     *("testing.adapters", "testing.strategies", "testing"),
     *("cli", "cli.options", "cli.adapters", "cli.inspect", "cli.create", "cli.deploy", "cli.check", "cli.main"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraformat.container import numpy_dtype
-from loraformat.resolve import Hints
+from loraformat.resolve import Hints, Match
 from loraformat.sketch import Recognised, cosine, recognise, sketch
 from loraformat_converters.onnx.index import Site
 from loraformat_converters.onnx.model import FLOATS
@@ -51,15 +51,30 @@ class Finder:
     def __init__(self, sites: Sequence[Site], values: Values, adapter: Adapter, hints: Hints) -> None:
         self.sites, self.values, self.adapter = sites, values, adapter
         self.base = hints.base
-        self.places = self._places()
+        self.matches = self._matches()
         self._wanted: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._drawn: dict[str, Array | None] = {}
 
-    def _places(self) -> dict[str, Placement]:
-        """Target → how it lies in ``--base``, as far as that is known."""
+    def _matches(self) -> dict[str, Match]:
+        """Target → where it lies in ``--base``, as far as that is known."""
         if self.base is None:
             return {}
         found = self.base.resolve(self.adapter, Hints()).targets
-        return {key: matches[0].placement for key, matches in found.items() if matches}
+        return {key: matches[0] for key, matches in found.items() if matches}
+
+    def _weight(self, key: str) -> tuple[Array, Placement | None] | None:
+        """The tensor of ``--base``; without a placement where nothing tells its orientation."""
+        if self.base is None:
+            return None
+        known = self.base.parameters()
+        match = self.matches.get(key)
+        name = match.name_in(known) if match else (key if key in known else None)
+        if name is None:
+            return None
+        weight = self.base.read(name)
+        if match is not None and weight.shape != match.placement.shape:
+            return None  # a vocabulary that the adapter resizes
+        return weight, match.placement if match else None
 
     def look(self, key: str, named: Sequence[Site] = ()) -> list[Sighting]:
         """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere."""
@@ -82,32 +97,31 @@ class Finder:
         return f", and none is like its sketch (cosine ≤ {max(cosine(wanted, other) for other in drawn):.2f})"
 
     def _of_shape(self, key: str) -> list[Site]:
-        shape = _matrix_shape(self.adapter[key], self.places.get(key))
+        shape = _matrix_shape(self.adapter[key], self.matches.get(key))
         embedding = self.adapter[key].op == "embedding"
         fit = (s for s in self.sites if shape is not None and self.values.shape(s) == shape)
         return [site for site in fit if (site.node.op_type == "Gather") == embedding]
 
     def _equal(self, key: str, sites: Sequence[Site]) -> Sighting | None:
         """The sites whose weight is the tensor of ``--base``, cast to the graph's dtype."""
-        if self.base is None or key not in self.base.parameters():
-            return None
         equal = []
         for site in sites:
             dtype = FLOATS.get(site.root.data_type)
             if dtype is not None and self.values.fingerprint(site) in self._fingerprints(key, dtype):
                 equal.append(site)
-        return Sighting("fingerprint", f"equals {key} of {self.base.path.name}", tuple(equal)) if equal else None
+        if not equal or self.base is None:
+            return None
+        return Sighting("fingerprint", f"equals {key} of {self.base.path.name}", tuple(equal))
 
     def _fingerprints(self, key: str, dtype: str) -> tuple[str, ...]:
         """Of the tensor in ``--base`` as [out, in]; both readings of one whose orientation nothing tells."""
         if (key, dtype) not in self._wanted:
-            assert self.base is not None
-            weight = self.base.read(key)
-            place = self.places.get(key)
-            if place is None:
-                readings = [weight, weight.T] if weight.ndim == 2 else []
-            else:
-                readings = [place.to_matrix(weight)] if weight.shape == place.shape else []
+            found = self._weight(key)
+            readings: list[Array] = []
+            if found is not None:
+                weight, place = found
+                turned = [weight, weight.T] if weight.ndim == 2 else []
+                readings = turned if place is None else [place.to_matrix(weight)]
             self._wanted[key, dtype] = tuple(fingerprint(m.astype(numpy_dtype(dtype))) for m in readings)
         return self._wanted[key, dtype]
 
@@ -129,15 +143,15 @@ class Finder:
 
     def _sketch(self, key: str) -> Array | None:
         """The adapter's own; else that of the tensor in ``--base``."""
-        own = self.adapter[key].sketch
-        if own is not None or self.base is None or key not in self.places or key not in self.base.parameters():
-            return own
-        weight, place = self.base.read(key), self.places[key]
-        return sketch(weight, place) if weight.shape == place.shape else None
+        if key not in self._drawn:
+            own = self.adapter[key].sketch
+            found = self._weight(key) if own is None else None
+            self._drawn[key] = own if found is None or found[1] is None else sketch(found[0], found[1])
+        return self._drawn[key]
 
 
-def _matrix_shape(update: Update, place: Placement | None) -> tuple[int, ...] | None:
-    place = update.placement or place
+def _matrix_shape(update: Update, match: Match | None) -> tuple[int, ...] | None:
+    place = update.placement or (match.placement if match else None)
     return place.matrix_shape if place is not None else update.matrix_shape()
 
 

@@ -19,11 +19,12 @@ from loraformat.names import join
 from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
+from loraformat_converters.onnx.doubt import Model
 from loraformat_converters.onnx.model import external
 from loraformat_converters.onnx.part import parts
 from loraformat_converters.onnx.pipeline import components_of
 from loraformat_converters.onnx.scopes import tensors
-from loraformat_converters.onnx.together import Model, together
+from loraformat_converters.onnx.together import together
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,30 +12,20 @@ from loraformat.errors import Problem
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.sketch import ACCEPT, cosine
 from loraformat_converters.onnx.base import OnnxBase
+from loraformat_converters.onnx.doubt import Doubts, Model
 from loraformat_converters.onnx.index import Site
-from loraformat_converters.onnx.names import RUNGS, modules_of, parameter_of
-from loraformat_converters.onnx.part import Part
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
-    from loraformat.updates import Update
 
-__all__ = ["Model", "together"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """One file: its path in the folder, what it holds, and what its name says among the parts of its model."""
-
-    file: str
-    base: OnnxBase
-    part: Part | None
+__all__ = ["together"]
 
 
 def together(models: Sequence[Model], adapter: Adapter, hints: Hints) -> Resolution:
     """Where every target lies, in all parts."""
     found = {model.file: model.base.resolve_part(adapter, hints, model.part) for model in models}
     targets = {key: places for key in adapter if (places := tuple(_places(key, found)))}
+    doubts = {model.file: Doubts(model, found[model.file], adapter, hints) for model in models}
     unresolved: list[Problem] = []
     ambiguous = [_in(file, p, models) for file, r in found.items() for p in r.ambiguous]
     for key in adapter:
@@ -44,7 +34,7 @@ def together(models: Sequence[Model], adapter: Adapter, hints: Hints) -> Resolut
         if told or key not in targets:
             unresolved += told or [_nowhere(key, failures, models)]
         elif len(models) > 1:
-            ambiguous += [p for m in models if m.file in failures and (p := _doubt(key, m, found, adapter, hints))]
+            ambiguous += [problem for file in failures if (problem := doubts[file].of(key))]
             ambiguous += _strangers(key, targets[key], models)
     return Resolution(targets, tuple(unresolved), tuple(ambiguous))
 
@@ -62,46 +52,6 @@ def _nowhere(key: str, failures: Mapping[str, Problem], models: Sequence[Model])
     likely = [m.file for m in models if m.part is None or m.part.holds(key)] or list(failures)
     problems = [_in(file, failures[file], models) for file in likely if file in failures]
     return replace(problems[0], what="; ".join(dict.fromkeys(p.what for p in problems)))
-
-
-def _doubt(key: str, model: Model, found: Mapping[str, Resolution], adapter: Adapter, hints: Hints) -> Problem | None:
-    """LF-603 where a part in which the target was not found may have it all the same.
-
-    It has not, if its file's name says so, or if its weights were compared by their values. Else every weight that could
-    be the target must have a name, and a name that is another target's, or like no target's.
-    """
-    part = model.part
-    if part is None or part.holds(key) is False or _has_values(key, adapter[key], hints):
-        return None
-    sites, taken = model.base.index.sites, _names(_found_sites(found[model.file]))
-    for rung in RUNGS:
-        names = {name for site in sites if (name := parameter_of(site, rung))}
-        if other := part.doubt(key, list(adapter), names, taken):
-            what = f"{model.file} has {other}: whether that is the target, its name does not say"
-            return Problem("LF-603", what, key, f'if it is: --names map.json with {{"{key}": "{other}"}}')
-    shape = adapter[key].matrix_shape()
-    nameless = [site for site in sites if model.base.values.shape(site) == shape and not _named(site)]
-    if not nameless or shape is None:
-        return None
-    what = f"{model.file} has {len(nameless)} weights of its shape without a module's name: it may be one of them"
-    return Problem("LF-603", what, key, "--base CHECKPOINT tells by the values, and so do sketches (loraformat bind)")
-
-
-def _has_values(key: str, update: Update, hints: Hints) -> bool:
-    return update.sketch is not None or (hints.base is not None and key in hints.base.parameters())
-
-
-def _found_sites(resolution: Resolution) -> list[Site]:
-    return [match.handle for places in resolution.targets.values() for match in places]
-
-
-def _names(sites: Sequence[Site]) -> set[str]:
-    return {name for site in sites for rung in RUNGS if (name := parameter_of(site, rung))}
-
-
-def _named(site: Site) -> bool:
-    """Whether anything says which module the weight is of; ``onnx::MatMul_12`` and ``val_3`` are no names."""
-    return bool(modules_of(site)) or site.root_name.endswith(f".{site.parameter}")
 
 
 def _strangers(key: str, places: Sequence[Match], models: Sequence[Model]) -> list[Problem]:

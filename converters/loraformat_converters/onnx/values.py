@@ -33,6 +33,9 @@ _SPREADS = frozenset({"Sub", "Mul"})
 _COMPUTES = _MOVES | _SPREADS | {"Cast", "DequantizeLinear"}
 """The operators that dequantisation is made of."""
 
+_DEPTH = 8
+"""How many of them may follow each other: a chain that is longer was not made by a quantiser."""
+
 
 class Values:
     """The matrices of a graph's sites; what is computed of one is kept, the matrix is not."""
@@ -58,17 +61,21 @@ class Values:
         if site.number not in self._shapes:
             name = site.node.input[site.position]
             # Integers as they are read are indices, not weights.
-            sizes = None if name in self.index.roots else self._sizes(name)
+            sizes = None if name in self.index.roots or not self._in_main(site) else self._sizes(name)
             place = None if sizes is None else _laid(site, sizes)
             self._shapes[site.number] = place.matrix_shape if place else None
         return self._shapes[site.number]
 
-    def _sizes(self, name: str) -> tuple[int, ...] | None:
+    def _in_main(self, site: Site) -> bool:
+        """Whether the operator is of the main graph: elsewhere its inputs' names mean other values."""
+        return self.producers.get(site.node.output[0]) == site.node
+
+    def _sizes(self, name: str, depth: int = 0) -> tuple[int, ...] | None:
         """The shape of what ``_compute`` gives, without reading it."""
         if name in self.index.roots:
             return tuple(self.index.roots[name].dims)
-        node = self._step(name)
-        inputs = [self._sizes(other) for other in node.input if other] if node is not None else []
+        node = self._step(name) if depth < _DEPTH else None
+        inputs = [self._sizes(other, depth + 1) for other in node.input if other] if node is not None else []
         if node is None or not inputs or any(sizes is None for sizes in inputs):
             return None
         first = inputs[0] or ()

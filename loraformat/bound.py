@@ -1,0 +1,52 @@
+"""Whether a base is the one that an adapter was bound to: by the digest of a tensor's bytes, or by its sketch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraformat.errors import LoraFormatError, Problem
+from loraformat.identity import tensor_sha256
+from loraformat.sketch import ACCEPT, cosine, sketch
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+    from loraformat.base import Base
+    from loraformat.resolve import Match, Resolution
+    from loraformat.updates import Update
+
+__all__ = ["check_bound"]
+
+
+def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
+    """LF-607 where the adapter says which weights it was bound to, and these are others."""
+    known = base.parameters()
+    problems = []
+    for key, places in resolution.targets.items():
+        for match in places:
+            name = match.name_in(known)
+            if name is not None and (problem := _other(key, adapter[key], base, match, name)):
+                problems.append(problem)
+    if problems:
+        raise LoraFormatError(problems)
+
+
+def _other(key: str, update: Update, base: Base, match: Match, name: str) -> Problem | None:
+    """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
+    if update.base_sha256 is not None and update.placement == match.placement:
+        found = tensor_sha256(base.read(name))
+        if found == update.base_sha256:
+            return None
+        what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
+        return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
+    recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
+    if update.sketch is None or recognised or not update.sketch.any():
+        return None
+    weight = base.read(name)
+    drawn = sketch(weight, match.placement) if weight.shape == match.placement.shape else None
+    like = 0.0 if drawn is None else cosine(update.sketch, drawn)
+    if like >= ACCEPT:
+        return None
+    what = f"{match.weight} is not like the tensor that the adapter was bound to: their sketches have cosine {like:.2f}"
+    return Problem(
+        "LF-607", what, key, "another base, or a name that means another weight; --any-base takes it all the same"
+    )
