@@ -39,7 +39,7 @@ def _other(key: str, update: Update, base: Base, match: Match, name: str) -> Pro
         what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
         return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
     recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
-    if update.sketch is None or recognised or not update.sketch.any():
+    if update.sketch is None or update.placement is None or recognised or not update.sketch.any():
         return None
     weight = base.read(name)
     drawn = sketch(weight, match.placement) if weight.shape == match.placement.shape else None

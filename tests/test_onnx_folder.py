@@ -147,8 +147,8 @@ def with_sketches(loaded, folder):
     base = open_base(folder)
     found = base.resolve(loaded, lf.Hints()).require().targets
     drawn = {k: sketch(base.read(f"{m[0].file}:{m[0].weight}"), m[0].placement) for k, m in found.items()}
-    updates = {k: lf.Update(u.parts, sketch=drawn[k]) for k, u in loaded.items()}
-    return lf.Adapter(updates)
+    linear = {k: lf.Placement(u.matrix_shape(), (0,), (1,)) for k, u in loaded.items()}
+    return lf.Adapter({k: lf.Update(u.parts, linear[k], sketch=drawn[k]) for k, u in loaded.items()})
 
 
 def test_a_part_without_names_is_not_passed_over(t5):

@@ -47,9 +47,9 @@ def checkpoint(tmp_path, config='{"model_type": "bert"}', **weights):
 
 
 def sketched(weight, **kinds):
-    """An update for a Linear [out, in], with its sketch."""
-    update = lora(*weight.shape)
-    return lf.Update(update.parts, sketch=sketch(weight, lf.Placement(weight.shape, (0,), (1,))), **kinds)
+    """An update bound to a Linear [out, in], with its sketch."""
+    place = lf.Placement(weight.shape, (0,), (1,))
+    return lf.Update(lora(*weight.shape).parts, place, sketch=sketch(weight, place), **kinds)
 
 
 def resolve(made, targets, tmp_path, **hints):
@@ -178,6 +178,12 @@ def test_a_tied_head_is_the_multiplication_and_the_embedding_the_look_up(tmp_pat
     base = open_base(save(made, tmp_path / "base.onnx"))
     places = base.resolve(adapter({"head.weight": sketched(w)}), lf.Hints()).require().targets["head.weight"]
     assert [place.node for place in places] == ["h"]
+
+
+def test_a_sketch_beside_an_unplaced_target_says_nothing(tmp_path):
+    w = normal(8, 6)
+    unplaced = lf.Update(lora(8, 6).parts, sketch=sketched(w).sketch)
+    assert refusal(two(normal(6, 8, seed=1), w.T), {"enc.q.weight": unplaced}, tmp_path).rule == "LF-602"
 
 
 # Zero weights, and vectors, which have no sketch.

@@ -67,7 +67,8 @@ def named():
     fresh = lf.init(base, ["query", "key", "value", "dense"], rank=1, alpha=1.0)
     found = base.resolve(fresh, lf.Hints()).require().targets
     drawn = {key: sketch(base.read(places[0].weight), places[0].placement) for key, places in found.items()}
-    bound = lf.Adapter({key: lf.Update(update.parts, sketch=drawn[key]) for key, update in fresh.items()})
+    linear = {key: lf.Placement(update.matrix_shape(), (0,), (1,)) for key, update in fresh.items()}
+    bound = lf.Adapter({key: lf.Update(update.parts, linear[key], sketch=drawn[key]) for key, update in fresh.items()})
     return base.model, {key: places[0].handle.node.output[0] for key, places in found.items()}, bound
 
 

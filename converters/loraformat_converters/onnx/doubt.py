@@ -53,7 +53,8 @@ class Doubts:
         if self.packed:
             what = f"{self.model.file} has {len(self.packed)} packed weights without a module's name, such as {self.packed[0]}"
             return Problem("LF-603", what, key, "name what is meant, or use the part as it was before quantisation")
-        if self.adapter[key].sketch is not None or key in self._compared:
+        update = self.adapter[key]
+        if (update.sketch is not None and update.placement is not None) or key in self._compared:
             return None
         for names in self.names:
             if other := part.doubt(key, list(self.adapter), names, self.taken):

@@ -78,12 +78,12 @@ class Finder:
 
     def look(self, key: str, named: Sequence[Site] = ()) -> list[Sighting]:
         """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere."""
-        if self.adapter[key].sketch is None and self.base is None:
+        if _own_sketch(self.adapter[key]) is None and self.base is None:
             return []
         fit = self._of_shape(key)
         here, elsewhere = ([site for site in fit if (site in named) is there] for there in (True, False))
         equal = self._equal(key, here) or self._equal(key, elsewhere)
-        if equal and self.adapter[key].sketch is None:  # a sketch of the same tensor would say it again
+        if equal and _own_sketch(self.adapter[key]) is None:  # a sketch of the same tensor would say it again
             return [equal]
         alike = self._alike(key, here) or self._alike(key, elsewhere)
         return [sighting for sighting in (equal, alike) if sighting]
@@ -142,12 +142,16 @@ class Finder:
         return Sighting("sketch", _told(met), fits, met.cosine)
 
     def _sketch(self, key: str) -> Array | None:
-        """The adapter's own; else that of the tensor in ``--base``."""
+        """The adapter's own; else that of the tensor in ``--base``. Beside an unplaced target it says nothing."""
         if key not in self._drawn:
-            own = self.adapter[key].sketch
+            own = _own_sketch(self.adapter[key])
             found = self._weight(key) if own is None else None
             self._drawn[key] = own if found is None or found[1] is None else sketch(found[0], found[1])
         return self._drawn[key]
+
+
+def _own_sketch(update: Update) -> Array | None:
+    return update.sketch if update.placement is not None else None
 
 
 def _matrix_shape(update: Update, match: Match | None) -> tuple[int, ...] | None:
