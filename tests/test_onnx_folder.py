@@ -11,7 +11,7 @@ import onnx
 import pytest
 from graphs import adapter, model, save, session
 from onnx import numpy_helper
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat.base import Options
@@ -184,6 +184,22 @@ def test_a_part_with_packed_weights_that_have_no_name_is_not_passed_over(op, tmp
     assert "second.onnx has 1 packed weights" in only_problem(base, "q.weight").what
 
 
+def test_parts_without_names_are_found_by_the_base(tmp_path):
+    w, other = (np.random.default_rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(2))
+    made = {}
+    for name, first, second in (("a", w, other), ("b", other, w), ("c", other, other)):
+        made[name] = model("g (float[N,6] x) => (float[N,6] y) { h = MatMul(x, w0)  y = MatMul(h, w1) }")
+        stored = {"w0": first.T, "w1": second.T}
+        made[name].graph.initializer.extend(numpy_helper.from_array(v.copy(), n) for n, v in stored.items())
+    base = folder(tmp_path, **made)
+    save_file({"q.weight": w}, tmp_path / "base.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert only_problem(base, "q.weight").rule == "LF-602"
+    hints = lf.Hints(base=open_base(tmp_path / "base.safetensors"))
+    (places,) = base.resolve(adapter({"q.weight": (6, 6)}), hints).require().targets.values()
+    assert [(place.file, place.weight) for place in places] == [("a.onnx", "w0"), ("b.onnx", "w1")]
+
+
 def test_files_whose_names_tell_nothing_are_not_guessed_at(t5):
     for i, file in enumerate(sorted(t5.glob("*.onnx"))):
         file.rename(t5 / f"part{i}.onnx")
@@ -308,6 +324,31 @@ def test_a_component_that_the_folder_lacks_is_an_error():
     assert {p.rule for p in found.unresolved} == {"LF-602"}
     assert len(found.unresolved) == len(own)
     assert "it has: text_encoder, unet, vae" in found.unresolved[0].what
+
+
+def test_a_target_that_no_component_has_is_one_error_with_what_each_says():
+    found = open_base(PIPELINE).resolve(adapter({"mid_block.attentions.0.to_qq.weight": (4, 4)}), lf.Hints())
+    (problem,) = found.unresolved
+    assert problem.rule == "LF-602"
+    assert "unet: no node or weight" in problem.what
+    assert "vae: " in problem.what
+
+
+def test_the_users_map_is_in_the_keys_of_the_adapter():
+    own = whole("pipeline", "unet", "text_encoder")
+    renamed = {key.replace("text_model.encoder", "tower"): update for key, update in own.items()}
+    hints = lf.Hints({"text_encoder:tower.*": "text_model.encoder.*"})
+    found = open_base(PIPELINE).resolve(lf.Adapter(renamed, components=own.components), hints).require()
+    assert len(found.targets) == len(own)
+
+
+def test_a_fresh_adapter_of_a_pipeline_names_its_components(tmp_path):
+    base = open_base(PIPELINE)
+    fresh = lf.init(base, ["q_proj", "to_k"], rank=2, alpha=2)
+    assert set(fresh.components) == {"text_encoder", "unet", "vae"}
+    lf.save(fresh, tmp_path / "fresh.safetensors")
+    again = lf.load(tmp_path / "fresh.safetensors")
+    assert base.resolve(again, lf.Hints()).require().targets.keys() == fresh.keys()
 
 
 # What is written.

@@ -68,7 +68,9 @@ def init(
         a = _draw(key, rank, in_, sigma or 1.0 / rank, method, seed)
         b = np.zeros((out, rank), np.float32)
         updates[key] = Update((Lora(a, b, alpha, scale_rule),), place if keep else None)
-    return Adapter(updates, about={"training": {"init": method, "seed": seed}})
+    # A base of several components says so in its keys: COMPONENT:NAME.
+    components = tuple(sorted({key.partition(":")[0] for key in updates if ":" in key}))
+    return Adapter(updates, components=components, about={"training": {"init": method, "seed": seed}})
 
 
 def _draw(key: str, rank: int, in_: int, sigma: float, method: str, seed: int) -> npt.NDArray[np.float32]:

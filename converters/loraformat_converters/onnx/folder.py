@@ -7,7 +7,7 @@ graphs over the same weights: a target belongs to every part that has its module
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,11 @@ class OnnxFolder:
                     fix = "the adapter's keys must name the component: COMPONENT:NAME"
                     ambiguous.append(Problem("LF-603", what, key, fix))
                 targets[join(prefix, key)] = places
-            unresolved += [replace(p, where=join(prefix, p.where)) for p in found.unresolved]
+            named = f"{component}: " if component and not prefix else ""
+            unresolved += [replace(p, what=f"{named}{p.what}", where=join(prefix, p.where)) for p in found.unresolved]
             ambiguous += [replace(p, where=join(prefix, p.where)) for p in found.ambiguous]
-        if not adapter.components:  # which component has a target is not said: one that has it is enough
-            unresolved = [p for p in unresolved if p.rule != "LF-602" or p.where not in targets]
+        if not adapter.components:
+            unresolved = _in_none(unresolved, targets)
         order = {key: targets[key] for key in adapter if key in targets}
         return Resolution(order, tuple(_once(unresolved)), tuple(_once(ambiguous)))
 
@@ -196,6 +197,16 @@ def _by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, N
         for job in plan.jobs
         for key, places in job.resolution.targets.items()
     }
+
+
+def _in_none(problems: Sequence[Problem], found: Container[str]) -> list[Problem]:
+    """Where no component is named, one that has the target is enough; else one problem tells what all of them say."""
+    said: dict[str, list[Problem]] = {}
+    for problem in problems:
+        said.setdefault(problem.where if problem.rule == "LF-602" else "", []).append(problem)
+    others = said.pop("", [])
+    missing = {key: told for key, told in said.items() if key not in found}
+    return [*others, *(replace(told[0], what="; ".join(p.what for p in told)) for told in missing.values())]
 
 
 def _once(problems: Iterable[Problem]) -> list[Problem]:
