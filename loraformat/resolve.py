@@ -41,10 +41,6 @@ class Match:
     confidence: float = 1.0
     handle: Any = field(default=None, compare=False, repr=False)
 
-    def name_in(self, parameters: Container[str]) -> str | None:
-        """What the base calls the stored tensor: ``FILE:NAME`` in one of several files; None for one that it lacks."""
-        return next((name for name in (self.weight, f"{self.file}:{self.weight}") if name in parameters), None)
-
     def as_json(self) -> dict[str, Any]:
         """The fields of ``resolve --json``; slices and permutations are null where the whole tensor is meant."""
         return {
@@ -58,6 +54,10 @@ class Match:
             "evidence": list(self.evidence),
             "confidence": self.confidence,
         }
+
+    def name_in(self, parameters: Container[str]) -> str | None:
+        """What the base calls the stored tensor: ``FILE:NAME`` in one of several files; None for one that it lacks."""
+        return next((name for name in (self.weight, f"{self.file}:{self.weight}") if name in parameters), None)
 
 
 @dataclass(frozen=True, slots=True)
