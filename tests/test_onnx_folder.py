@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -375,10 +376,49 @@ def test_external_data_goes_with_the_part_that_refers_to_it(t5, tmp_path):
         assert relative_error(generated(tmp_path / verb, truth)[2], truth["adapted.logits"][:, -1:]) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling", "fifo"])
+def test_a_folder_that_leads_elsewhere_is_refused(kind, t5, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("private")
+    made = t5 / "notes.txt"
+    match kind:
+        case "file":
+            made.symlink_to(tmp_path / "secret" / "key")
+        case "folder":
+            made.symlink_to(tmp_path / "secret")
+        case "dangling":
+            made.symlink_to(t5 / "nowhere")
+        case "fifo":
+            os.mkfifo(made)
+    with pytest.raises(lf.LoraFormatError, match=r"LF-610  it is .*@ notes\.txt"):
+        open_base(t5)
+
+
+def test_a_link_within_the_folder_is_a_file_and_what_git_keeps_is_left(t5, tmp_path):
+    (t5 / "notes.txt").symlink_to("config.json")
+    (t5 / ".git").mkdir()
+    (t5 / ".git" / "HEAD").write_text("ref")
+    merge(lf.load(GOLDEN / "t5" / "adapter"), open_base(t5), tmp_path / "out")
+    assert not (tmp_path / "out" / "notes.txt").is_symlink()
+    assert (tmp_path / "out" / "notes.txt").read_bytes() == (t5 / "config.json").read_bytes()
+    assert not (tmp_path / "out" / ".git").exists()
+
+
+def test_a_download_of_the_hub_is_a_folder_of_links_to_its_blobs(t5, tmp_path):
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in t5.iterdir():
+        shutil.copy(file, blobs / f"sha-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/sha-{file.name}")
+    merge(lf.load(GOLDEN / "t5" / "adapter"), open_base(snapshot), tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == len(list(t5.iterdir()))
+
+
 def test_a_folder_of_one_model_is_written_as_a_folder(tmp_path):
-    base = folder(tmp_path, model=one("/enc/q/MatMul", 1))
+    folder(tmp_path, model=one("/enc/q/MatMul", 1))
     (tmp_path / "models" / "config.json").write_text("{}")
-    merge(adapter({"enc.q.weight": (6, 6)}), base, tmp_path / "out")
+    merge(adapter({"enc.q.weight": (6, 6)}), open_base(tmp_path / "models"), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.onnx"]
 
 

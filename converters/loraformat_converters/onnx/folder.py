@@ -22,7 +22,7 @@ from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.doubt import Model
 from loraformat_converters.onnx.model import external
 from loraformat_converters.onnx.part import parts
-from loraformat_converters.onnx.pipeline import components_of
+from loraformat_converters.onnx.pipeline import components_of, files_in
 from loraformat_converters.onnx.scopes import tensors
 from loraformat_converters.onnx.together import together
 
@@ -47,6 +47,7 @@ class OnnxFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = files_in(path)
         self.components = {
             name: [Model(file, OnnxBase(path / file), part) for file, part in parts(files).items()]
             for name, files in components_of(path).items()
@@ -148,7 +149,7 @@ class OnnxFolder:
             found[file] = norms
         write_folder(plan.options.out, dict(sorted(writers.items())), force=force)
         total = sum((plan.options.out / name).stat().st_size for name in writers)
-        before = sum(file.stat().st_size for file in _files(self.path))
+        before = sum((self.path / name).stat().st_size for name in self.files)
         return Outcome(_by_key(plan, found), total, total - before)
 
     def _rest(self, plans: Iterable[str]) -> list[str]:
@@ -156,8 +157,7 @@ class OnnxFolder:
         data = {file: self._data(file) for file in self.models}
         kept = {name for file, names in data.items() if file not in plans for name in names}
         gone = {name for file, names in data.items() if file in plans for name in (file, *names)} - kept
-        names = (file.relative_to(self.path).as_posix() for file in _files(self.path))
-        return [name for name in names if name not in gone]
+        return [name for name in self.files if name not in gone]
 
     def _data(self, file: str) -> set[str]:
         """The external data files of one model, by their paths in the folder."""
@@ -211,10 +211,6 @@ def _in_none(problems: Sequence[Problem], found: Container[str]) -> list[Problem
 
 def _once(problems: Iterable[Problem]) -> list[Problem]:
     return list(dict.fromkeys(problems))
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def _copy(source: Path, file: BinaryIO) -> None:
