@@ -26,6 +26,8 @@ def place(
     Raises:
         LoraFormatError: LF-604 no evidence; LF-605 two pieces disagree; LF-606 the shapes do not fit.
     """
+    if "replace" in update and "resize" in update["replace"].allows:  # what is laid out is the new tensor
+        shape = update["replace"].replace.shape
     said: list[tuple[Placement, str]] = []
     if update.placement is not None:
         said.append((_own(key, update, shape), "adapter: placed"))
@@ -68,25 +70,33 @@ def _from_spec(key: str, shape: tuple[int, ...], spec: str, evidence: str) -> Pl
 
 
 def _by_shape(shape: tuple[int, ...], matrix: tuple[int, ...] | None) -> tuple[Placement, str] | None:
-    """Two axes of different sizes can be read in one way only."""
-    if matrix is None or len(shape) != 2 or len(matrix) != 2 or shape[0] == shape[1]:
+    """The only reading that sizes allow: of two axes, of stacked matrices, of an unfolded convolution kernel."""
+    if matrix is None or len(shape) < 2:
         return None
-    for spec, sizes in (("out,in", shape), ("in,out", shape[::-1])):
-        if sizes == matrix:
-            return Placement.of(shape, spec), f"shape: {list(shape)} fits only [{spec}]"
-    return None
+    batch = tuple(range(len(matrix) - 2))
+    if len(matrix) == len(shape) and all(m in (1, n) for m, n in zip(matrix[:-2], shape, strict=False)):
+        first, last = len(shape) - 2, len(shape) - 1
+        found = [Placement(shape, (o,), (i,), batch) for o, i in ((first, last), (last, first))]
+    elif len(matrix) == 2:
+        # A flattened kernel is in the order of a torch convolution [out, in, *kernel] where only axis 0 can be out.
+        # One that is [*kernel, in, out] has its kernel before its inputs: no size says in which order they were flattened.
+        found = [Placement(shape, (0,), tuple(range(1, len(shape))))] if shape.count(shape[0]) == 1 else []
+    else:
+        return None
+    fits = [p for p in found if p.matrix_shape[-2:] == matrix[-2:]]
+    return (fits[0], f"shape: {list(shape)} fits only [{fits[0].spec}]") if len(fits) == 1 else None
 
 
 def _unknown(key: str, shape: tuple[int, ...], matrix: tuple[int, ...] | None) -> LoraFormatError:
     if matrix is not None and len(shape) == 2 and sorted(shape) != sorted(matrix):
         what = f"the update gives [out, in] = {list(matrix)}, the base tensor is {list(shape)}"
         return fault("LF-606", what, where=key, fix="is this the base that the adapter was trained on?")
-    return fault(
-        "LF-604",
-        f"nothing says which axis of {list(shape)} is out and which is in",
-        where=key,
-        fix=f"say it: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel)",
-    )
+    batch = ["batch"] * (len(matrix) - 2 if matrix is not None else 0)
+    linear, kernel = (",".join([*batch, *axes]) for axes in (("out", "in"), ("in", "out")))
+    fix = f"say it: --axes '{key}={linear}' (as a torch Linear) or '={kernel}' (Conv1D, a JAX kernel)"
+    if len(shape) > len(batch) + 2:
+        fix = f"say it: --axes '{key}=out,{','.join(['in'] * (len(shape) - 1))}' (a torch convolution)"
+    return fault("LF-604", f"nothing says which axis of {list(shape)} is out and which is in", where=key, fix=fix)
 
 
 def _check(key: str, update: Update, placement: Placement, matrix: tuple[int, ...] | None) -> None:

@@ -1,11 +1,8 @@
 """PEFT adapters (peft 0.21.2): a folder with adapter_config.json and adapter_model.safetensors.
 
-- Keys are ``base_model.model.<module>.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r]; the adapter's name is
-  dropped on save. An embedding has ``.lora_embedding_A`` [r, vocab] and ``.lora_embedding_B`` [dim, r].
-- A convolution has A [r, in, *kernel] and B [out, r, 1, …].
-- Linear and Conv1D look the same on disk, and ``fan_in_fan_out`` proves nothing: both are read unplaced.
-- Scale: ``lora_alpha / r``, or ``/ sqrt(r)`` with ``use_rslora``; ``rank_pattern`` and ``alpha_pattern`` are regular
-  expressions matched at the end of the module's path, and the first match in the file's order wins.
+``names`` is the grammar of the tensors' names, ``config``, ``settings`` and ``methods`` what the configuration says;
+there is one reader a method (``lora`` with ``experts`` and ``blocks``, ``adalora``, ``lycoris``, ``vera``), and
+``trained`` for what stands beside any of them. ``to_lora`` and ``to_others`` lead back.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ class Peft:
     """PEFT's folder: adapter_config.json, adapter_model.safetensors."""
 
     name = "peft"
-    carries = frozenset({"lora"})
+    carries = frozenset({"replace", "lora", "loha", "lokr", "delta", "magnitude", "rows"})
 
     def detect(self, source: Source) -> str | None:
         """A configuration with ``peft_type``, or the key endings of PEFT in a bare file."""

@@ -1,27 +1,28 @@
-"""Adapter → PEFT: tensors under PEFT's names, and the configuration under which PEFT computes the same ΔW."""
+"""Adapter → PEFT: tensors under PEFT's names, and the configuration under which PEFT computes the same change."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+
 from loraformat import container
-from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output
-from loraformat.parts import Lora
-from loraformat.scale import ScaleRule, scale_of
+from loraformat.errors import LoraFormatError, fault
+from loraformat.layout import Output, ReadOptions
+from loraformat.parts import Part
 from loraformat_converters.peft import config as configs
-from loraformat_converters.peft.read import PREFIX
+from loraformat_converters.peft import to_lora, to_others
+from loraformat_converters.peft.form import Form, target_modules
+from loraformat_converters.peft.names import PREFIX
+from loraformat_converters.peft.read import read_tensors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
@@ -29,28 +30,28 @@ __all__ = ["write"]
 
 # What of a source's configuration still holds when its numbers or targets do not: notes, and no choice of modules or
 # of an initialisation, by which PEFT would skip a target or fill it at random.
-_NOTES = (
-    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
-    *("lora_dropout", "revision", "task_type"),
-)
+_NOTES = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type")
+_LORA_NOTES = ("fan_in_fan_out", "lora_dropout")
+# peft 0.21.2 peft_model.py: listed for every classifier, whether the model has such a module or not.
+_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 
 
 def write(adapter: Adapter) -> Output:
     """``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        LoraFormatError: LF-508 with every target that PEFT cannot hold.
+        LoraFormatError: LF-508 with everything that PEFT cannot hold.
     """
-    problems = [p for key, update in adapter.items() if (p := _obstacle(key, update))]
     if adapter.names != "torch" or adapter.components:
         what = f"names are in the space {adapter.names!r}" if adapter.names != "torch" else "the model has components"
-        problems.insert(0, Problem("LF-508", f"PEFT names torch modules of one model; here {what}"))
-    if problems:
-        raise LoraFormatError(problems)
-    tensors: dict[str, Array] = {}
-    for key, update in adapter.items():
-        tensors |= _tensors(key.removesuffix(".weight"), update)
-    text = json.dumps(_config(adapter), indent=2, sort_keys=True).encode()
+        raise fault("LF-508", f"PEFT names torch modules of one model; here {what}")
+    kept = _kept(adapter.extensions.get("peft"))
+    form = _form(adapter, kept)
+    if form.problems:
+        raise LoraFormatError(form.problems)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in form.tensors.items()}
+    config = dict(kept.value) if kept and _holds(kept, form, tensors, adapter) else _config(form, adapter, kept)
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
 
     def write_tensors(file: BinaryIO) -> None:
         container.write(file, tensors, {"format": "pt"})
@@ -61,72 +62,34 @@ def write(adapter: Adapter) -> Output:
     return Output({"adapter_model.safetensors": write_tensors, configs.FILE: write_config}, folder=True)
 
 
-def _obstacle(key: str, update: Update) -> Problem | None:
-    """Why PEFT cannot hold this target, or None."""
-    if not key.endswith(".weight"):
-        return Problem("LF-508", "PEFT adapts modules with a .weight", key)
-    if update.kind != "lora" or update["lora"].mid is not None or update["lora"].lora_A.ndim != 2:
-        return Problem("LF-508", f"a {update.kind} update with these tensors is not written to PEFT yet", key)
-    place = update.placement
-    if place is None or len(place.shape) == 2:
-        return None
-    if place.out != (0,) or place.in_ != tuple(range(1, len(place.shape))):
-        fix = "PEFT adapts torch convolutions [out, in, *kernel]"
-        return Problem("LF-508", f"the placement {place.spec} of {list(place.shape)} is no torch module's", key, fix)
-    return None
+def _form(adapter: Adapter, kept: configs.Config | None) -> Form:
+    """The adapter in the one method that holds all of its parts."""
+    kinds = {part.kind for update in adapter.values() for part in update.parts}
+    if kinds == {"rows"}:
+        return to_others.tokens(adapter, kept)
+    if "loha" in kinds:
+        return to_others.loha(adapter, kept)
+    if "lokr" in kinds:
+        return to_others.lokr(adapter, kept)
+    return to_lora.lora(adapter, kept)
 
 
-def _tensors(module: str, update: Update) -> dict[str, Array]:
-    a, b = update["lora"].lora_A, update["lora"].lora_B
-    stem = f"{PREFIX}{module}"
-    if update.op == "embedding":
-        return {f"{stem}.lora_embedding_A": a, f"{stem}.lora_embedding_B": b}
-    if update.placement is not None and len(update.placement.shape) > 2:
-        kernel = update.placement.shape[1:]
-        a, b = a.reshape(a.shape[0], *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1))
-    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-
-
-def _config(adapter: Adapter) -> dict[str, Any]:
-    """The source's own configuration where it still states the model's ranks and alphas; else those of the model."""
-    modules = {key.removesuffix(".weight"): update["lora"] for key, update in adapter.items()}
-    kept = _kept(adapter.extensions.get("peft"))
-    if kept is not None and _states(kept, modules):
-        return dict(kept.value)
-    rules: set[ScaleRule] = {lora.scale_rule for lora in modules.values()}
-    rule: ScaleRule = "alpha/sqrt(r)" if rules == {"alpha/sqrt(r)"} else "alpha/r"
-    ranks = {module: lora.r for module, lora in modules.items()}
-    alphas = {module: _alpha(lora, rule) for module, lora in modules.items()}
-    if endless := [module for module, alpha in alphas.items() if not math.isfinite(alpha)]:
-        what = f"a scale of {modules[endless[0]].scale} needs an alpha beyond float64"
-        raise fault("LF-508", what, where=f"{endless[0]}.weight")
-    r, rank_pattern = _usual(ranks)
-    alpha, alpha_pattern = _usual(alphas)
-    notes = {name: kept.value[name] for name in _NOTES if name in kept.value} if kept else {}
+def _config(form: Form, adapter: Adapter, kept: configs.Config | None) -> dict[str, Any]:
+    """A configuration of the model's own numbers and the notes of the source's."""
+    wanted = (*_NOTES, *(_LORA_NOTES if form.method == "LORA" else ()))
+    notes = {name: kept.value[name] for name in wanted if name in kept.value} if kept else {}
+    if "target_parameters" in form.settings:  # peft 0.21.2 ParamWrapper refuses both with an adapted parameter
+        notes |= {"fan_in_fan_out": False, "lora_dropout": 0.0}
     return {
         "base_model_name_or_path": adapter.base_model.get("name"),
-        "bias": "none",
         "inference_mode": True,
         "task_type": None,
+        **({"bias": "none"} if form.method == "LORA" else {}),
         **notes,
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "use_rslora": rule == "alpha/sqrt(r)",
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": _targets(sorted(modules)),
+        "peft_type": form.method,
+        "target_modules": target_modules(form.modules),
+        **form.settings,
     }
-
-
-def _targets(modules: list[str]) -> list[str] | str:
-    """The list of paths, as PEFT writes it; a regular expression where a path has one component only.
-
-    PEFT takes a listed ``proj`` for every ``….proj`` of the base, and says nothing of those that it adds.
-    """
-    if all("." in module for module in modules):
-        return modules
-    return "|".join(map(re.escape, modules))
 
 
 def _kept(text: str | None) -> configs.Config | None:
@@ -138,33 +101,35 @@ def _kept(text: str | None) -> configs.Config | None:
         raise fault("LF-508", f"the kept PEFT configuration is damaged: {error.problems[0].what}") from None
 
 
-def _states(config: configs.Config, modules: Mapping[str, Lora]) -> bool:
-    """Whether PEFT would read the model's own numbers out of this configuration."""
-    return all(
-        config.rank(module) == lora.r
-        and config.alpha(module) == lora.alpha
-        and config.rule == lora.scale_rule
-        and configs.targets_match(config.value.get("target_modules"), module)
-        for module, lora in modules.items()
+def _holds(kept: configs.Config, form: Form, tensors: Mapping[str, Array], adapter: Adapter) -> bool:
+    """Whether PEFT would read this very adapter out of the tensors under the source's own configuration."""
+    if not all(configs.targets_match(kept.value.get("target_modules"), module) for module in form.modules):
+        return False
+    saved = [key.rpartition(".")[0] for key, update in adapter.items() if "replace" in update]
+    for entry in kept.names("modules_to_save"):
+        if entry not in _HEADS and not any(f"{module}.".find(f"{entry}.") >= 0 for module in saved):
+            return False
+    shapes = {key: u.placement.shape for key, u in adapter.items() if u.placement is not None}
+    try:
+        again = read_tensors(tensors, kept, ReadOptions(), "", shapes).adapter
+    except LoraFormatError:
+        return False
+    return again.keys() == adapter.keys() and all(
+        len(again[key].parts) == len(update.parts)
+        and all(_equal(p, q) for p, q in zip(again[key].parts, update.parts, strict=True))
+        for key, update in adapter.items()
     )
 
 
-def _alpha(lora: Lora, rule: ScaleRule) -> float:
-    """The alpha that gives ``lora.scale`` under ``rule``, to the last bit where a double can."""
-    if lora.scale_rule == rule:
-        return lora.alpha
-    alpha = lora.scale * (lora.r if rule == "alpha/r" else math.sqrt(lora.r))
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in near if scale_of(a, rule, lora.r) == lora.scale), alpha)
-
-
-def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the commonest value, a pattern for every other module that means this module alone)."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    rest = {f"^{re.escape(module)}": value for module, value in values.items() if value != usual}
-    return _plain(usual), {pattern: _plain(value) for pattern, value in rest.items()}
-
-
-def _plain(value: Any) -> Any:
-    """An integral alpha as the integer that PEFT's dataclass declares."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _equal(one: Part, other: Part) -> bool:
+    """Whether two parts are the same in kind, numbers and tensors."""
+    if type(one) is not type(other):
+        return False
+    for name in (field.name for field in fields(one)):
+        a, b = getattr(one, name), getattr(other, name)
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+            if a.dtype != b.dtype or not np.array_equal(a, b):
+                return False
+        elif a is not b and a != b:
+            return False
+    return True
