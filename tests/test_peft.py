@@ -1,20 +1,24 @@
 """PEFT adapters: what PEFT wrote is read as PEFT means it, and what we write PEFT loads."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 from peft_goldens import (
     HERE,
+    NOT_WRITTEN,
+    OTHER_SCALES,
     SUPPORTED,
+    WRITTEN_AS_LORA,
     adapter_of,
     base_of,
     check_deltas,
     check_merge,
     check_numbers,
     check_round_trip,
-    facts_of,
     hints_of,
+    loaded,
     placed,
     problems_of,
     raw,
@@ -24,30 +28,33 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import registry, testing
+from loraformat.verbs.convert import save
+from loraformat_converters.peft import config as configs
 
 # Case → the rule that refuses it and words that name the reason.
 REFUSED = {
-    "adalora": ("LF-504", "peft_type ADALORA is not read yet"),
-    "bias_all": ("LF-504", "trained biases (bias='all')"),
-    "bias_lora_only": ("LF-504", "trained biases (bias='lora_only')"),
-    "bin": ("LF-701", "adapter_model.bin is a pickle"),
-    "dora": ("LF-504", "DoRA is not read yet"),
-    "embedding_saved": ("LF-504", "a base weight saved beside its factors (save_embedding_layers)"),
+    "bin": ("LF-501", "no .safetensors file in it"),
     "grouped_conv": ("LF-504", "a grouped convolution"),
     "ia3": ("LF-504", "peft_type IA3 multiplies the base weight"),
-    "loha": ("LF-504", "peft_type LOHA is not read yet"),
-    "lokr": ("LF-504", "peft_type LOKR is not read yet"),
-    "lora_bias": ("LF-504", "lora_bias adds a trained bias"),
-    "modules_to_save": ("LF-504", "modules_to_save=['head']"),
-    "multihead_attention": ("LF-504", "nn.MultiheadAttention"),
     "oft": ("LF-504", "peft_type OFT multiplies the base weight"),
     "pissa": ("LF-504", "init_lora_weights='pissa' moves the base weights"),
-    "seq_cls": ("LF-504", "modules_to_save=['classifier', 'score']"),
-    "target_parameters": ("LF-504", "target_parameters (expert weights)"),
-    "target_parameters_transposed": ("LF-504", "target_parameters (expert weights)"),
-    "trainable_tokens": ("LF-504", "trained token rows"),
-    "trainable_tokens_tied": ("LF-504", "trained token rows"),
-    "vera": ("LF-504", "peft_type VERA is not read yet"),
+}
+# Every method of PEFT → words of the reason; None where it is read.
+METHODS = {
+    **dict.fromkeys(("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "TRAINABLE_TOKENS")),
+    **dict.fromkeys(
+        ("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"), "no weight of the base changes"
+    ),
+    **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "SHADOW"), "no weight of the base changes"),
+    **dict.fromkeys(("BOFT", "GLORA", "HIRA", "HRA", "IA3", "OFT", "ROAD"), "multiplies the base weight"),
+    **dict.fromkeys(("DEFT", "FROD", "OSF", "PEANUT", "PSOFT"), "makes ΔW from the base weight itself"),
+    **dict.fromkeys(("ADAMSS", "C3A", "DELORA", "FOURIERFT", "GRALORA", "MISS"), "in another way than by factors"),
+    **dict.fromkeys(("RANDLORA", "SHIRA", "SUPERTUNING", "TINYLORA"), "in another way than by factors"),
+    **dict.fromkeys(("UNILORA", "VBLORA", "WAVEFT"), "in another way than by factors"),
+    **dict.fromkeys(("LILY", "POLY", "XLORA"), "decides by the input what is added"),
+    "PVERA": "a mean and a spread",
+    "BEFT": "one more bias",
+    "LN_TUNING": "whole normalisation layers",
 }
 
 every = pytest.mark.parametrize("case", SUPPORTED)
@@ -66,7 +73,7 @@ def test_a_golden_changes_the_parameters_that_peft_changes_by_the_delta_that_pef
     check_deltas(case)
 
 
-@every
+@pytest.mark.parametrize("case", [case for case in SUPPORTED if case not in OTHER_SCALES])
 def test_a_golden_has_the_ranks_and_scales_that_the_peft_layers_hold(case):
     check_numbers(case)
 
@@ -79,20 +86,62 @@ def test_a_golden_merged_into_its_base_is_what_peft_merges(case, tmp_path):
 @every
 def test_a_merged_golden_is_accepted_by_verify(case, tmp_path):
     merged = lf.open_base(check_merge(case, tmp_path))
-    verdict = lf.verify(lf.open_base(base_of(case)), lf.load(adapter_of(case)), merged, hints_of(case))
+    verdict = lf.verify(lf.open_base(base_of(case)), loaded(case), merged, hints_of(case))
     assert verdict.problems == []
-    assert verdict.touched.keys() == facts_of(case)["targets"].keys()
+    assert verdict.touched.keys() == truth_of(case, "merged").keys()
 
 
-@every
+@pytest.mark.parametrize("case", [case for case in SUPPORTED if case not in (*WRITTEN_AS_LORA, *NOT_WRITTEN)])
 def test_a_golden_through_the_native_file_comes_back_with_equal_bytes_and_an_equal_configuration(case, tmp_path):
     check_round_trip(case, tmp_path)
 
 
 @every
 def test_a_golden_reads_without_a_warning_unless_patterns_overlap(case):
-    warnings = registry.read(adapter_of(case))[0].warnings
+    options = registry.ReadOptions(base=lf.open_base(base_of(case)))
+    warnings = registry.read(adapter_of(case), options=options)[0].warnings
     assert {w.rule for w in warnings} == ({"LF-507"} if case == "patterns" else set())
+
+
+@pytest.mark.parametrize("case", WRITTEN_AS_LORA)
+def test_what_is_exactly_a_lora_goes_back_to_peft_as_one(case, tmp_path):
+    adapter = loaded(case)
+    save(adapter, tmp_path / "peft", registry.layout("peft"))
+    again = lf.load(tmp_path / "peft")
+    assert again.keys() == adapter.keys()
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    for key, update in adapter.items():
+        assert testing.relative_error(again[key].matrix(), update.matrix()) <= 1e-6
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_several_parameters_of_one_module_are_not_written_in_an_order_that_nobody_knows(case, tmp_path):
+    problems = problems_of(save, loaded(case), tmp_path / "peft", registry.layout("peft"))
+    assert {p.rule for p in problems} == {"LF-508"}
+    assert "in the order of their definition" in problems[0].what
+
+
+@pytest.mark.parametrize("case", ["target_parameters", "target_parameters_transposed", "vera"])
+def test_what_only_the_shapes_of_the_base_tell_is_refused_without_it(case):
+    problems = problems_of(lf.load, adapter_of(case))
+    assert {p.rule for p in problems} == {"LF-504"}
+    assert all("give the base" in p.fix for p in problems)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_of_peft_is_read_or_refused_by_its_reason(kind):
+    text = json.dumps(json.loads((HERE / "types.json").read_text())["configs"][kind])
+    if METHODS[kind] is None:
+        assert configs.parse(text)[1] == []
+        return
+    (problem,) = problems_of(configs.parse, text)
+    assert problem.rule == "LF-504"
+    assert problem.what.startswith(f"peft_type {kind} ")
+    assert METHODS[kind] in problem.what
+
+
+def test_the_table_of_methods_is_that_of_peft():
+    assert json.loads((HERE / "types.json").read_text())["configs"].keys() == METHODS.keys()
 
 
 @pytest.mark.parametrize("case", REFUSED)

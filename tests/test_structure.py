@@ -31,7 +31,7 @@ ORDER = (
     *("testing.adapters", "testing.strategies", "testing"),
     *("cli", "cli.options", "cli.adapters", "cli.inspect", "cli.create", "cli.deploy", "cli.check", "cli.main"),
 )
-THIRD_PARTY = {"numpy", "ml_dtypes", "click"}
+THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,19 @@ def convert(
 ) -> tuple[Adapter, list[Problem], Layout, Layout]:
     """Read ``source``, bind it to ``base`` if given, write ``destination``; (adapter, warnings, from, to).
 
+    The base also tells the reader shapes that the source leaves open.
+
     Raises:
         LoraFormatError: LF-5xx the source, LF-508 what the target cannot carry, LF-7xx the output.
     """
     to, _ = target_layout(destination, to_layout)
+    opened = registry.open_base(base) if base is not None else None
+    if opened is not None:
+        options = replace(options or ReadOptions(), base=opened)
     reading, layout, _ = registry.read(source, from_layout, options)
     adapter = reading.adapter
-    if base is not None:
-        adapter = bind(adapter, registry.open_base(base), hints)
+    if opened is not None:
+        adapter = bind(adapter, opened, hints)
     elif (
         hints
         and (problems := [Problem("LF-705", "names and axes are stated for a base", fix="give --base")])

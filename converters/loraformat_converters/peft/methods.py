@@ -43,7 +43,7 @@ _REASONS: Mapping[str, str] = {
     "LILY": f"{_ROUTES} (a router mixes the experts)",
     "POLY": f"{_ROUTES} (a router mixes the skills of a task)",
     "XLORA": f"{_ROUTES} (a classifier scales several adapters)",
-    "PVERA": "draws what it adds from a distribution, whose spread is half of its factors: not read",
+    "PVERA": "has a mean and a spread for what it adds, half of its factors for each: not read",
     "BEFT": "trains one more bias behind a module: not read",
     "LN_TUNING": "trains whole normalisation layers: not read",
     "SHADOW": "runs a second network beside the model: no weight of the base changes",

@@ -204,6 +204,45 @@ def its_causal_base(model: nn.Module) -> nn.Module:
     return base
 
 
+def resized_llama() -> nn.Module:
+    """A language model whose vocabulary grew by three tokens."""
+    model = llama(1)()
+    model.resize_token_embeddings(34)
+    return model
+
+
+def its_smaller_base(model: nn.Module) -> nn.Module:
+    """The model before its vocabulary grew."""
+    base = llama(1)()
+    weights = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:31].clone()
+    base.load_state_dict(weights)
+    return base
+
+
+def kernels() -> nn.Module:
+    """A linear and convolutions of both kinds, whose kernels have sizes of their own."""
+    return chain(
+        net__fc=nn.Linear(20, 168),
+        net__to_2d=nn.Unflatten(1, (6, 28)),
+        net__grow=nn.Unflatten(2, (7, 4)),
+        net__square=nn.Conv2d(6, 10, (3, 2)),
+        net__flat=nn.Flatten(2),
+        net__line=nn.Conv1d(10, 9, 5),
+    )()
+
+
+@torch.no_grad()
+def prune(model: PeftModel) -> None:
+    """What AdaLoRA's allocator does at the end of its budget: masked singular values are zero, the rest is kept."""
+    masks = {"net.fc": [True, False, True, True, False], "net.up": [False] * 5, "net.conv": [True] * 4 + [False]}
+    for module, mask in masks.items():
+        values = model.base_model.model.get_submodule(module).lora_E["default"]
+        values[~torch.tensor(mask)] = 0
+    model.peft_config["default"].rank_pattern = {f"{module}.lora_E": mask for module, mask in masks.items()}
+
+
 # ------------------------------------------------------------------------------------------------------ cases
 
 
@@ -222,6 +261,8 @@ class Case:
     near_init: bool = False
     base: Callable[[nn.Module], nn.Module] | None = None
     reloads: bool = True
+    prepare: Callable[[PeftModel], None] | None = None
+    save_embeddings: bool | str = "auto"
     note: str = ""
 
 
@@ -550,6 +591,153 @@ def cases() -> list[Case]:
             x20,
         ),
         Case("oft", blocks(), peft.OFTConfig(oft_block_size=4, target_modules=BLOCK_LINEARS), x20),
+        Case(
+            "vocabulary_resized",
+            resized_llama,
+            LoraConfig(r=5, lora_alpha=8, task_type=TaskType.CAUSAL_LM, target_modules=["k_proj"]),
+            tokens(34, 2, 5),
+            base=its_smaller_base,
+            save_embeddings=True,
+            note="three tokens were added before training: the base has 31 rows, the adapter holds all 34 of both"
+            " embeddings, under their own names",
+        ),
+        Case(
+            "tokens_resized",
+            resized_llama,
+            LoraConfig(
+                r=5,
+                lora_alpha=8,
+                task_type=TaskType.CAUSAL_LM,
+                target_modules=["k_proj"],
+                trainable_token_indices=[33, 5, 31],
+            ),
+            lambda rng: torch.cat([torch.tensor([[33, 5, 31, 32]]), rng.ids(1, 34, 1, 3)], dim=1),
+            base=its_smaller_base,
+            save_embeddings=True,
+        ),
+        Case(
+            "dora_embedding_resized",
+            resized_llama,
+            LoraConfig(
+                r=5,
+                lora_alpha=8,
+                use_dora=True,
+                task_type=TaskType.CAUSAL_LM,
+                target_modules=["embed_tokens", "lm_head", "k_proj"],
+            ),
+            tokens(34, 2, 5),
+            base=its_smaller_base,
+        ),
+        Case(
+            "tokens_alone",
+            chain(tok__embed=nn.Embedding(37, 20), lm__proj_2=nn.Linear(20, 12)),
+            peft.TrainableTokensConfig(token_indices=[30, 3, 11], target_modules=["tok.embed"]),
+            lambda rng: torch.cat([torch.tensor([[3, 11, 30]]), rng.ids(1, 37, 1, 3)], dim=1),
+        ),
+        Case(
+            "lora_bias_and_bias",
+            blocks(),
+            LoraConfig(
+                r=6,
+                lora_alpha=9,
+                bias="lora_only",
+                lora_bias=True,
+                init_lora_weights=False,
+                target_modules=BLOCK_LINEARS,
+            ),
+            x20,
+        ),
+        Case(
+            "multihead_attention_patterns",
+            lambda: Chain({"layers.0.self": SelfAttention(20, 4), "layers.1.self": SelfAttention(20, 5)}),
+            LoraConfig(
+                r=6,
+                lora_alpha=9,
+                target_modules=["attn"],
+                rank_pattern={r"layers\.1\.self\.attn": 4, "out_proj": 5},
+                alpha_pattern={"0.self.attn": 7, r".*out_proj": 3},
+            ),
+            vectors(2, 5, 20),
+            note="a pattern that means out_proj means nothing; out_proj's delta is added twice (huggingface/peft#3774)",
+        ),
+        Case(
+            "bdlora",
+            blocks(bias=False),
+            LoraConfig(
+                r=6,
+                lora_alpha=9,
+                target_modules=BLOCK_LINEARS,
+                use_bdlora=peft.tuners.lora.config.BdLoraConfig(
+                    target_modules_bd_a=["mlp.fc"], target_modules_bd_b=["proj_1"], nblocks=2
+                ),
+            ),
+            x20,
+        ),
+        Case(
+            "target_parameters_one",
+            lambda: Chain({"proj": nn.Linear(20, 16), "mlp.experts": Experts(3, 16, 11)}),
+            LoraConfig(
+                r=4, lora_alpha=6, use_rslora=True, target_modules=["proj"], target_parameters=["experts.down_proj"]
+            ),
+            x20,
+        ),
+        Case(
+            "adalora_pruned",
+            chain(
+                net__fc=nn.Linear(20, 28),
+                net__up=nn.Linear(28, 32),
+                net__to_2d=nn.Unflatten(1, (4, 8)),
+                net__grow=nn.Unflatten(2, (4, 2)),
+                net__conv=nn.Conv2d(4, 10, (3, 2)),
+            ),
+            peft.AdaLoraConfig(
+                init_r=5, target_r=3, lora_alpha=7, total_step=10, target_modules=["net.fc", "net.up", "net.conv"]
+            ),
+            x20,
+            prepare=prune,
+            note="the budget left fc ranks 0, 2 and 3 of five, and none to up: PEFT's masks, set by hand",
+        ),
+        Case(
+            "loha_kernels",
+            kernels,
+            peft.LoHaConfig(
+                r=3,
+                alpha=5,
+                use_effective_conv2d=True,
+                target_modules=["fc", "square", "line"],
+                alpha_pattern={"net.square": 4, "fc": 7},
+                rank_pattern={"line": 2},
+            ),
+            x20,
+        ),
+        Case(
+            "loha_flat",
+            kernels,
+            peft.LoHaConfig(r=3, alpha=5, target_modules=["fc", "square", "line"]),
+            x20,
+        ),
+        Case(
+            "lokr_whole",
+            kernels,
+            peft.LoKrConfig(
+                r=32, alpha=5, target_modules=["fc", "square"], decompose_factor=4, rank_pattern={"fc": 25}
+            ),
+            x20,
+            note="every factor is whole, and yet the scale is alpha / r of the configuration",
+        ),
+        Case(
+            "lokr_core",
+            kernels,
+            peft.LoKrConfig(
+                r=2,
+                alpha=3,
+                target_modules=["fc", "square", "line"],
+                use_effective_conv2d=True,
+                decompose_both=True,
+                decompose_factor=8,
+            ),
+            x20,
+        ),
     ]
 
 
@@ -641,13 +829,14 @@ def truth_of(
     source: dict[str, str] = {}
     for name, value in merged.items():
         if name in base and torch.equal(value, base[name]):
-            assert name not in deltas, f"{case.name}: {name} did not change"
+            assert name not in deltas or not deltas[name].any(), f"{case.name}: {name} did not change"
+            deltas.pop(name, None)
             continue
         tensors[f"merged.{name}"] = value.float()
         if name in deltas:
             tensors[f"delta.{name}"] = deltas[name]
             source[name] = "get_delta_weight"
-        elif name in base:
+        elif name in base and base[name].shape == value.shape:
             tensors[f"delta.{name}"] = (value.double() - base[name].double()).float()
             source[name] = "merged minus base"
     if missing := set(deltas) - set(merged):
@@ -685,12 +874,14 @@ def make(case: Case) -> None:
     )
     layers = tuner_layers(adapted, paths)
     fill_adapter(adapted, rng, case.near_init)
+    if case.prepare:
+        case.prepare(adapted)
     x = case.x(rng)
     if x.is_floating_point():
         x = x.to(case.dtype)
 
     staging = folder / "staging"
-    adapted.save_pretrained(str(staging), safe_serialization=case.safe)
+    adapted.save_pretrained(str(staging), safe_serialization=case.safe, save_embedding_layers=case.save_embeddings)
     written = staging if case.adapter_name == "default" else staging / case.adapter_name
     written.rename(folder / "adapter")
     shutil.rmtree(staging, ignore_errors=True)
