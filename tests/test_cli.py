@@ -69,32 +69,32 @@ def test_validate_says_what_an_adapter_is_and_that_it_is_valid(run):
 
 
 def test_validate_goes_through_all_paths_and_fails_if_one_is_invalid(run):
-    told = run("validate", GPT2, adapter_of("dora"), "nothing-here", LINEAR)
+    told = run("validate", GPT2, adapter_of("ia3"), "nothing-here", LINEAR)
     assert told.code == 1
     assert [line.split()[0] for line in told.out.splitlines() if "valid" in line.lower()[:7]] == [
         "valid", "INVALID", "INVALID", "valid",
     ]  # fmt: skip
-    assert "LF-504  DoRA is not read yet" in told.out
+    assert "LF-504  peft_type IA3 multiplies the base weight" in told.out
     assert "LF-701  no such file or folder: nothing-here" in told.out
 
 
 def test_validate_json_has_a_file_for_each_path_and_five_fields_a_problem(run):
-    told = run("validate", GPT2, adapter_of("dora"), "--json")
+    told = run("validate", GPT2, adapter_of("ia3"), "--json")
     assert told.code == 1
     assert told.json == {
         "schema": 1,
         "files": [
             {"path": GPT2, "valid": True, "problems": []},
             {
-                "path": str(adapter_of("dora")),
+                "path": str(adapter_of("ia3")),
                 "valid": False,
                 "problems": [
                     {
                         "rule": "LF-504",
                         "severity": "error",
-                        "where": "adapter_config.json: use_dora",
-                        "what": "DoRA is not read yet",
-                        "fix": "",
+                        "where": "adapter_config.json",
+                        "what": "peft_type IA3 multiplies the base weight: there is no ΔW without it",
+                        "fix": "read are LORA, ADALORA, LOHA, LOKR, VERA, TRAINABLE_TOKENS",
                     }
                 ],
             },

@@ -30,8 +30,6 @@ WRONG = {
     "missing base": (["merge", GPT2, "--into", "nowhere", "-o", "m.safetensors"], 1, "no such file or folder: nowhere"),
     "a folder without an adapter": (["info", "."], 1, "LF-501"),
     "a folder that is no base": (["merge", GPT2, "--into", ".", "-o", "m.safetensors"], 1, "LF-601"),
-    "a pickle": (["info", str(adapter_of("bin"))], 1, "adapter_model.bin is a pickle"),
-    "a pickle by its own name": (["info", str(adapter_of("bin") / "adapter_model.bin")], 1, "is a pickle"),
     "a checkpoint as adapter": (["info", LINEAR_BASE], 1, "LF-501  no known layout claims"),
     "adapter and base swapped": (["merge", LINEAR_BASE, "--into", LINEAR, "-o", "m.safetensors"], 1, "are adapter and base swapped?"),
     "swapped for resolve": (["resolve", LINEAR_BASE, "--in", LINEAR], 1, "are adapter and base swapped?"),

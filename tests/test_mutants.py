@@ -4,6 +4,7 @@ Each mutant changes one place of the real code and runs the real check of the go
 that ONNX Runtime executes. A round trip would stay green under most of them: wrong in both directions is right.
 """
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,23 @@ from onnx import numpy_helper
 from peft_goldens import check_deltas, check_merge, check_numbers, check_patterns, check_round_trip
 
 import loraformat as lf
-from loraformat import axes, huggingface, parts, registry, testing, updates
+from loraformat import axes, huggingface, parts, products, registry, testing, updates
 from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.attach import Branch
-from loraformat_converters.peft import config, read, write
+from loraformat_converters.peft import (
+    adalora,
+    blocks,
+    config,
+    experts,
+    lora,
+    names,
+    numbers,
+    to_lora,
+    trained,
+    vera,
+    write,
+)
+from loraformat_converters.peft.draft import Draft
 
 # Everything is square, the rank too: a mistake cannot hide behind a shape that does not fit.
 GRAPH = """<ir_version: 10, opset_import: ["": 20]>
@@ -111,6 +125,21 @@ CHECKS = {
     "numbers of rslora_patterns": peft_numbers("rslora_patterns"),
     "merge of llama": peft_merge("llama"),
     "merge of bf16_upcast": peft_merge("bf16_upcast"),
+    "merge of dora": peft_merge("dora"),
+    "merge of dora_embedding_resized": peft_merge("dora_embedding_resized"),
+    "merge of bias_all": peft_merge("bias_all"),
+    "merge of lora_bias": peft_merge("lora_bias"),
+    "merge of trainable_tokens": peft_merge("trainable_tokens"),
+    "merge of target_parameters": peft_merge("target_parameters"),
+    "merge of multihead_attention": peft_merge("multihead_attention"),
+    "merge of bdlora": peft_merge("bdlora"),
+    "delta of adalora": peft_delta("adalora"),
+    "delta of adalora_pruned": peft_delta("adalora_pruned"),
+    "delta of lokr_whole": peft_delta("lokr_whole"),
+    "delta of loha_kernels": peft_delta("loha_kernels"),
+    "delta of vera": peft_delta("vera"),
+    "round trip of trainable_tokens": peft_round_trip("trainable_tokens"),
+    "round trip of dora": peft_round_trip("dora"),
     "round trip of dotted": peft_round_trip("dotted"),
     "written to PEFT": written_to_peft,
     "onnx merge": onnx_tiny(lf.merge),
@@ -139,13 +168,18 @@ def scale_is_dropped(patch):
 
 
 def factors_are_swapped(patch):
-    whole = read._pairs
-    patch.setattr(read, "_pairs", lambda *a: (read._Pair(p.module, p.embedding, p.b.T, p.a.T) for p in whole(*a)))
+    whole = lora._module
+
+    def swapped(module, roles, *rest):
+        a, b = roles["lora_A.weight"], roles["lora_B.weight"]
+        whole(module, roles | {"lora_A.weight": b.T, "lora_B.weight": a.T}, *rest)
+
+    patch.setattr(lora, "_module", swapped)
 
 
 def a_key_is_skipped(patch):
-    whole = read._pairs
-    patch.setattr(read, "_pairs", lambda *a: list(whole(*a))[1:])
+    whole = lora.read
+    patch.setattr(lora, "read", lambda found, draft: whole(dict(list(found.items())[1:]), draft))
 
 
 def rslora_is_ignored(patch):
@@ -158,11 +192,11 @@ def last_pattern_wins(patch):
 
 
 def patterns_match_anywhere(patch):
-    patch.setattr(config, "_meant", lambda pattern, module: config.re.search(pattern, module) is not None)
+    patch.setattr(config, "_meant", lambda pattern, module: re.search(pattern, module) is not None)
 
 
 def patterns_match_any_end(patch):
-    patch.setattr(config, "_meant", lambda pattern, module: config.re.search(f"({pattern})$", module) is not None)
+    patch.setattr(config, "_meant", lambda pattern, module: re.search(f"({pattern})$", module) is not None)
 
 
 def alpha_patterns_are_ignored(patch):
@@ -170,41 +204,144 @@ def alpha_patterns_are_ignored(patch):
 
 
 def fan_in_fan_out_is_trusted(patch):
-    whole = read._update
+    whole = Draft.add
 
-    def trusting(pair, config, *rest):
-        update = whole(pair, config, *rest)
-        if update.placement is None:
-            out, in_ = update.matrix_shape()
-            turned = config.value["fan_in_fan_out"]
-            update = update.placed(
-                lf.Placement.of((in_, out) if turned else (out, in_), "in,out" if turned else "out,in")
-            )
-        return update
+    def trusting(self, key, part, place=None, **rest):
+        if place is None:
+            out, in_ = part.matrix_shape()
+            turned = self.setting("fan_in_fan_out")
+            place = lf.Placement.of((in_, out) if turned else (out, in_), "in,out" if turned else "out,in")
+        whole(self, key, part, place, **rest)
 
-    patch.setattr(read, "_update", trusting)
+    patch.setattr(Draft, "add", trusting)
 
 
 def embedding_is_not_transposed(patch):
-    whole = read._update
+    whole = Draft.add
 
-    def straight(pair, *rest):
-        update = whole(pair, *rest)
-        if update.op != "embedding":
-            return update
-        return update.placed(lf.Placement(update.matrix_shape(), (0,), (1,)))
+    def straight(self, key, part, place=None, *, op=None, **rest):
+        place = lf.Placement(part.matrix_shape(), (0,), (1,)) if op else place
+        whole(self, key, part, place, op=op, **rest)
 
-    patch.setattr(read, "_update", straight)
+    patch.setattr(Draft, "add", straight)
 
 
 def kernel_axes_are_reversed(patch):
-    whole = read._convolution
+    whole = lora._add
 
-    def reversed_kernel(pair, *rest):
-        a = np.ascontiguousarray(pair.a.transpose(0, 1, *reversed(range(2, pair.a.ndim)))).reshape(pair.a.shape)
-        return whole(read._Pair(pair.module, pair.embedding, a, pair.b), *rest)
+    def reversed_kernel(module, part, *rest):
+        a = part.lora_A
+        turned = np.ascontiguousarray(a.transpose(0, 1, *reversed(range(2, a.ndim)))).reshape(a.shape)
+        whole(module, replace(part, lora_A=turned) if a.ndim > 2 else part, *rest)
 
-    patch.setattr(read, "_convolution", reversed_kernel)
+    patch.setattr(lora, "_add", reversed_kernel)
+
+
+def dora_norms_run_over_the_outputs(patch):
+    patch.setattr(updates, "_kept_axes", lambda part, place: place.in_)
+    patch.setattr(
+        updates, "_rescale", lambda part, value, place, rows: value / np.linalg.norm(value, axis=0) * value.shape[0]
+    )
+
+
+def dora_norms_are_those_of_the_base(patch):
+    whole = updates.Update._sum
+    patch.setattr(updates.Update, "_sum", lambda self, tile: whole(self, tile) * np.float32("magnitude" not in self))
+
+
+def experts_are_ranked_first(patch):
+    """B's columns taken expert by expert, as A's rows are."""
+    whole = experts._add
+
+    def expert_major(key, a, b, draft):
+        count = len(a) // draft.config.rank(key)
+        whole(key, a, b.reshape(len(b), count, -1).transpose(0, 2, 1).reshape(b.shape), draft)
+
+    patch.setattr(experts, "_add", expert_major)
+
+
+def the_outermost_pair_is_taken_for_the_first_parameter(patch):
+    patch.setattr(experts, "_assigned", lambda module, names, pairs, draft: zip(names, pairs[::-1], strict=True))
+
+
+def rows_are_not_sorted(patch):
+    patch.setattr(trained.np, "argsort", lambda values: np.arange(len(values)))
+
+
+def rows_are_sorted_without_their_values(patch):
+    patch.setattr(trained, "Rows", lambda values, indices: parts.Rows(np.roll(values, 1, axis=0), indices))
+
+
+def rows_are_written_ascending(patch):
+    patch.setattr(to_lora, "indices_of", lambda module, config: None)
+
+
+def a_replacement_is_taken_for_a_difference(patch):
+    patch.setattr(trained, "Replace", lambda value, allows: parts.Delta(value))
+
+
+def a_trained_bias_is_not_scaled(patch):
+    patch.setattr(lora, "scale_of", lambda alpha, rule, r: 1.0)
+
+
+def out_proj_is_added_once(patch):
+    patch.setattr(lora, "OUT_PROJ_TWICE", 1.0)
+
+
+def singular_values_are_dropped(patch):
+    patch.setattr(adalora, "single", lambda t: np.ones_like(t) if t.shape[1] == 1 else t)
+
+
+def the_rank_that_is_left_scales(patch):
+    """AdaLoRA's scale by the rank after the budget, as LoRA's would be."""
+    whole = adalora._add
+    patch.setattr(
+        adalora, "_add", lambda m, roles, factor, rank, draft: whole(m, roles, factor * 5 / rank, rank, draft)
+    )
+
+
+def kronecker_factors_are_swapped(patch):
+    whole = products.np.kron
+    patch.setattr(products.np, "kron", lambda one, other: whole(other, one))
+
+
+def lokr_of_whole_factors_is_not_scaled(patch):
+    patch.setattr(parts.Lokr, "scale", property(lambda self: 1.0 if self.lokr_w2 is not None else 5 / self.r))
+
+
+def cores_are_transposed(patch):
+    whole = products._around
+    patch.setattr(
+        products, "_around", lambda a, b, core: whole(a, b, core.swapaxes(0, 1) if core is not None else None)
+    )
+
+
+def vera_takes_the_last_columns(patch):
+    whole = vera._add
+
+    def last(module, lambda_b, lambda_d, a, b, *rest):
+        whole(module, lambda_b, lambda_d, np.ascontiguousarray(a[:, ::-1]), b, *rest)
+
+    patch.setattr(vera, "_add", last)
+
+
+def blocks_are_interleaved(patch):
+    whole = blocks._diagonal
+
+    def interleaved(factor, n):
+        return whole(factor.reshape(-1, n, factor.shape[1]).swapaxes(0, 1).reshape(factor.shape), n)
+
+    patch.setattr(blocks, "_diagonal", interleaved)
+
+
+def a_magnitude_is_written_flat(patch):
+    patch.setattr(to_lora, "_magnitudes", flat_magnitudes)
+
+
+def flat_magnitudes(adapter, loras, form):
+    form.settings["use_dora"] = True
+    for key, update in adapter.items():
+        form.tensors[f"{key.removesuffix('.weight')}.lora_magnitude_vector"] = update["magnitude"].magnitude
 
 
 def the_sum_is_rounded_twice(patch):
@@ -236,26 +373,26 @@ def every_prefix_is_taken_away(patch):
         def removeprefix(self, prefix):
             return self.replace(prefix, "")
 
-    whole = read._pairs
-    patch.setattr(read, "_pairs", lambda tensors, *a: whole({Greedy(k): v for k, v in tensors.items()}, *a))
+    whole = names.parse
+    patch.setattr(names, "parse", lambda name, prefix: whole(Greedy(name), prefix))
 
 
 def written_patterns_are_not_escaped(patch):
-    patch.setattr(write.re, "escape", lambda text: text)
+    patch.setattr(numbers.re, "escape", lambda text: text)
 
 
 def written_patterns_are_not_anchored(patch):
-    whole = write._usual
+    whole = numbers._usual
 
     def loose(values):
         usual, rest = whole(values)
         return usual, {pattern.removeprefix("^"): value for pattern, value in rest.items()}
 
-    patch.setattr(write, "_usual", loose)
+    patch.setattr(numbers, "_usual", loose)
 
 
 def a_factor_is_written_as_alpha(patch):
-    patch.setattr(write, "_alpha", lambda lora, rule: lora.alpha)
+    patch.setattr(numbers, "alpha_under", lambda rule, part: part.alpha)
 
 
 def trans_b_is_ignored(patch):
@@ -301,6 +438,25 @@ MUTANTS = [
     (fan_in_fan_out_is_trusted, "delta of mixed_conv1d_linear"),
     (embedding_is_not_transposed, "delta of embedding"),
     (kernel_axes_are_reversed, "delta of conv"),
+    (dora_norms_run_over_the_outputs, "merge of dora"),
+    (dora_norms_are_those_of_the_base, "merge of dora"),
+    (dora_norms_are_those_of_the_base, "merge of dora_embedding_resized"),
+    (experts_are_ranked_first, "merge of target_parameters"),
+    (the_outermost_pair_is_taken_for_the_first_parameter, "merge of target_parameters"),
+    (rows_are_not_sorted, "merge of trainable_tokens"),
+    (rows_are_sorted_without_their_values, "merge of trainable_tokens"),
+    (rows_are_written_ascending, "round trip of trainable_tokens"),
+    (a_replacement_is_taken_for_a_difference, "merge of bias_all"),
+    (a_trained_bias_is_not_scaled, "merge of lora_bias"),
+    (out_proj_is_added_once, "merge of multihead_attention"),
+    (singular_values_are_dropped, "delta of adalora"),
+    (the_rank_that_is_left_scales, "delta of adalora_pruned"),
+    (kronecker_factors_are_swapped, "delta of lokr_whole"),
+    (lokr_of_whole_factors_is_not_scaled, "delta of lokr_whole"),
+    (cores_are_transposed, "delta of loha_kernels"),
+    (vera_takes_the_last_columns, "delta of vera"),
+    (blocks_are_interleaved, "merge of bdlora"),
+    (a_magnitude_is_written_flat, "round trip of dora"),
     (the_sum_is_rounded_twice, "delta of linear"),
     (the_last_tile_is_not_changed, "merge of llama"),
     (an_untouched_tensor_is_copied_from_the_wrong_place, "merge of llama"),
@@ -321,7 +477,7 @@ def test_the_check_is_green_on_the_code_as_it_is(name, tmp_path):
 
 @pytest.mark.parametrize(("mutant", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_check_is_red_on_a_mutant(mutant, name, monkeypatch, tmp_path):
-    config._parsed.cache_clear()
+    config._compiled.cache_clear()
     mutant(monkeypatch)
     with pytest.raises((AssertionError, lf.LoraFormatError)):
         CHECKS[name](tmp_path)
