@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def place(
     if not said and (spec_by_shape := _by_shape(shape, matrix)):
         said.append(spec_by_shape)
     if not said and (matrix is None or len(shape) == 1):  # nothing to lay: any reading of the axes gives the same
-        said.append((Placement(shape, (0,), tuple(range(1, len(shape)))), "shape: a vector"))
+        said.append((Placement(shape, (0,) if shape else (), tuple(range(1, len(shape)))), "shape: a vector"))
     if not said:
         raise _unknown(key, shape, matrix)
     first = said[0]
@@ -88,7 +89,7 @@ def _by_shape(shape: tuple[int, ...], matrix: tuple[int, ...] | None) -> tuple[P
 
 
 def _unknown(key: str, shape: tuple[int, ...], matrix: tuple[int, ...] | None) -> LoraFormatError:
-    if matrix is not None and len(shape) == 2 and sorted(shape) != sorted(matrix):
+    if matrix is not None and not _same_size(shape, matrix):
         what = f"the update gives [out, in] = {list(matrix)}, the base tensor is {list(shape)}"
         return fault("LF-606", what, where=key, fix="is this the base that the adapter was trained on?")
     batch = ["batch"] * (len(matrix) - 2 if matrix is not None else 0)
@@ -97,6 +98,14 @@ def _unknown(key: str, shape: tuple[int, ...], matrix: tuple[int, ...] | None) -
     if len(shape) > len(batch) + 2:
         fix = f"say it: --axes '{key}=out,{','.join(['in'] * (len(shape) - 1))}' (a torch convolution)"
     return fault("LF-604", f"nothing says which axis of {list(shape)} is out and which is in", where=key, fix=fix)
+
+
+def _same_size(shape: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
+    """Whether one matrix of a stack has as many values in both; of two axes, whether both sizes are there."""
+    batch = len(matrix) - 2
+    if len(shape) == len(matrix):
+        return sorted(shape[batch:]) == sorted(matrix[batch:])
+    return math.prod(shape[batch:]) == math.prod(matrix[batch:])
 
 
 def _check(key: str, update: Update, placement: Placement, matrix: tuple[int, ...] | None) -> None:

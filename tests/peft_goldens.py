@@ -52,6 +52,7 @@ SUPPORTED = {
     "target_parameters_transposed": {},
     "target_parameters_one": {},
     "bdlora": {},
+    "legacy_fused": {},
     "adalora": {},
     "adalora_pruned": {},
     "loha": {},
@@ -63,11 +64,18 @@ SUPPORTED = {
     "vera": {},
 }
 # Exactly a LoRA, and written as one: other tensors, the same change.
-WRITTEN_AS_LORA = ("adalora", "adalora_pruned", "bdlora", "vera")
+WRITTEN_AS_LORA = ("adalora", "adalora_pruned", "bdlora", "legacy_fused", "vera")
 # Several parameters of one module: PEFT nests them in an order that no file states.
 NOT_WRITTEN = ("target_parameters", "target_parameters_transposed")
-# The layers hold another number as their scaling: AdaLoRA's alpha, none of VeRA, half of what MultiheadAttention does.
-OTHER_SCALES = ("adalora", "adalora_pruned", "vera", "multihead_attention", "multihead_attention_patterns")
+# The layers hold other numbers: AdaLoRA's alpha, no scale of VeRA, half of what MultiheadAttention does, one part's rank.
+OTHER_SCALES = (
+    "legacy_fused",
+    "adalora",
+    "adalora_pruned",
+    "vera",
+    "multihead_attention",
+    "multihead_attention_patterns",
+)
 # A checkpoint stores one of two tied tensors, and so does the adapter; merging unties nothing.
 TIED = {"trainable_tokens_tied": ("lm_head.weight", "model.embed_tokens.weight")}
 

@@ -133,6 +133,7 @@ CHECKS = {
     "merge of target_parameters": peft_merge("target_parameters"),
     "merge of multihead_attention": peft_merge("multihead_attention"),
     "merge of bdlora": peft_merge("bdlora"),
+    "merge of legacy_fused": peft_merge("legacy_fused"),
     "delta of adalora": peft_delta("adalora"),
     "delta of adalora_pruned": peft_delta("adalora_pruned"),
     "delta of lokr_whole": peft_delta("lokr_whole"),
@@ -334,6 +335,11 @@ def blocks_are_interleaved(patch):
     patch.setattr(blocks, "_diagonal", interleaved)
 
 
+def the_parts_of_a_projection_stand_in_a_row(patch):
+    whole = blocks._fused
+    patch.setattr(blocks, "_fused", lambda m, a, b, enabled, d: whole(m, a, b, sorted(enabled, reverse=True), d))
+
+
 def a_magnitude_is_written_flat(patch):
     patch.setattr(to_lora, "_magnitudes", flat_magnitudes)
 
@@ -456,6 +462,7 @@ MUTANTS = [
     (cores_are_transposed, "delta of loha_kernels"),
     (vera_takes_the_last_columns, "delta of vera"),
     (blocks_are_interleaved, "merge of bdlora"),
+    (the_parts_of_a_projection_stand_in_a_row, "merge of legacy_fused"),
     (a_magnitude_is_written_flat, "round trip of dora"),
     (the_sum_is_rounded_twice, "delta of linear"),
     (the_last_tile_is_not_changed, "merge of llama"),

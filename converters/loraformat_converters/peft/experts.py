@@ -74,7 +74,7 @@ def _assigned(
     shapes = [draft.shapes.get(f"{module}.{name}") for name in names]
     if None in shapes:
         what = f"{len(names)} parameters are adapted ({', '.join(names)}); the file does not say which pair is whose"
-        draft.say("LF-504", what, module, "give the base, whose shapes tell: lf.load(…, base=…)")
+        draft.say("LF-504", what, module, "give the base, whose shapes tell: --base, or lf.load(…, base=…)")
         return
     ways = [way for way in itertools.permutations(pairs) if all(map(_fits, shapes, way))]
     if len({tuple(map(id, itertools.chain(*way))) for way in ways}) != 1:

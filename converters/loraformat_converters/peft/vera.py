@@ -54,7 +54,7 @@ def _add(module: str, lambda_b: Array, lambda_d: Array, a: Array, b: Array, alon
     in_ = a.shape[1] if alone else _width(draft.shapes.get(key), out)
     if in_ is None or in_ > a.shape[1]:
         what = f"how wide the module is no tensor says, only that it is at most {a.shape[1]}"
-        draft.say("LF-504", what, module, "give the base, whose shapes tell: lf.load(…, base=…)")
+        draft.say("LF-504", what, module, "give the base, whose shapes tell: --base, or lf.load(…, base=…)")
         return
     left = single(lambda_b)[:, None] * single(b[:out])
     right = single(lambda_d)[:, None] * single(a[:, :in_])
