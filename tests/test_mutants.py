@@ -20,6 +20,7 @@ from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.attach import Branch
 from loraformat_converters.peft import (
     adalora,
+    attention,
     blocks,
     config,
     experts,
@@ -282,11 +283,12 @@ def a_replacement_is_taken_for_a_difference(patch):
 
 
 def a_trained_bias_is_not_scaled(patch):
-    patch.setattr(lora, "scale_of", lambda alpha, rule, r: 1.0)
+    whole = lora._add_bias
+    patch.setattr(lora, "_add_bias", lambda module, bias, scale, draft: whole(module, bias, 1.0, draft))
 
 
 def out_proj_is_added_once(patch):
-    patch.setattr(lora, "OUT_PROJ_TWICE", 1.0)
+    patch.setattr(attention, "OUT_PROJ_TWICE", 1.0)
 
 
 def singular_values_are_dropped(patch):

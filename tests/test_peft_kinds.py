@@ -65,7 +65,8 @@ FAULTS = {
     "a DoRA without a magnitude": ("dora", {"without": ["conv.lora_magnitude"]}, "LF-507", "no magnitude"),
     "a magnitude of another size": ("dora", {"tensors": {"proj.lora_magnitude_vector": ones(20)}}, "LF-404", "28 outputs"),
     "half of a vocabulary": ("embedding_saved", {"tensors": {"model.embed_tokens.base_layer.weight": ones(15, 24)}}, "LF-406", "[15, 24]"),
-    "a bias in an attention": ("multihead_attention", {"lora_bias": True, "tensors": {"layers.0.self.attn.lora_B.bias": ones(60)}}, "LF-504", "nn.MultiheadAttention"),
+    "a bias in an attention": ("multihead_attention", {"lora_bias": True, "tensors": {"layers.0.self.attn.lora_B.bias": ones(60)}}, "LF-504", "lora_B.bias in an nn.MultiheadAttention"),
+    "an attention of a PEFT to come": ("multihead_attention", {"peft_version": "0.22.0.dev0@1a2b"}, "LF-504", "up to 0.21.2 PEFT adds"),
     "experts of another rank": ("target_parameters_one", {"r": 5, "rank_pattern": {"proj": 4}}, "LF-309", "no whole number of experts of rank 5"),
     "an expert with a bias": ("target_parameters_one", {"tensors": {"mlp.experts.lora_B.bias": ones(16)}}, "LF-303", "lora_A and lora_B, and nothing else"),
 }  # fmt: skip

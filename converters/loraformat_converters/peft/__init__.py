@@ -1,8 +1,8 @@
 """PEFT adapters (peft 0.21.2): a folder with adapter_config.json and adapter_model.safetensors.
 
 ``names`` is the grammar of the tensors' names, ``config``, ``settings`` and ``methods`` what the configuration says;
-there is one reader a method (``lora`` with ``experts`` and ``blocks``, ``adalora``, ``lycoris``, ``vera``), and
-``trained`` for what stands beside any of them. ``to_lora`` and ``to_others`` lead back.
+there is one reader a method (``lora`` with ``attention``, ``blocks`` and ``experts``; ``adalora``, ``lycoris``,
+``vera``), and ``trained`` for what stands beside any of them. ``to_lora`` and ``to_others`` lead back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LoRA and what is exactly one: Linear, Conv1D, convolutions, embeddings, nn.MultiheadAttention, blocks; with DoRA.
+"""LoRA: Linear, Conv1D, convolutions, embeddings, with DoRA and lora_bias; the rarer modules are in files of their own.
 
 - ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r]; a convolution has A [r, in, *kernel] and B [out, r, 1, …];
   an embedding ``lora_embedding_A`` [r, vocab] and ``lora_embedding_B`` [dim, r].
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
 from loraformat.parts import Delta, Lora, Magnitude
-from loraformat.scale import scale_of
-from loraformat_converters.peft import blocks, experts
+from loraformat_converters.peft import attention, blocks, experts
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
 
-__all__ = ["OUT_PROJ_TWICE", "ROLES", "read"]
+__all__ = ["ROLES", "read"]
 
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -35,18 +35,13 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 ROLES = frozenset({*_LINEAR, *_EMBEDDING, "lora_B.bias", *_MAGNITUDES})
 
-# NOTE: PEFT's MultiheadAttention merges out_proj's ΔW itself and then calls ``out_proj.merge``, which adds it once
-# more; its forward pass merges and unmerges in the same way (peft 0.21.2 tuners/lora/layer.py 2085-2089, 2223). So
-# training, inference and merging all see W + 2·s·BA: that is what these tensors mean.
-OUT_PROJ_TWICE = 2.0
-
 
 def read(found: Mapping[Name, Roles], draft: Draft) -> None:
     """Every adapted module and expert parameter of ``found``, as parts of ``draft``."""
     ordered = sorted(found, key=lambda name: (name.module, name.depth))
     modules = {m: {n.depth: found[n] for n in places} for m, places in itertools.groupby(ordered, lambda n: n.module)}
     parameters = {module: experts.parameters(module, nested, draft) for module, nested in modules.items()}
-    attention = {m for name in found if (m := _attention(name)) in modules and not parameters[m]}
+    attentions = {m for m in attention.modules(found) if m in modules and not parameters[m]}
     for module, nested in modules.items():
         if parameters[module]:
             experts.read(module, parameters[module], nested, draft)
@@ -54,54 +49,43 @@ def read(found: Mapping[Name, Roles], draft: Draft) -> None:
             what = "factors of several parameters of one module, and no target_parameters names them"
             draft.say("LF-506", what, module)
         else:
-            _module(module, nested[0], draft, attention)
+            _module(module, nested[0], draft, attentions)
 
 
-def _attention(name: Name) -> str:
-    """The path of the nn.MultiheadAttention whose output projection this is; empty if it is none."""
-    above, _, last = name.module.rpartition(".")
-    return above if last == "out_proj" and name.wrappers == ("base_layer",) and not name.depth else ""
-
-
-def _module(module: str, roles: Roles, draft: Draft, attention: set[str]) -> None:
+def _module(module: str, roles: Roles, draft: Draft, attentions: set[str]) -> None:
     """A Linear, Conv1D, convolution, embedding or part of an nn.MultiheadAttention."""
     embedding = any(role in roles for role in _EMBEDDING)
-    if embedding and any(role in roles for role in (*_LINEAR, "lora_B.bias")):
-        draft.say("LF-506", "lora_A/lora_B and lora_embedding_A/lora_embedding_B: which is it?", module)
-        return
-    ends = _EMBEDDING if embedding else _LINEAR
-    for role in ends:
-        if role not in roles:
-            what = f"{role.removesuffix('.weight')} is missing: a lone factor says nothing"
-            draft.say("LF-303", what, module, "the file is incomplete")
-    if not all(role in roles for role in ends):
-        return
-    a, b = (roles[role] for role in ends)
-    if not draft.sound(module, {"lora_A": a, "lora_B": b}, (2,) if embedding else None):
-        return
+    factors = _factors(module, roles, embedding, draft)
+    pair = blocks.unfolded(module, *factors, draft) if factors else None
     above = module.rpartition(".")[0]
-    projects_out = above in attention and module.endswith(".out_proj")
-    pair = blocks.unfolded(module, a, b, draft)
+    outer = above in attentions and module.endswith(".out_proj")
     # out_proj has the rank and alpha of its attention module, whatever a pattern says of its own path.
-    scale = draft.scale(above if projects_out else module, a.shape[0] // pair[2]) if pair else None
+    scale = draft.scale(above if outer else module, pair[0].shape[0] // pair[2]) if pair else None
     if pair is None or scale is None:
         return
-    a, b, folds = pair
-    alpha, rule = scale[0] * folds, scale[1]
-    if projects_out or module in attention:
-        if set(roles) - set(_LINEAR):
-            what = "a bias or a magnitude in an nn.MultiheadAttention: peft 0.21.2 knows neither there"
-            draft.say("LF-504", what, module)
-            return
-        place = Placement((b.shape[0], a.shape[1]), (0,), (1,))  # torch's own module multiplies by both from the right
-        if projects_out:
-            draft.add(f"{module}.weight", Lora(a, b, alpha * OUT_PROJ_TWICE, rule), place)
-        else:
-            draft.add(f"{module}.in_proj_weight", Lora(a, b, alpha, rule), place)
+    lora = Lora(pair[0], pair[1], scale[0] * pair[2], scale[1])
+    if outer or module in attentions:
+        lora = replace(lora, alpha=lora.alpha * attention.OUT_PROJ_TWICE) if outer else lora
+        attention.add(module, lora, roles.keys() - set(_LINEAR), outer, draft)
         return
-    _add(module, Lora(a, b, alpha, rule), embedding, draft)
-    _add_bias(module, roles.get("lora_B.bias"), scale_of(alpha, rule, a.shape[0]), draft)
-    _add_magnitude(module, next((roles[r] for r in _MAGNITUDES if r in roles), None), b.shape[0], draft)
+    _add(module, lora, embedding, draft)
+    _add_bias(module, roles.get("lora_B.bias"), lora.scale, draft)
+    _add_magnitude(module, next((roles[r] for r in _MAGNITUDES if r in roles), None), lora.lora_B.shape[0], draft)
+
+
+def _factors(module: str, roles: Roles, embedding: bool, draft: Draft) -> tuple[Array, Array] | None:
+    """A and B as they are stored, both there and sound."""
+    if embedding and any(role in roles for role in (*_LINEAR, "lora_B.bias")):
+        draft.say("LF-506", "lora_A/lora_B and lora_embedding_A/lora_embedding_B: which is it?", module)
+        return None
+    ends = _EMBEDDING if embedding else _LINEAR
+    if missing := [role.removesuffix(".weight") for role in ends if role not in roles]:
+        what = f"{' and '.join(missing)} is missing: a lone factor says nothing"
+        draft.say("LF-303", what, module, "the file is incomplete")
+        return None
+    a, b = (roles[role] for role in ends)
+    sound = draft.sound(module, {"lora_A": a, "lora_B": b}, (2,) if embedding else None)
+    return (a, b) if sound else None
 
 
 def _add(module: str, lora: Lora, embedding: bool, draft: Draft) -> None:
@@ -117,9 +101,8 @@ def _add(module: str, lora: Lora, embedding: bool, draft: Draft) -> None:
     elif b.shape[1] != a.shape[0]:
         # peft 0.21.2: A is never grouped and B is [out, r / groups, 1, 1]; its own merge raises NotImplementedError
         what = f"lora_B {list(b.shape)} does not take lora_A's rank {a.shape[0]}: a grouped convolution"
-        draft.say(
-            "LF-504", what, module, "group 0 of B reads the first rows of A only: no ΔW of the base's shape exists"
-        )
+        fix = "group 0 of B reads the first rows of A only: no ΔW of the base's shape exists"
+        draft.say("LF-504", what, module, fix)
     else:
         place = Placement((b.shape[0], *a.shape[1:]), (0,), tuple(range(1, a.ndim)))
         flat = Lora(a.reshape(a.shape[0], -1), b.reshape(b.shape[:2]), lora.alpha, lora.scale_rule)
@@ -127,7 +110,7 @@ def _add(module: str, lora: Lora, embedding: bool, draft: Draft) -> None:
 
 
 def _add_bias(module: str, bias: Array | None, scale: float, draft: Draft) -> None:
-    if draft.config and (bias is not None) != bool(draft.setting("lora_bias")) and bias is not None:
+    if bias is not None and draft.config and not draft.setting("lora_bias"):
         draft.say("LF-507", "lora_B has a bias, and lora_bias is false: PEFT would not load it", module)
     elif bias is not None and draft.sound(module, {"lora_B.bias": bias}, (1,)):
         draft.add(f"{module}.bias", Delta(bias, scale), assumed=True)

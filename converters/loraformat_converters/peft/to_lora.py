@@ -10,8 +10,8 @@ import numpy as np
 
 from loraformat.parts import Lora
 from loraformat_converters.peft import config as configs
+from loraformat_converters.peft.attention import OUT_PROJ_TWICE
 from loraformat_converters.peft.form import Form, replacements, torch_kernel
-from loraformat_converters.peft.lora import OUT_PROJ_TWICE
 from loraformat_converters.peft.numbers import stated
 from loraformat_converters.peft.trained import indices_of
 
