@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loraformat.parts import Lora
 from loraformat.products import single
 
@@ -39,7 +41,7 @@ def read(found: Mapping[Name, Roles], draft: Draft) -> None:
             draft.say("LF-303", f"{', '.join(sorted(missing))} is missing", name.module, "the file is incomplete")
         elif name.wrappers:
             draft.say("LF-506", "factors inside another adapted layer", name.module)
-        elif kept := _kept(name.module, roles["lora_E"].shape[0], draft):
+        elif kept := _kept(name.module, len(np.atleast_1d(roles["lora_E"])), draft):
             _add(name.module, roles, factor, kept, draft)
 
 

@@ -35,6 +35,9 @@ def modules(names: Iterable[Name]) -> set[str]:
 
 def add(module: str, lora: Lora, others: Iterable[str], outer: bool, draft: Draft) -> None:
     """One projection; ``others`` are the roles beside its factors, ``outer`` where the module is ``out_proj``."""
+    if why := lora.fault() or ("" if lora.lora_A.ndim == 2 else f"lora_A is {list(lora.lora_A.shape)}"):
+        draft.say("LF-309", why, module)
+        return
     place = Placement(lora.matrix_shape(), (0,), (1,))
     if others := sorted(others):
         draft.say("LF-504", f"{', '.join(others)} in an nn.MultiheadAttention, where PEFT knows it not", module)

@@ -49,6 +49,10 @@ def _blocks(module: str, a: Array, b: Array, setting: Any, draft: Draft) -> tupl
     return (_diagonal(a, n) if in_a else a), (_diagonal(b, n) if in_b else b), 1
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _fused(module: str, a: Array, b: Array, enabled: Any, draft: Draft) -> tuple[Array, Array, int] | None:
     """Adapted parts of a fused projection: A [2r, in], B [out · 2/n, r, 1] as a convolution of two groups.
 

@@ -62,8 +62,8 @@ class Config:
 
     def names(self, key: str) -> list[str]:
         """A list of names, such as ``modules_to_save``; empty where the key is off."""
-        names = self.value.get(key) or []
-        return [names] if isinstance(names, str) else [name for name in names if isinstance(name, str)]
+        names: str | list[str] = self.value.get(key) or []
+        return [names] if isinstance(names, str) else names
 
     def _matches(self, name: str, module: str) -> Iterator[Any]:
         for pattern, value in (self.value.get(name) or {}).items():
@@ -158,6 +158,10 @@ def _type_problems(config: Config, where: str) -> Iterator[Problem]:
         if (number is not None or "[" in name) and not wanted(number):
             what = "a positive integer" if wanted is _is_rank else "a finite number"
             yield Problem("LF-503", f"{name} must be {what}, not {brief(number)}", where)
+    for name in ("modules_to_save", "target_parameters"):
+        names = value.get(name) or []
+        if not isinstance(names, (str, list)) or not all(isinstance(n, str) for n in names):
+            yield Problem("LF-503", f"{name} must be a list of names, not {brief(names)}", where)
     for name in ("use_rslora", "use_dora", "lora_bias", "save_projection"):
         if not isinstance(value.get(name) or False, bool):
             yield Problem("LF-503", f"{name} must be true or false, not {brief(value[name])}", where)
