@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import Problem
@@ -57,37 +57,50 @@ def read_tensors(
     if shapes is not None:
         draft.shapes = shapes
     method = config.method if config else "LORA"
-    factors: dict[Name, Roles] = {}
-    tokens: dict[Name, Roles] = {}
-    parameters: dict[Name, Array] = {}
-    shared: Roles = {}
+    found = _sorted(tensors, method, draft)
+    match method:
+        case "LORA":
+            lora.read(found.factors, draft)
+        case "ADALORA":
+            adalora.read(found.factors, draft)
+        case "LOHA":
+            lycoris.read_loha(found.factors, draft)
+        case "LOKR":
+            lycoris.read_lokr(found.factors, draft)
+        case "VERA":
+            vera.read(found.factors, found.shared, draft)
+    trained.read_parameters(found.parameters, draft)
+    trained.read_tokens(found.tokens, draft)
+    return Reading(draft.finish(where), draft.warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The tensors of a file by what their names say they are."""
+
+    factors: dict[Name, Roles] = field(default_factory=dict)
+    tokens: dict[Name, Roles] = field(default_factory=dict)
+    parameters: dict[Name, Array] = field(default_factory=dict)
+    shared: Roles = field(default_factory=dict)
+
+
+def _sorted(tensors: Mapping[str, Array], method: str, draft: Draft) -> _Tensors:
+    """Every tensor in its place; a name that has none is a problem of the draft."""
+    found = _Tensors()
     prefix = names.prefix_of(tensors)
     for key in tensors:
         if key in names.PROJECTIONS and method == "VERA":
-            shared[key] = tensors[key]
+            found.shared[key] = tensors[key]
             continue
         name = names.parse(key, prefix)
         if isinstance(name, Problem):
             draft.problems.append(name)
         elif name.role is None:
-            parameters[name] = tensors[key]
+            found.parameters[name] = tensors[key]
         elif name.role == "trainable_tokens_delta":
-            tokens.setdefault(replace(name, role=None), {})[name.role] = tensors[key]
+            found.tokens.setdefault(replace(name, role=None), {})[name.role] = tensors[key]
         elif name.role in _ROLES[method]:
-            factors.setdefault(replace(name, role=None), {})[name.role] = tensors[key]
+            found.factors.setdefault(replace(name, role=None), {})[name.role] = tensors[key]
         else:
             draft.say("LF-506", f"{name.role} is no tensor of a {method} adapter", key)
-    match method:
-        case "LORA":
-            lora.read(factors, draft)
-        case "ADALORA":
-            adalora.read(factors, draft)
-        case "LOHA":
-            lycoris.read_loha(factors, draft)
-        case "LOKR":
-            lycoris.read_lokr(factors, draft)
-        case "VERA":
-            vera.read(factors, shared, draft)
-    trained.read_parameters(parameters, draft)
-    trained.read_tokens(tokens, draft)
-    return Reading(draft.finish(where), draft.warnings)
+    return found

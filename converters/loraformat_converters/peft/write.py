@@ -50,14 +50,16 @@ def write(adapter: Adapter) -> Output:
     if form.problems:
         raise LoraFormatError(form.problems)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in form.tensors.items()}
-    config = dict(kept.value) if kept and _holds(kept, form, tensors, adapter) else _config(form, adapter, kept)
-    text = json.dumps(config, indent=2, sort_keys=True).encode()
+    if kept and _holds(kept, form, tensors, adapter):
+        text = kept.text
+    else:
+        text = json.dumps(_config(form, adapter, kept), indent=2, sort_keys=True)
 
     def write_tensors(file: BinaryIO) -> None:
         container.write(file, tensors, {"format": "pt"})
 
     def write_config(file: BinaryIO) -> None:
-        file.write(text)
+        file.write(text.encode())
 
     return Output({"adapter_model.safetensors": write_tensors, configs.FILE: write_config}, folder=True)
 
