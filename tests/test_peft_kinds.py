@@ -51,6 +51,7 @@ FAULTS = {
     "half of a LoHa": ("loha", {"without": ["fc.hada_w1_b"]}, "LF-303", "hada_w1_b is missing"),
     "LoHa of another rank": ("loha", {"r": 4}, "LF-507", "stated as 4, and is 3"),
     "LoKr without a second factor": ("lokr", {"without": ["fc.lokr_w2_a", "fc.lokr_w2_b"]}, "LF-309", "give either"),
+    "a whole LoKr without a rank": ("lokr_whole", {"r": None, "rank_pattern": {}}, "LF-509", "the scale is unknown"),
     "a whole lokr_w2 of a Conv1d": ("lokr", {"tensors": {"a.lokr_w1": ones(2, 3), "a.lokr_w2": ones(2, 3, 5)}}, "LF-504", "another product"),
     "LoKr in a LoRA": ("linear", {"tensors": {"a.lokr_w1": ones(2, 3)}}, "LF-506", "no tensor of a LORA adapter"),
     "AdaLoRA without E": ("adalora", {"without": ["fc.lora_E"]}, "LF-303", "lora_E is missing"),

@@ -71,6 +71,6 @@ def replacements(updates: Mapping[str, Update], form: Form, wrapped: Mapping[str
     free = {key.rpartition(".")[0] for key in whole} - wrapped.keys()
     if saved := [module for module in sorted(free) if {f"{module}.weight", f"{module}.bias"} <= whole]:
         form.settings["modules_to_save"] = saved
-    biases = {key.removesuffix(".bias") for key in whole if key.endswith(".bias")} - set(saved)
+    biases = {key.rpartition(".")[0] for key in whole if key.endswith("bias")} - set(saved)
     if biases and form.method == "LORA":
         form.settings["bias"] = "lora_only" if biases <= wrapped.keys() else "all"

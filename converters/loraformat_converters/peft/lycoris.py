@@ -55,7 +55,10 @@ def read_lokr(found: Mapping[Name, Roles], draft: Draft) -> None:
             continue
         rank = next((roles[r].shape[0] for r in ("lokr_w2_b", "lokr_w1_b") if r in roles), None)
         rank = rank or (draft.config.rank(module) if draft.config else None)
-        scale = draft.scale(module, rank) if rank else None
+        if rank is None:
+            draft.say("LF-509", "both factors are whole and the configuration has no r: the scale is unknown", module)
+            continue
+        scale = draft.scale(module, rank)
         if scale is None:
             continue
         factors = {role: roles[role] for role in LOKR_ROLES - {"lokr_t2"} if role in roles}

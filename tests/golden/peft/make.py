@@ -653,6 +653,7 @@ def cases() -> list[Case]:
             LoraConfig(
                 r=6,
                 lora_alpha=9,
+                bias="all",
                 target_modules=["attn"],
                 rank_pattern={r"layers\.1\.self\.attn": 4, "out_proj": 5},
                 alpha_pattern={"0.self.attn": 7, r".*out_proj": 3},
