@@ -263,6 +263,7 @@ class Case:
     reloads: bool = True
     prepare: Callable[[PeftModel], None] | None = None
     save_embeddings: bool | str = "auto"
+    convert: bool = False
     note: str = ""
 
 
@@ -592,6 +593,16 @@ def cases() -> list[Case]:
         ),
         Case("oft", blocks(), peft.OFTConfig(oft_block_size=4, target_modules=BLOCK_LINEARS), x20),
         Case(
+            "pissa_converted",
+            blocks(bias=False),
+            LoraConfig(r=3, lora_alpha=4, init_lora_weights="pissa", target_modules=BLOCK_LINEARS),
+            x20,
+            near_init=True,
+            convert=True,
+            note="saved with path_initial_model_for_weight_conversion: a plain LoRA of twice the rank on the base as it"
+            " was; delta is merged minus base.safetensors",
+        ),
+        Case(
             "vocabulary_resized",
             resized_llama,
             LoraConfig(r=5, lora_alpha=8, task_type=TaskType.CAUSAL_LM, target_modules=["k_proj"]),
@@ -874,6 +885,12 @@ def make(case: Case) -> None:
         model, copy.deepcopy(case.config), adapter_name=case.adapter_name, autocast_adapter_dtype=case.upcast
     )
     layers = tuner_layers(adapted, paths)
+    initial = folder / "initial"
+    if case.convert:  # PEFT wants the initial adapter marked as one that leaves the base alone
+        wanted = adapted.peft_config["default"].init_lora_weights
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(str(initial))
+        adapted.peft_config["default"].init_lora_weights = wanted
     fill_adapter(adapted, rng, case.near_init)
     if case.prepare:
         case.prepare(adapted)
@@ -882,7 +899,13 @@ def make(case: Case) -> None:
         x = x.to(case.dtype)
 
     staging = folder / "staging"
-    adapted.save_pretrained(str(staging), safe_serialization=case.safe, save_embedding_layers=case.save_embeddings)
+    adapted.save_pretrained(
+        str(staging),
+        safe_serialization=case.safe,
+        save_embedding_layers=case.save_embeddings,
+        path_initial_model_for_weight_conversion=str(initial) if case.convert else None,
+    )
+    shutil.rmtree(initial, ignore_errors=True)
     written = staging if case.adapter_name == "default" else staging / case.adapter_name
     written.rename(folder / "adapter")
     shutil.rmtree(staging, ignore_errors=True)
