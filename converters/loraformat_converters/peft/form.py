@@ -61,7 +61,8 @@ def replacements(updates: Mapping[str, Update], form: Form, wrapped: Mapping[str
     """Whole parameters: under ``base_layer`` in a module that PEFT wraps (``wrapped``: module → its stem), else by name.
 
     PEFT loads both into the model that it was given, listed in ``modules_to_save`` or not. Listed are the modules
-    whose weight and bias are both here: PEFT wants every parameter of a listed module, and stops where one lacks.
+    whose weight and bias are both here: PEFT wants every parameter of a listed module, and stops where one lacks. It
+    takes a listed ``head`` for an ``lm_head`` too, so that a path of one component is not listed.
     """
     whole = {key for key, update in updates.items() if "replace" in update}
     for key in sorted(whole):
@@ -69,7 +70,9 @@ def replacements(updates: Mapping[str, Update], form: Form, wrapped: Mapping[str
         stem = f"{wrapped[module]}." if module in wrapped else f"{module}." if module else ""
         form.tensors[f"{stem}{leaf}"] = updates[key]["replace"].replace
     free = {key.rpartition(".")[0] for key in whole} - wrapped.keys()
-    if saved := [module for module in sorted(free) if {f"{module}.weight", f"{module}.bias"} <= whole]:
+    if saved := [
+        module for module in sorted(free) if "." in module and {f"{module}.weight", f"{module}.bias"} <= whole
+    ]:
         form.settings["modules_to_save"] = saved
     biases = {key.rpartition(".")[0] for key in whole if key.endswith("bias")} - set(saved)
     if biases and form.method == "LORA":

@@ -137,6 +137,8 @@ def _biases(adapter: Adapter, form: Form) -> None:
         else:
             form.tensors[f"{module}.lora_B.bias"] = part.delta
     if deltas and not form.problems:
+        for key in form.settings.get("target_parameters", []):
+            form.refuse(key, "PEFT adapts no parameter by name beside lora_bias")
         for module in form.modules:
             if f"{module}.bias" not in deltas:
                 form.refuse(f"{module}.weight", "lora_bias holds for every module, and this one has none")
