@@ -177,6 +177,15 @@ def test_one_parameter_needs_no_base_and_says_no_orientation():
     assert update.matrix_shape() == (3, 16, 11)
 
 
+def test_a_conversion_with_a_base_asks_it_and_the_file_then_knows(tmp_path):
+    adapter = lf.convert(
+        adapter_of("target_parameters"), tmp_path / "a.safetensors", base=base_of("target_parameters")
+    )[0]
+    again = lf.load(tmp_path / "a.safetensors")
+    assert again["model.layers.0.mlp.experts.down_proj"].placement == lf.Placement((3, 20, 13), (1,), (2,), (0,))
+    assert lf.digest(again) == lf.digest(adapter) == lf.digest(loaded("target_parameters"))
+
+
 # VeRA.
 
 
