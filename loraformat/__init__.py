@@ -22,19 +22,21 @@ if TYPE_CHECKING:
     from loraformat.file import save
     from loraformat.identity import digest
     from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Replace, Rows
-    from loraformat.registry import load, open_base
+    from loraformat.registry import from_tensors, load, open_base
     from loraformat.resolve import Hints
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
     from loraformat.verbs.convert import convert
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
+    from loraformat.verbs.validate import Limits, Validation, validate, validate_all
     from loraformat.verbs.verify import verify
 
 __all__ = [
     "Adapter",
     "Delta",
     "Hints",
+    "Limits",
     "Loha",
     "Lokr",
     "Lora",
@@ -45,22 +47,27 @@ __all__ = [
     "Replace",
     "Rows",
     "Update",
+    "Validation",
     "attach",
     "bind",
     "convert",
     "digest",
+    "from_tensors",
     "init",
     "load",
     "merge",
     "open_base",
     "save",
+    "validate",
+    "validate_all",
     "verify",
 ]
 
 _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
-    **dict.fromkeys(("load", "open_base"), "registry"),
+    **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
+    **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),
     "Adapter": "adapter",
     "Placement": "axes",
     "Hints": "resolve",

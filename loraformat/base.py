@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "Options", "Parameter"]
+__all__ = ["Base", "BaseKind", "Options", "Parameter", "Runnable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ class Base(Protocol):
     def parameters(self) -> Mapping[str, Parameter]:
         """Logical name → weight, for every weight that an adapter could target; ``FILE:NAME`` in a base of several files."""
 
+    def describe(self) -> Mapping[str, Any]:
+        """What it is, as JSON has it, for ``info``: ``kind`` and whatever that kind can tell; reads no weight."""
+
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every weight of two axes that a new adapter could target, by logical name; None where unplaced."""
 
@@ -83,3 +86,11 @@ class Base(Protocol):
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Carry the plan out, atomically."""
+
+
+@runtime_checkable
+class Runnable(Protocol):
+    """A base that some runtime executes."""
+
+    def how(self, language: str) -> str:
+        """Code that runs it, for its own inputs and outputs: python, cpp, csharp, js or genai; LF-705 where none is."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat import canonical, huggingface
+from loraformat import canonical, huggingface, progress
 from loraformat.atomic import write_file
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.container import DTYPES, Container, TensorInfo, dtype_name, header_bytes, numpy_dtype
+from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.file import KEY
 from loraformat.names import nearest
@@ -76,6 +77,10 @@ class Checkpoint:
     def parameters(self) -> Mapping[str, Parameter]:
         """Every tensor under its own name."""
         return {name: Parameter(name, info.shape, info.dtype) for name, info in self.container.infos.items()}
+
+    def describe(self) -> Mapping[str, Any]:
+        """See ``loraformat.description``."""
+        return describe_checkpoint(self.parameters(), self.config, [self.path])
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every float tensor of two axes; placed by ``--axes`` or by what the configuration says."""
@@ -207,7 +212,7 @@ class Checkpoint:
             : source.stop - source.start
         ]
         for start in range(0, len(flat), _COPY):
-            file.write(flat[start : start + _COPY])
+            progress.advance(file.write(flat[start : start + _COPY]))
 
 
 def _missing(key: str, weight: str, update: Update, names: Mapping[str, Any]) -> LoraFormatError:

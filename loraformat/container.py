@@ -6,8 +6,10 @@ and offsets must be seen at all, and because a tensor must be a view of the file
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +66,11 @@ class Container(Mapping[str, "Array"]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+            with open(self.path, "rb", opener=_without_waiting) as file:
+                info = os.fstat(file.fileno())
+                if not stat.S_ISREG(info.st_mode):
+                    raise fault("LF-701", f"{self.path} is not a regular file")
+                self.size = info.st_size
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
         except OSError as error:
             raise fault("LF-701", f"cannot read {self.path}: {error.strerror or error}") from None
@@ -94,6 +99,11 @@ class Container(Mapping[str, "Array"]):
         return len(self.infos)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe waits for a writer, for ever: a folder of strangers' files may hold one."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def parse_header(data: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
     """(tensor infos, metadata, offset of the data section) of a safetensors file of ``size`` bytes."""
     if size < 8:
@@ -101,8 +111,9 @@ def parse_header(data: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str,
     length = int.from_bytes(data[:8], "little")
     if length > HEADER_CAP or 8 + length > size:
         limit = "the cap of 100,000,000 bytes" if length > HEADER_CAP else f"the {size} bytes of the file"
-        fix = "the file is truncated, or it is not a safetensors file"
-        raise fault("LF-102", f"the header's length, {length:,} bytes, is beyond {limit}", fix=fix)
+        raise fault(
+            "LF-102", f"the header's length, {length:,} bytes, is beyond {limit}", fix=_mistaken_for(bytes(data[:24]))
+        )
     try:
         text = bytes(data[8 : 8 + length]).decode()
         if not text.startswith("{"):  # the reference reader wants it first, so that a header is told at a glance
@@ -123,6 +134,20 @@ def parse_header(data: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str,
     if problems:
         raise LoraFormatError(problems)
     return infos, metadata, 8 + length
+
+
+_BEGINNINGS = (
+    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself: git lfs pull"),
+    (b"<", "it is a web page: the download went wrong"),
+    (b"{", "it is JSON"),
+    (b"GGUF", "it is a GGUF file"),
+)
+
+
+def _mistaken_for(data: bytes) -> str:
+    """What a file that begins so is, where it is no safetensors file."""
+    known = (text for beginning, text in _BEGINNINGS if data.startswith(beginning))
+    return next(known, "the file is truncated, or it is not a safetensors file")
 
 
 def _metadata(value: Any, problems: list[Problem]) -> dict[str, str]:
@@ -188,6 +213,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return dtype
 
 
+@functools.cache  # numpy takes 10 µs to spell a dtype's name, and a large adapter asks thousands of times
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """The safetensors name of a numpy dtype; ValueError where there is none."""
     spelled = {v: k for k, v in _ML.items()}.get(dtype.name) or {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["KEY", "check", "read", "save", "tensors_of", "writer"]
+__all__ = ["KEY", "check", "read", "read_tensors", "save", "tensors_of", "writer"]
 
 KEY = "loraformat"
 """The reserved key in ``__metadata__``."""
@@ -35,11 +35,16 @@ def read(file: container.Container | str | os.PathLike[str]) -> tuple[Adapter, l
         LoraFormatError: LF-1xx … LF-4xx, every fault found.
     """
     held = file if isinstance(file, container.Container) else container.Container(file)
-    text = held.metadata.get(KEY)
+    return read_tensors(held, held.metadata)
+
+
+def read_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[Adapter, list[Problem]]:
+    """As ``read``, of tensors and ``__metadata__`` that are at hand already."""
+    text = metadata.get(KEY)
     if text is None:
         what = f"no {KEY!r} key in __metadata__: not a loraformat file"
         raise fault("LF-201", what, fix="convert it first: loraformat convert SRC DST")
-    return parse(text, held)
+    return parse(text, tensors)
 
 
 def tensors_of(adapter: Adapter) -> Iterator[tuple[str, Array]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import canonical
+from loraformat import canonical, progress
 from loraformat.container import dtype_name
 from loraformat.metadata import part_json
 from loraformat.parts import roles_of
@@ -36,6 +36,7 @@ def digest(adapter: Adapter) -> str:
 def tensor_sha256(tensor: npt.NDArray[Any]) -> str:
     """SHA-256 of a tensor's row-major little-endian bytes."""
     little = tensor.astype(tensor.dtype.newbyteorder("<")) if tensor.dtype.byteorder == ">" else tensor
+    progress.advance(tensor.nbytes)
     return hashlib.sha256(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data).hexdigest()
 
 

@@ -61,6 +61,18 @@ class Layout(Protocol):
     carries: frozenset[str]
     """The part kinds that it can store."""
 
+    writes: bool
+    """Whether it can be written; one that cannot raises LF-508."""
+
+    describes: str
+    """What a person calls it."""
+
+    scale: str
+    """Where it keeps the scale, as a phrase."""
+
+    markers: frozenset[str]
+    """File names that make a folder one adapter of this layout."""
+
     def detect(self, source: Source) -> str | None:
         """The evidence that ``source`` is of this layout, as a phrase; None if it is not."""
 
@@ -76,6 +88,10 @@ class Native:
 
     name = "native"
     carries = frozenset({"replace", "lora", "loha", "lokr", "delta", "magnitude", "rows"})
+    writes = True
+    describes = "the loraformat file (.lora.safetensors)"
+    scale = "alpha and its rule, beside each part"
+    markers: frozenset[str] = frozenset()
 
     def detect(self, source: Source) -> str | None:
         """The reserved key in the header."""
@@ -85,7 +101,7 @@ class Native:
 
     def read(self, source: Source, options: ReadOptions) -> Reading:
         """The file says everything itself: options may only agree with it."""
-        adapter, warnings = file.read(source.container)
+        adapter, warnings = file.read_tensors(source.tensors, source.header)
         return Reading(adapter, warnings)
 
     def write(self, adapter: Adapter) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import NATIVE, Layout, Reading, ReadOptions
 from loraformat.names import nearest
-from loraformat.source import Source, open_source
+from loraformat.source import Source, not_found, open_source
 
 if TYPE_CHECKING:
-    import os
-
     from loraformat.adapter import Adapter
     from loraformat.base import Base
 
-__all__ = ["detect", "layout", "layouts", "load", "open_base", "read"]
+__all__ = ["detect", "from_tensors", "layout", "layouts", "load", "markers", "open_base", "read", "read_source"]
+
+CONFIG = "adapter_config.json"
+"""What PEFT and MLX call the configuration beside the tensors."""
 
 
 @functools.cache
@@ -51,6 +53,11 @@ def layout(name: str) -> Layout:
     return known[name]
 
 
+def markers() -> frozenset[str]:
+    """File names that make a folder one adapter, in any layout."""
+    return frozenset().union(*(item.markers for item in layouts().values()))
+
+
 def detect(source: Source) -> tuple[Layout, str]:
     """The only layout that claims the source, with its evidence; LF-501 none, LF-502 several."""
     if evidence := NATIVE.detect(source):
@@ -65,8 +72,9 @@ def detect(source: Source) -> tuple[Layout, str]:
 
 
 def _unclaimed(source: Source) -> LoraFormatError:
-    some = list(source.tensors)[:3]
-    what = f"no known layout claims {source.path}; its first tensors: {', '.join(some) or 'none'}"
+    what = f"no known layout claims {source.path}"
+    if source.file is None or source.file.suffix == ".safetensors":  # else it is no wonder that no tensors are found
+        what += f"; its first tensors: {', '.join(list(source.tensors)[:3]) or 'none'}"
     known = f"known layouts: {', '.join(layouts())}"
     return LoraFormatError([Problem("LF-501", what, fix=known), *_loaded("loraformat.layouts")[1]])
 
@@ -75,7 +83,13 @@ def read(
     path: str | os.PathLike[str], name: str | None = None, options: ReadOptions | None = None
 ) -> tuple[Reading, Layout, str]:
     """(adapter with warnings, its layout, the evidence) of a file or folder in any layout."""
-    source = open_source(path)
+    return read_source(open_source(path), name, options)
+
+
+def read_source(
+    source: Source, name: str | None = None, options: ReadOptions | None = None
+) -> tuple[Reading, Layout, str]:
+    """As ``read``, of a source that is open."""
     found, evidence = (layout(name), "as asked") if name else detect(source)
     return found.read(source, options or ReadOptions()), found, evidence
 
@@ -92,11 +106,50 @@ def load(path: str | os.PathLike[str], layout: str | None = None, base: Base | N
     return read(path, layout, ReadOptions(base=base))[0].adapter
 
 
+def from_tensors(
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any] | str,
+    *,
+    header: Mapping[str, str] | None = None,
+    options: ReadOptions | None = None,
+) -> Adapter:
+    """The adapter that arrays in memory are, read as if they lay in a file.
+
+    Args:
+        tensors: name → array, with the names of some layout.
+        config: what its ``adapter_config.json`` would say (PEFT and MLX call it so); or a layout's name, for a layout
+            that needs none or with ``options`` in its place.
+        header: the file's own metadata strings; of the native layout ``{"loraformat": text}``.
+        options: what the tensors do not say, such as alpha.
+
+    Raises:
+        LoraFormatError: as ``load``; LF-314 a value is no array.
+    """
+    import json
+
+    from loraformat.memory import MemorySource
+
+    if isinstance(config, str):
+        return read_source(MemorySource(tensors, header), config, options)[0].adapter
+    try:  # in the order given: of PEFT's patterns the first that fits counts
+        text = json.dumps(dict(config), default=_listed, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise fault("LF-503", f"the configuration is no JSON: {error}") from None
+    return read_source(MemorySource(tensors, header, {CONFIG: text}), None, options)[0].adapter
+
+
+def _listed(value: Any) -> list[Any]:
+    """A set, which is what PEFT's own configuration holds ``target_modules`` in, as JSON can spell it."""
+    if isinstance(value, (set, frozenset, tuple)):
+        return sorted(value)
+    raise TypeError(f"a {type(value).__name__}")
+
+
 def open_base(path: str | os.PathLike[str]) -> Base:
     """The base at ``path``: the kind that recognises it; LF-601 otherwise."""
     found = Path(path)
     if not found.exists():
-        raise fault("LF-701", f"no such file or folder: {found}")
+        raise not_found(os.fspath(path))
     plugins, problems = _loaded("loraformat.bases")
     for kind in plugins.values():
         if kind.recognises(found):

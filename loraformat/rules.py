@@ -97,5 +97,9 @@ RULES: dict[str, Rule] = _table(
     ("LF-703", "the output can be written"),
     ("LF-704", "what a command needs is installed"),
     ("LF-705", "a command's arguments are possible"),
+    ("LF-710", "the input is within the stated size"),
+    ("LF-711", "every rank is within the stated limit"),
+    ("LF-712", "the number of targets is within the stated limit"),
+    ("LF-713", "reading fails for no other reason than those that have a rule"),
 )
 """Rule id → rule."""

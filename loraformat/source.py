@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.container import Container
-from loraformat.errors import fault
+from loraformat.errors import LoraFormatError, fault
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "not_found", "open_source"]
 
 _SIDECAR_CAP = 16 * 2**20
 
@@ -68,11 +69,30 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """The source at ``path``; LF-701 if there is nothing."""
+    """The source at ``path``; LF-701 if there is nothing that can be read without waiting for it."""
     found = Path(path)
-    if not found.exists():
-        raise fault("LF-701", f"no such file or folder: {found}")
-    return Source(found)
+    try:
+        mode = os.stat(found).st_mode
+        if stat.S_ISREG(mode) and found.suffix == ".json":
+            raise fault("LF-501", f"{found} holds no tensors", fix=f"name the folder that it lies in: {found.parent}")
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            return Source(found)
+    except FileNotFoundError:
+        raise not_found(os.fspath(path)) from None
+    except OSError as error:
+        raise fault("LF-701", f"cannot read {found}: {error.strerror or error}") from None
+    kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+    raise fault("LF-701", f"{found} is {kind}, not a file", fix="save it to a file; validate also reads stdin, as -")
+
+
+def not_found(path: str) -> LoraFormatError:
+    """LF-701, with what was perhaps meant: a link whose file is gone, or the name of something on a hub."""
+    if os.path.islink(path):
+        return fault("LF-701", f"{path} is a link to {os.readlink(path)}, which does not exist")
+    folder, _, name = path.rpartition("/")
+    hub = "://" in path or (name and folder and "/" not in folder and not os.path.exists(folder))
+    fix = "a path on this machine is meant; from a hub, download it first" if hub else ""
+    return fault("LF-701", f"no such file or folder: {path}", fix=fix)
 
 
 def _tensor_file(folder: Path) -> Path | None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat import progress
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -66,6 +68,7 @@ def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, 
     norms.delta += _square(np.subtract(wanted, old, out=old))
     if stored.dtype != np.float32:
         norms.lost += _square(stored.astype(np.float32) - wanted)
+    progress.advance(stored.nbytes)
     return stored
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
 from loraformat import testing
+from loraformat.cli.main import _VERBS as VERBS
 
 GPT2 = str(adapter_of("gpt2"))
 BASE = str(base_of("gpt2"))
@@ -48,14 +49,12 @@ def left(folder):
 
 def test_without_a_command_the_commands_are_listed(run):
     told = run()
-    words = ["init", "validate", "info", "layouts", "convert", "bind", "resolve", "merge", "attach", "verify"]
+    words = list(VERBS)
     assert told.code == 2
     assert [line.split()[0] for line in told.err.partition("Commands:")[2].splitlines() if line.strip()] == words
 
 
-@pytest.mark.parametrize(
-    "verb", ["init", "validate", "info", "layouts", "convert", "bind", "resolve", "merge", "attach", "verify"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_command_has_help(run, verb):
     told = run(verb, "--help")
     assert told.code == 0
@@ -84,10 +83,12 @@ def test_validate_json_has_a_file_for_each_path_and_five_fields_a_problem(run):
     assert told.json == {
         "schema": 1,
         "files": [
-            {"path": GPT2, "valid": True, "problems": []},
+            {"path": GPT2, "valid": True, "layout": "peft", "targets": 6, "problems": []},
             {
                 "path": str(adapter_of("ia3")),
                 "valid": False,
+                "layout": None,
+                "targets": None,
                 "problems": [
                     {
                         "rule": "LF-504",
@@ -159,10 +160,13 @@ def test_info_json_of_every_kind_of_update_has_the_same_fields(run, tmp_path):
     assert targets["blocks.1.conv.weight"]["axes"] == {"out": [0], "in": [1, 2, 3]}
 
 
-def test_layouts_lists_what_is_installed(run):
-    assert [line.split()[0] for line in run("layouts").out.splitlines()] == ["native", "peft"]
+def test_layouts_is_a_table_of_what_is_installed(run):
+    rows = run("layouts").out.splitlines()
+    assert [row.split()[0] for row in rows] == ["layout", "native", "peft"]
+    assert "adapter_config.json" in rows[2]
     told = run("layouts", "--json").json
     assert told["schema"] == 1
+    assert list(told["layouts"]["peft"]) == ["describes", "writes", "carries", "scale"]
     assert told["layouts"]["peft"]["carries"] == told["layouts"]["native"]["carries"]
 
 

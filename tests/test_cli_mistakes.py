@@ -27,10 +27,13 @@ WRONG = {
     "unknown option": (["info", GPT2, "--jason"], 2, "No such option"),
     "missing argument": (["info"], 2, "Missing argument"),
     "missing file": (["info", "nothing-here"], 1, "LF-701  no such file or folder: nothing-here"),
+    "a name on a hub": (["info", "meta-llama/Llama"], 1, "from a hub, download it first"),
+    "a base on a hub": (["merge", GPT2, "--into", "https://hub.example/x", "-o", "m.safetensors"], 1, "from a hub, download it first"),
+    "the configuration for the adapter": (["info", f"{GPT2}/adapter_config.json"], 1, f"name the folder that it lies in: {GPT2}"),
     "missing base": (["merge", GPT2, "--into", "nowhere", "-o", "m.safetensors"], 1, "no such file or folder: nowhere"),
     "a folder without an adapter": (["info", "."], 1, "LF-501"),
     "a folder that is no base": (["merge", GPT2, "--into", ".", "-o", "m.safetensors"], 1, "LF-601"),
-    "a checkpoint as adapter": (["info", LINEAR_BASE], 1, "LF-501  no known layout claims"),
+    "a checkpoint as adapter": (["convert", LINEAR_BASE, "o.safetensors"], 1, "LF-501  no known layout claims"),
     "adapter and base swapped": (["merge", LINEAR_BASE, "--into", LINEAR, "-o", "m.safetensors"], 1, "are adapter and base swapped?"),
     "swapped for resolve": (["resolve", LINEAR_BASE, "--in", LINEAR], 1, "are adapter and base swapped?"),
     "another model's base": (["merge", LINEAR, "--into", BASE, "-o", "m.safetensors"], 1, "LF-602"),
@@ -66,6 +69,58 @@ def test_a_newcomers_mistake_is_told_in_words_and_leaves_nothing(run, mistake, t
     assert told.out == ""
     assert "Traceback" not in told.err
     assert left(tmp_path) == []
+
+
+MISTAKEN = {
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html><html><body>404</body></html>", "it is a web page"),
+    "JSON": (b'{"error": "not found", "code": 404}', "it is JSON"),
+    "GGUF": (b"GGUF\x03\x00\x00\x00\x02\x00\x00\x00", "it is a GGUF file"),
+    "noise": (bytes(range(90, 130)), "it is not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKEN)
+def test_what_was_saved_under_the_name_of_an_adapter_is_recognised(run, kind, tmp_path):
+    data, said = MISTAKEN[kind]
+    (tmp_path / "a.safetensors").write_bytes(data)
+    told = run("info", "a.safetensors")
+    assert (told.code, told.out) == (1, "")
+    assert said in told.err
+
+
+def test_a_link_whose_file_is_gone_says_where_it_leads(run, tmp_path):
+    (tmp_path / "a.safetensors").symlink_to("../blobs/0a1b")
+    told = run("info", "a.safetensors")
+    assert told.code == 1
+    assert "a.safetensors is a link to ../blobs/0a1b, which does not exist" in told.err
+
+
+def test_a_missing_extra_names_what_to_install(run, monkeypatch, tmp_path):
+    for name in [n for n in sys.modules if n.startswith("loraformat_converters.onnx.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    for words in (["info", "m.onnx"], ["attach", GPT2, "--to", "m.onnx", "-o", "o.onnx"]):
+        told = run(*words)
+        assert (told.code, told.out) == (1, "")
+        assert told.err.startswith("LF-704  reading m.onnx needs the onnx package")
+        assert "pip install 'loraformat[onnx]'" in told.err
+
+
+def test_one_fault_of_many_targets_is_told_once(run, tmp_path):
+    shutil.copy(adapter_of("gpt2") / "adapter_model.safetensors", tmp_path / "a.safetensors")
+    told = run("info", "a.safetensors")
+    assert told.code == 1
+    assert told.err.count("LF-509") == 1
+    assert "transformer.h.0.attn.c_attn, transformer.h.0.attn.c_proj and 4 more" in told.err
+    assert len(run("info", "a.safetensors", "--json").json["problems"]) == 6
+
+
+def test_a_fault_before_the_first_line_is_a_line_of_json_too(run):
+    told = run("validate", GPT2, "--base", "nowhere", "--jsonl")
+    assert (told.code, told.err) == (1, "")
+    assert [p["rule"] for p in told.json["problems"]] == ["LF-701"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "{", '{"a": "b", "a": "c"}'])

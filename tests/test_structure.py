@@ -22,16 +22,17 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 # A module may import only modules to its left.
 ORDER = (
     *("errors", "names", "axes", "scale", "parts", "products", "updates", "adapter"),
-    *("canonical", "container", "shapes", "values", "metadata", "faults", "parse", "rules"),
+    *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "atomic", "file"),
-    *("source", "layout", "base", "registry"),
-    *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "checkpoint", "normal"),
+    *("source", "memory", "layout", "base", "registry", "walk"),
+    *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "description", "checkpoint", "normal"),
     *("sketch", "bound"),
-    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert"),
+    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert", "verbs.validate"),
     *("testing.adapters", "testing.strategies", "testing"),
-    *("cli", "cli.options", "cli.adapters", "cli.inspect", "cli.create", "cli.deploy", "cli.check", "cli.main"),
+    *("cli", "cli.options", "cli.progress", "cli.adapters", "cli.validate", "cli.bases", "cli.info", "cli.layouts"),
+    *("cli.completion", "cli.create", "cli.deploy", "cli.check", "cli.main"),
 )
-THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex"}
+THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
 
 

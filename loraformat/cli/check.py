@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.options import echo_json, hints, json_flag, mapping, origin, shown, warn
+from loraformat.cli.options import echo_json, hints, json_flag, mapping, origin, printable, shown, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,9 +23,15 @@ __all__ = ["resolve", "verify"]
 
 @click.command()
 @click.argument("adapter")
-@click.option("--in", "base", required=True, help="The base: a checkpoint, an ONNX model, or a folder of them.")
 @click.option(
-    "--names-stub", "stub", type=click.Path(), help="Write a file to fill in for --names: what was not found."
+    "--in", "base", required=True, metavar="BASE", help="The base: a checkpoint, an ONNX model, or a folder of them."
+)
+@click.option(
+    "--names-stub",
+    "stub",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write a file to fill in for --names: what was not found.",
 )
 @mapping
 @origin
@@ -63,7 +69,7 @@ def _print(resolution: Resolution) -> None:
     for alike in failures.values():
         click.echo(shown(alike[0]))
         if more := alike[1:]:
-            click.echo(f"        and {len(more)} more like it: {', '.join(_plain(p.where) for p in more[:3])}…")
+            click.echo(f"        and {len(more)} more like it: {', '.join(printable(p.where) for p in more[:3])}…")
     several = len({match.file for places in resolution.targets.values() for match in places}) > 1
     lines: dict[str, list[str]] = {}
     for key, places in resolution.targets.items():
@@ -71,7 +77,7 @@ def _print(resolution: Resolution) -> None:
             line = _line(key, match, match.file if several else "")
             lines.setdefault(_starred(line), []).append(line)
     for starred, lines_alike in lines.items():
-        click.echo(_plain(f"{len(lines_alike)} × {starred}" if lines_alike[1:] else lines_alike[0]))
+        click.echo(printable(f"{len(lines_alike)} × {starred}" if lines_alike[1:] else lines_alike[0]))
     failed = len({p.where for p in [*resolution.unresolved, *resolution.ambiguous]})
     click.echo(f"{len(resolution.targets)} resolved by {resolution.rungs or 'nothing'}, {failed} not", err=True)
 
@@ -84,11 +90,6 @@ def _line(key: str, match: Match, file: str) -> str:
 def _starred(text: str) -> str:
     """The text with every number as ``*``: what the layers of a model have in common."""
     return re.sub(r"(?<![A-Za-z0-9])\d+(\.\d+)?(?![A-Za-z0-9])", "*", text)
-
-
-def _plain(text: str) -> str:
-    """A stranger's name for a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _write_stub(path: Path, base: Base, failed: Sequence[Problem]) -> None:
@@ -112,9 +113,9 @@ def _write_stub(path: Path, base: Base, failed: Sequence[Problem]) -> None:
 
 
 @click.command()
-@click.option("--base", required=True, help="The base before the merge.")
-@click.option("--adapter", required=True)
-@click.option("--merged", required=True, help="The result to check.")
+@click.option("--base", required=True, metavar="BASE", help="The base before the merge.")
+@click.option("--adapter", required=True, metavar="ADAPTER", help="What was merged.")
+@click.option("--merged", required=True, metavar="MERGED", help="The result to check.")
 @mapping
 @json_flag
 @click.pass_context

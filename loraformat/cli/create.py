@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, warn
+from loraformat.cli.options import Choice, complete_layout, echo_json, force, hints, json_flag, mapping, warn
+from loraformat.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -14,20 +15,24 @@ if TYPE_CHECKING:
 
 __all__ = ["bind", "convert", "init_"]
 
-_RULES = click.Choice(["alpha/r", "alpha/sqrt(r)", "factor"])
+_RULES = Choice(["alpha/r", "alpha/sqrt(r)", "factor"])
 
 
 @click.command("init")
 @click.argument("base")
 @click.option("--targets", "-t", multiple=True, required=True, metavar="PATTERN", help="Modules, such as q_proj.")
-@click.option("--rank", "-r", type=int, required=True)
-@click.option("--alpha", "-a", type=float, required=True)
-@click.option("--scale-rule", type=_RULES, default="alpha/r", show_default=True)
-@click.option("--sigma", type=float, help="Standard deviation of A; default 1/rank.")
-@click.option("--init", "method", type=click.Choice(["normal", "kaiming"]), default="normal", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("-o", "--out", required=True, help="The file (.safetensors) or folder (PEFT) to write.")
-@click.option("--to", "to_layout", metavar="LAYOUT")
+@click.option("--rank", "-r", type=int, required=True, metavar="R", help="Rank of every target.")
+@click.option("--alpha", "-a", type=float, required=True, metavar="A", help="The scale is alpha / rank.")
+@click.option("--scale-rule", type=_RULES, default="alpha/r", show_default=True, help="What multiplies B·A.")
+@click.option("--sigma", type=float, metavar="S", help="Standard deviation of A; default 1/rank.")
+@click.option(
+    "--init", "method", type=Choice(["normal", "kaiming"]), default="normal", show_default=True, help="How A is drawn."
+)
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="The same seed gives the same bytes.")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file (.safetensors) or folder (PEFT) to write.")
+@click.option(
+    "--to", "to_layout", metavar="LAYOUT", shell_complete=complete_layout, help="Layout of OUT; else by its name."
+)
 @mapping
 @force
 @json_flag
@@ -71,11 +76,19 @@ def init_(
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
-@click.option("--from", "from_layout", metavar="LAYOUT", help="Layout of SRC; else by its content.")
-@click.option("--to", "to_layout", metavar="LAYOUT", help="Layout of DST; else by its name.")
-@click.option("--base", help="Bind to this base: write how each matrix lies in its tensor.")
-@click.option("--alpha", type=float, help="For a source that states no alpha.")
-@click.option("--rank", type=int, help="The rank that the source must have.")
+@click.option(
+    "--from",
+    "from_layout",
+    metavar="LAYOUT",
+    shell_complete=complete_layout,
+    help="Layout of SRC; else by its content.",
+)
+@click.option(
+    "--to", "to_layout", metavar="LAYOUT", shell_complete=complete_layout, help="Layout of DST; else by its name."
+)
+@click.option("--base", metavar="BASE", help="Bind to this base: write how each matrix lies in its tensor.")
+@click.option("--alpha", type=float, metavar="A", help="For a source that states no alpha.")
+@click.option("--rank", type=int, metavar="R", help="The rank that the source must have.")
 @click.option("--scale-rule", type=_RULES, help="For a source that states no rule.")
 @mapping
 @force
@@ -117,8 +130,8 @@ def convert(
 
 @click.command()
 @click.argument("file", metavar="FILE")
-@click.option("--base", required=True, help="The checkpoint that the adapter belongs to.")
-@click.option("-o", "--out", help="Write here; default: FILE itself, which needs --force.")
+@click.option("--base", required=True, metavar="BASE", help="The checkpoint that the adapter belongs to.")
+@click.option("-o", "--out", metavar="OUT", help="Write here; default: FILE itself, which needs --force.")
 @click.option("--no-sketch", is_flag=True, help="Leave out the sketches that recognise a weight without its name.")
 @mapping
 @force
@@ -140,7 +153,8 @@ def bind(
 
     reading, _, _ = registry.read(file)
     warn(reading.warnings)
-    bound = run(reading.adapter, registry.open_base(base), hints(names, axes), sketches=not no_sketch)
+    with progress_bar("bind", None, quiet=as_json):
+        bound = run(reading.adapter, registry.open_base(base), hints(names, axes), sketches=not no_sketch)
     destination = out or file
     save(bound, destination, target_layout(destination, "native")[0], force=force)
     _proof(bound, destination, f"bound to {base}", as_json, f"loraformat merge {destination} --into {base} -o OUT")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.options import echo_json, force, hints, json_flag, mapping, origin, strength, warn
+from loraformat.cli.options import Choice, echo_json, force, hints, json_flag, mapping, origin, strength, warn
+from loraformat.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from loraformat.plan import Outcome, Plan
@@ -23,8 +24,10 @@ _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
-@click.option("--into", "base", required=True, help="The base: a .safetensors checkpoint or an ONNX model.")
-@click.option("-o", "--out", required=True, help="The file to write.")
+@click.option(
+    "--into", "base", required=True, metavar="BASE", help="The base: a .safetensors checkpoint or an ONNX model."
+)
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
 @strength
 @mapping
 @origin
@@ -42,9 +45,9 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER[:W]…")
-@click.option("--to", "base", required=True, help="The ONNX model.")
-@click.option("-o", "--out", required=True, help="The file to write.")
-@click.option("--mode", type=click.Choice(["branch"]), default="branch", show_default=True)
+@click.option("--to", "base", required=True, metavar="MODEL", help="The ONNX model.")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
+@click.option("--mode", type=Choice(["branch"]), default="branch", show_default=True, help="How the adapter is put in.")
 @strength
 @mapping
 @origin
@@ -90,7 +93,8 @@ def _carry_out(
         warn(gathered.warnings)
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
-    outcome = base.apply(plan, force=force)
+    with progress_bar(verb, plan.writes, quiet=as_json):
+        outcome = base.apply(plan, force=force)
     _proof(plan, outcome, words, base_path, as_json)
 
 

@@ -6,25 +6,43 @@ import importlib
 import io
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraformat.errors import LoraFormatError, Problem
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 __all__ = ["cli", "main"]
 
 _VERBS = {
     "init": "create",
-    "validate": "inspect",
-    "info": "inspect",
-    "layouts": "inspect",
+    "validate": "validate",
+    "info": "info",
+    "layouts": "layouts",
     "convert": "create",
     "bind": "create",
     "resolve": "check",
     "merge": "deploy",
     "attach": "deploy",
     "verify": "check",
+    "completion": "completion",
+}
+# What the overview says of a verb: its module is not imported for one line of text.
+_SAYS = {
+    "init": "make a fresh adapter for a base: ΔW = 0",
+    "validate": "check adapters: every shape, scale and value",
+    "info": "say what a file is: adapter, checkpoint or ONNX model",
+    "layouts": "list the layouts that can be read and written",
+    "convert": "write an adapter in another layout",
+    "bind": "write into an adapter what its base says",
+    "resolve": "say where every target lies in a base, and by which evidence",
+    "merge": "write a base with adapters added to its weights",
+    "attach": "write an ONNX model that runs adapters beside its weights",
+    "verify": "check that a merged base is base + adapter",
+    "completion": "print the completion script of a shell",
 }
 
 
@@ -42,19 +60,41 @@ class _Verbs(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        from loraformat.names import nearest
-
         if args and args[0] not in _VERBS and not args[0].startswith("-"):
-            hint = nearest(args[0], _VERBS)
-            mean = f" Did you mean {hint[0]!r}?" if hint else ""
-            ctx.fail(f"no such command {args[0]!r}.{mean}  Commands: {', '.join(_VERBS)}")
+            from loraformat.names import nearest
+
+            close = nearest(args[0], _VERBS, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            if not close and os.path.exists(args[0]):
+                hint = f" It is a file: loraformat info {args[0]}"
+            ctx.fail(f"no such command {args[0]!r}.{hint}  Commands: {', '.join(_VERBS)}")
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _SAYS.get(name, "")) for name in self.list_commands(ctx)])
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="loraformat")
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        verbs = [CompletionItem(name, help=_SAYS.get(name)) for name in _VERBS if name.startswith(incomplete)]
+        return verbs if not incomplete.startswith("-") else super().shell_complete(ctx, incomplete)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="loraformat", message="%(package)s %(version)s")
 def cli() -> None:
-    """One LoRA adapter file for every runtime: check it, convert it, merge it, attach it to ONNX models."""
+    """One LoRA adapter file for every runtime: check it, convert it, merge it, attach it to ONNX models.
+
+    \b
+    loraformat info     ADAPTER                            what it holds: targets, ranks, scales
+    loraformat convert  ADAPTER my.lora.safetensors        one checked, self-describing file
+    loraformat merge    ADAPTER --into BASE -o OUT         W + ΔW in the place of W
+    loraformat attach   ADAPTER --to MODEL.onnx -o OUT     a branch beside W, which stays as it is
+
+    Data goes to stdout, words and progress to stderr; --json gives data for programs. Exit code 0: done;
+    1: the input is at fault; 2: the command line is.
+    """
 
 
 def main() -> None:
@@ -62,13 +102,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name in a file may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")
+    colour = False if os.environ.get("NO_COLOR") else None  # None: as the stream is a terminal or not
     try:
-        code = cli.main(
-            prog_name="loraformat", standalone_mode=False
-        )  # click gives ctx.exit's code back, and raises everything else
+        # click gives ctx.exit's code back, and raises everything else
+        code = cli.main(prog_name="loraformat", standalone_mode=False, color=colour)
     except LoraFormatError as error:
-        _fail(error)
-    except click.Abort:
+        _fail(error, colour)
+    except click.Abort:  # what click makes of Ctrl-C
+        click.echo("\ninterrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -78,18 +119,20 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:  # the disk, the permissions, the name: whatever it is, it is not in our hands
         what = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
-        _fail(LoraFormatError(Problem("LF-701", what)))
+        _fail(LoraFormatError(Problem("LF-701", what)), colour)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: LoraFormatError) -> None:
-    from loraformat.cli.options import echo_json, shown
+def _fail(error: LoraFormatError, colour: bool | None) -> None:
+    from loraformat.cli.options import echo_json, echo_line, shown, together
 
-    if "--json" in sys.argv:
-        echo_json({"schema": 1, "problems": [p.as_json() for p in error.problems]})
+    if "--json" in sys.argv or "--jsonl" in sys.argv:
+        echo = echo_json if "--json" in sys.argv else echo_line
+        echo({"schema": 1, "problems": [p.as_json() for p in error.problems]})
     else:
-        first = error.problems[:20]
-        click.echo("\n".join(map(shown, first)), err=True)
-        if len(error.problems) > len(first):
-            click.echo(f"… and {len(error.problems) - len(first)} more (--json lists all)", err=True)
+        problems = together(error.problems)
+        first = problems[:20]
+        click.echo("\n".join(map(shown, first)), err=True, color=colour)
+        if len(problems) > len(first):
+            click.echo(f"… and {len(problems) - len(first)} more (--json lists all)", err=True)
     sys.exit(2 if all(p.rule == "LF-705" for p in error.problems) else 1)

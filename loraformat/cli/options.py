@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,18 +15,55 @@ from loraformat import canonical
 from loraformat.errors import Problem, fault
 from loraformat.resolve import Hints
 
-__all__ = ["echo_json", "force", "hints", "json_flag", "mapping", "origin", "shown", "strength", "warn"]
+__all__ = [
+    "Choice",
+    "complete_layout",
+    "echo_json",
+    "echo_line",
+    "force",
+    "hints",
+    "json_flag",
+    "mapping",
+    "origin",
+    "printable",
+    "shown",
+    "strength",
+    "table",
+    "warn",
+]
 
 _SPEC = re.compile(r"\s*(out|in|batch)\d*\s*(,\s*(out|in|batch)\d*\s*)*")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Choice(click.Choice[str]):
+    """A choice that says which value is nearest to a wrong one."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None = None) -> str:
+        """What ``--help`` lists, and the nearest of it."""
+        from loraformat.names import nearest
+
+        close = nearest(str(value), map(str, self.choices), 1)
+        mean = f" Did you mean {close[0]!r}?" if close else ""
+        return f"{str(value)!r} is not one of {', '.join(map(repr, map(str, self.choices)))}.{mean}"
+
 
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
 
+def complete_layout(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For a shell: the names of layouts that begin so."""
+    from loraformat import registry
+
+    return [name for name in registry.layouts() if name.startswith(incomplete)]
+
+
 def mapping(function: F) -> F:
     """``--names`` and ``--axes``: what the user knows of the base."""
-    names = click.option("--names", type=click.Path(), help="JSON file: target → name in the base; * maps prefixes.")
+    names = click.option(
+        "--names", type=click.Path(), metavar="MAP", help="JSON file: target → name in the base; * maps prefixes."
+    )
     axes = click.option("--axes", multiple=True, metavar="PATTERN=SPEC", help="Axes of targets: out,in or in,out.")
     return names(axes(function))
 
@@ -32,7 +71,7 @@ def mapping(function: F) -> F:
 def origin(function: F) -> F:
     """``--base``: the weights by which a graph's are recognised."""
     text = "The checkpoint that the adapter was trained on: finds weights of a graph by their values."
-    return click.option("--base", "origin", type=click.Path(), help=text)(function)
+    return click.option("--base", "origin", type=click.Path(), metavar="BASE", help=text)(function)
 
 
 def strength(function: F) -> F:
@@ -70,17 +109,56 @@ def _names(path: Path) -> dict[str, str]:
 
 def echo_json(value: Any) -> None:
     """JSON on stdout, for people and programs: two spaces, keys as given."""
+    _echo(value, indent=2)
+
+
+def echo_line(value: Any) -> None:
+    """JSON on one line of stdout, there at once."""
+    _echo(value, indent=None)
+
+
+def _echo(value: Any, indent: int | None) -> None:
+    """Beyond ASCII only where stdout takes all of Unicode: its own escapes are not those of JSON."""
     import json
 
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    spelled = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, indent=indent, ensure_ascii=not spelled, allow_nan=False))
+
+
+def printable(text: str) -> str:
+    """A stranger's text on one line of a terminal: its control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(problem: Problem) -> str:
-    """A problem for a terminal: control characters in a stranger's names are shown, not obeyed."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(problem))
+    """A problem for a terminal; none of its fields can begin a line of its own. click takes the colour off a pipe."""
+    what, where, fix = map(printable, (problem.what, problem.where, problem.fix))
+    text = str(replace(problem, what=what, where=where, fix=fix))
+    colour = "red" if problem.severity == "error" else "yellow"
+    return click.style(problem.rule, fg=colour) + text.removeprefix(problem.rule)
+
+
+def together(problems: Iterable[Problem]) -> list[Problem]:
+    """For a person: those that differ in nothing but the place as one, with the first places."""
+    alike: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.rule, problem.severity, problem.what, problem.fix), []).append(problem)
+    return [replace(group[0], where=_places([p.where for p in group])) for group in alike.values()]
+
+
+def _places(places: list[str]) -> str:
+    shown, rest = (places, 0) if len(places) <= 3 else (places[:2], len(places) - 2)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Rows of equal length as lines, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def warn(problems: Iterable[Problem]) -> None:
     """Warnings on stderr."""
-    for problem in problems:
+    for problem in together(problems):
         click.echo(shown(problem), err=True)

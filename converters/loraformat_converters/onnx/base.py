@@ -20,7 +20,9 @@ from loraformat.plan import Job, Outcome, Plan, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat_converters.onnx.attach import Branch
+from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.index import Index, Site
+from loraformat_converters.onnx.info import describe
 from loraformat_converters.onnx.ladder import PREFIX, Found, climb
 from loraformat_converters.onnx.merge import Spot, merge, spots
 from loraformat_converters.onnx.model import FLOATS, array, load
@@ -65,6 +67,14 @@ class OnnxBase:
             for name, tensor in self.index.roots.items()
             if tensor.data_type in FLOATS
         }
+
+    def describe(self) -> Mapping[str, Any]:
+        """See ``loraformat_converters.onnx.info``."""
+        return describe(self.model, self.index, self.path)
+
+    def how(self, language: str) -> str:
+        """See ``loraformat_converters.onnx.how``."""
+        return how(self.describe(), self.path, language)
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""

@@ -62,6 +62,12 @@ class OnnxFolder:
             for name, parameter in model.base.parameters().items()
         }
 
+    def describe(self) -> Mapping[str, Any]:
+        """kind, components (name, or the empty text → its files), models (file → see ``…onnx.info``)."""
+        components = {name or "": [m.file for m in models] for name, models in self.components.items()}
+        models = {file: dict(model.base.describe()) for file, model in self.models.items()}
+        return {"kind": "onnx-folder", "components": components, "models": models}
+
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """As each file has them; keys begin with the component where the folder has components."""
         found: dict[str, Placement | None] = {}

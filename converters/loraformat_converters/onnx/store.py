@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
+from loraformat import progress
 from loraformat.atomic import write_file
 from loraformat.errors import fault
 from loraformat_converters.onnx.model import External, external
@@ -139,7 +140,7 @@ def _copy(source: BinaryIO, file: BinaryIO, count: int) -> None:
         chunk = source.read(min(count, _COPY))
         if not chunk:
             raise OSError("the data file became shorter while it was copied")
-        file.write(chunk)
+        progress.advance(file.write(chunk))
         count -= len(chunk)
 
 

@@ -24,6 +24,10 @@ class Peft:
 
     name = "peft"
     carries = frozenset({"replace", "lora", "loha", "lokr", "delta", "magnitude", "rows"})
+    writes = True
+    describes = "Hugging Face PEFT: adapter_config.json, adapter_model.safetensors"
+    scale = "lora_alpha / r, or / √r with use_rslora, in adapter_config.json"
+    markers = frozenset({config.FILE, "adapter_model.safetensors", "adapter_model.bin"})
 
     def detect(self, source: Source) -> str | None:
         """A configuration with ``peft_type``, or the key endings of PEFT in a bare file."""

@@ -1,86 +1,115 @@
-"""The verbs that only look: validate, info, layouts."""
+"""What is it? info, for adapters, bases and models with adapters attached."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraformat.cli.options import echo_json, json_flag, shown
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.cli.options import Choice, complete_layout, echo_json, json_flag, printable, shown
+from loraformat.errors import LoraFormatError, fault
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
     from loraformat.layout import Reading
 
-__all__ = ["info", "layouts", "validate"]
+__all__ = ["info"]
 
-
-@click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH…")
-@click.option("--base", "base_path", type=click.Path(), help="Also resolve every target in this base.")
-@click.option("--strict", is_flag=True, help="Warnings make an input invalid too.")
-@click.option("--from", "layout", metavar="LAYOUT", help="Read as this layout.")
-@json_flag
-@click.pass_context
-def validate(
-    ctx: click.Context, paths: tuple[str, ...], base_path: str | None, strict: bool, layout: str | None, as_json: bool
-) -> None:
-    """Check adapters, in any layout, value by value. Exit 1 if one is invalid."""
-    from loraformat import registry
-
-    base = registry.open_base(base_path) if base_path else None
-    results = [(path, *_check(path, layout, base)) for path in paths]
-    bad = [any(p.severity == "error" or strict for p in problems) for _, _, problems in results]
-    if as_json:
-        files = [
-            {"path": path, "valid": not wrong, "problems": [p.as_json() for p in problems]}
-            for (path, _, problems), wrong in zip(results, bad, strict=True)
-        ]
-        echo_json({"schema": 1, "files": files})
-    else:
-        for (path, said, problems), wrong in zip(results, bad, strict=True):
-            click.echo(f"{'INVALID' if wrong else 'valid'}  {path}{f'  {said}' if said else ''}")
-            for problem in problems:
-                click.echo("  " + shown(problem).replace("\n", "\n  "))
-    ctx.exit(1 if any(bad) else 0)
-
-
-def _check(path: str, layout: str | None, base: Base | None) -> tuple[str, list[Problem]]:
-    """(what it is, every problem)."""
-    from loraformat import registry
-    from loraformat.resolve import Hints
-    from loraformat.values import value_problems
-
-    try:
-        reading, found, evidence = registry.read(path, layout)
-        problems = [*reading.warnings, *value_problems(reading.adapter)]
-        if base is not None:
-            resolution = base.resolve(reading.adapter, Hints())
-            problems += [*resolution.unresolved, *resolution.ambiguous]
-    except LoraFormatError as error:
-        return "", list(error.problems)
-    return f"{found.name} ({evidence}), {_count(len(reading.adapter))}", problems
+_LANGUAGES = ("python", "cpp", "csharp", "js", "genai")
+_LOOKED_AT = 100  # files under a folder: enough to find a download's adapter, few enough not to be waited for
 
 
 @click.command()
 @click.argument("path")
-@click.option("--from", "layout", metavar="LAYOUT", help="Read as this layout.")
+@click.option(
+    "--from", "layout", metavar="LAYOUT", shell_complete=complete_layout, help="Read as an adapter in this layout."
+)
+@click.option("--how", type=Choice(_LANGUAGES), help="Print code that runs this model, for its own inputs.")
 @json_flag
-def info(path: str, layout: str | None, as_json: bool) -> None:
-    """Say what an adapter is: layout, targets, ranks, scales, size."""
+def info(path: str, layout: str | None, how: str | None, as_json: bool) -> None:
+    """Say what PATH is.
+
+    Of an adapter: layout, targets, ranks, scales, size. Of a checkpoint: architecture, dtypes, tied weights. Of an
+    ONNX model: inputs and outputs, the weights that can be changed and those that cannot, and why, what is attached.
+    """
     from loraformat import registry
 
-    reading, found, evidence = registry.read(path, layout)
-    adapter = reading.adapter
-    if as_json:
-        echo_json(_info_json(path, found.name, adapter))
+    if how:
+        _show_how(registry.open_base(path), how)
         return
-    click.echo(f"{path}: {found.name} ({evidence})")
-    for line in _lines(adapter, reading):
+    try:
+        reading, found, evidence = registry.read(path, layout)
+    except LoraFormatError as error:
+        if layout or not all(p.rule in ("LF-501", "LF-502", "LF-704") for p in error.problems):
+            raise
+        _show_base(path, _base(path, error), as_json)
+        return
+    if as_json:
+        echo_json(_info_json(path, found.name, reading.adapter))
+        return
+    click.echo(f"{printable(path)}: {found.name} ({printable(evidence)})")
+    for line in _lines(reading.adapter, reading):
         click.echo(line)
+
+
+def _show_how(base: Base, language: str) -> None:
+    from loraformat.base import Runnable
+
+    if not isinstance(base, Runnable):
+        fix = "--how is for one ONNX model, such as FOLDER/decoder_model.onnx; a checkpoint is run by its own framework"
+        raise fault("LF-705", f"{base.path} is nothing that a runtime runs as it is", fix=fix)
+    click.echo(base.how(language), nl=False)
+
+
+def _base(path: str, error: LoraFormatError) -> Base:
+    """The base at ``path``, which is no adapter; ``error`` where it is no base either, or looks like an adapter."""
+    from loraformat import registry
+
+    try:
+        base = registry.open_base(path)
+    except LoraFormatError as other:
+        if other.problems[0].rule == "LF-601":
+            raise _neither(path, error, other) from None
+        raise
+    if "attach" not in base.verbs and any("lora" in name.lower() for name in base.parameters()):
+        raise error  # an adapter in a layout that is not known; a checkpoint has no such names
+    return base
+
+
+def _neither(path: str, error: LoraFormatError, other: LoraFormatError) -> LoraFormatError:
+    """What was tried, and where under a folder an adapter lies, as in a downloaded repository's snapshots."""
+    near = list(itertools.islice((found for found in _claimed_under(Path(path)) if found != str(Path(path))), 3))
+    if near:
+        return fault("LF-501", f"{path} itself is no adapter; in it lies {', '.join(near)}", fix="name one")
+    return LoraFormatError([*error.problems, *other.problems])
+
+
+def _claimed_under(path: Path) -> Iterator[str]:
+    from loraformat import registry
+    from loraformat.source import open_source
+    from loraformat.walk import adapters_under
+
+    for found in itertools.islice(adapters_under(path, registry.markers()), _LOOKED_AT):
+        with contextlib.suppress(LoraFormatError, OSError):
+            registry.detect(open_source(found))
+            yield str(found)
+
+
+def _show_base(path: str, base: Base, as_json: bool) -> None:
+    from loraformat.cli.bases import base_lines
+
+    description = dict(base.describe())
+    if as_json:
+        echo_json({"schema": 1, "path": path, **description})
+        return
+    for line in base_lines(path, description):
+        click.echo(printable(line))
 
 
 def _info_json(path: str, layout: str, adapter: Adapter) -> dict[str, Any]:
@@ -160,18 +189,3 @@ def _dims(matrix: tuple[int, ...] | None) -> str:
 
 def _count(number: int) -> str:
     return f"{number} target{'' if number == 1 else 's'}"
-
-
-@click.command()
-@json_flag
-def layouts(as_json: bool) -> None:
-    """List the layouts that can be read and written, with the kinds of update that each carries."""
-    from loraformat import registry
-
-    known = registry.layouts()
-    if as_json:
-        echo_json({"schema": 1, "layouts": {name: {"carries": sorted(item.carries)} for name, item in known.items()}})
-        return
-    for name, item in known.items():
-        said = (type(item).__doc__ or "").strip().splitlines()[0]
-        click.echo(f"{name:8} carries {', '.join(sorted(item.carries)):60} {said}")

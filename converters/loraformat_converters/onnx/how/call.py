@@ -1,0 +1,142 @@
+"""One call of a model, whatever language makes it: what is fed, the sizes that are free, what comes out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import fault
+
+__all__ = ["Call", "Feed", "quoted"]
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+# torch.onnx and optimum name a size that depends on others by a sum: "past_sequence_length + 1".
+_SUM = re.compile(r"[A-Za-z_]\w*(\s*[+*-]\s*\w+)+")
+_KEYWORDS = frozenset(
+    """and as assert async await base bool break byte case catch char class const continue debugger def default del
+    delete do double elif else enum except export extends false final finally float fixed for foreach from function
+    global goto if implements import in instanceof int interface internal is lambda let lock long namespace new nonlocal
+    not null object operator or out override package params pass private protected public raise ref return sbyte sealed
+    short signed sizeof static string struct super switch template this throw true try typedef typeof uint ulong union
+    unsigned using var virtual void volatile while with yield env feeds inputs main memory np ort outputs results
+    session""".split()  # noqa: SIM905 - a list would be a page
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """One input: ``sizes`` are expressions of numbers and free sizes, valid in every language here.
+
+    ``variable`` is a legal name for it. ``fill`` is the value that it is filled with: 0 for a factor of an adapter
+    that is fed at run time, which is then off; else 1.
+    """
+
+    name: str
+    variable: str
+    dtype: str
+    sizes: tuple[str, ...]
+    fill: int = 1
+
+    @property
+    def count(self) -> str:
+        """The number of values, as an expression."""
+        factors = [size if size.isdigit() or _WORD.fullmatch(size) else f"({size})" for size in self.sizes]
+        return " * ".join(factors) or "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Everything that a language needs."""
+
+    path: Path
+    feeds: tuple[Feed, ...]
+    sizes: Mapping[str, int]
+    outputs: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any], path: Path) -> Call:
+        """From the description of an ONNX model; LF-705 where an input is no tensor."""
+        names = _Names()
+        feeds = tuple(_feed(entry, names) for entry in description["inputs"] if not entry["optional"])
+        outputs = tuple(entry["name"] for entry in description["outputs"])
+        return cls(path, feeds, names.sizes, outputs, tuple(_notes(description)))
+
+    def types(self, language: str, known: Mapping[str, Any]) -> None:
+        """LF-705 where an input has a dtype that the language has no plain word for."""
+        strange = [f"{feed.name} ({feed.dtype})" for feed in self.feeds if feed.dtype not in known]
+        if strange:
+            raise fault("LF-705", f"no plain {language} code feeds {', '.join(strange)}", where=str(self.path))
+
+    def declared(self, form: str) -> str:
+        """The free sizes as declarations ``form`` of ``{name}`` and ``{value}``, joined by commas."""
+        return ", ".join(form.format(name=name, value=value) for name, value in self.sizes.items())
+
+
+class _Names:
+    """Legal, distinct names for what the model calls as it likes, and a first value for every free size."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self._given: dict[tuple[str, str], str] = {}
+        self._taken = set(_KEYWORDS)
+
+    def of(self, kind: str, name: str) -> str:
+        """The variable for the size or input ``name``: always the same for the same one."""
+        if (kind, name) not in self._given:
+            word = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "x"
+            word = f"n_{word}" if word[0].isdigit() else word
+            candidate, n = word, 1
+            while candidate in self._taken:
+                n += 1
+                candidate = f"{word}_{n}"
+            self._taken |= {candidate, f"{candidate}_shape"}
+            self._given[kind, name] = candidate
+        return self._given[kind, name]
+
+    def size(self, dimension: int | str | None, label: str, axis: int) -> str:
+        """An expression for a size: a number, a variable, or a sum of both."""
+        if isinstance(dimension, int):
+            return str(dimension)
+        text = dimension or f"{label}_size{axis}"
+        if _SUM.fullmatch(text):
+            return _WORD.sub(lambda match: self._free(match[0], axis), text)
+        return self._free(text, axis)
+
+    def _free(self, name: str, axis: int) -> str:
+        variable = self.of("size", name)
+        first = 0 if "past" in name else 1 if axis == 0 or "batch" in name else 8
+        self.sizes.setdefault(variable, first)
+        return variable
+
+
+def quoted(text: str) -> str:
+    """A string literal that every language here reads alike."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _feed(entry: Mapping[str, Any], names: _Names) -> Feed:
+    name, shape = entry["name"], entry["shape"]
+    if shape is None:
+        what = f"the input {name} is a {entry['dtype']} of no stated shape" if entry["dtype"] else name
+        raise fault("LF-705", f"{what}: there is no ready code for it", where=name)
+    sizes = tuple(names.size(d, name, axis) for axis, d in enumerate(shape))
+    return Feed(name, names.of("input", name), entry["dtype"], sizes, 0 if name.startswith("lora/") else 1)
+
+
+def _notes(description: Mapping[str, Any]) -> Sequence[str]:
+    """Lines that belong above the code: what is attached, which inputs need not be fed."""
+    notes = []
+    for entry in description["attached"]:
+        state = "always on" if entry["mode"] == "branch" else "fed at run time: zeros leave it off"
+        notes.append(f"Attached: {entry['name']} ({entry['mode']}, {len(entry['targets'])} targets), {state}.")
+    optional = [entry["name"] for entry in description["inputs"] if entry["optional"]]
+    if optional:
+        notes.append(
+            f"Not fed, since the model holds values for them: {', '.join(optional[:4])}" + (", …" * (len(optional) > 4))
+        )
+    return ["".join(c if c.isprintable() else "?" for c in note) for note in notes]

