@@ -80,6 +80,7 @@ RULES: dict[str, Rule] = _table(
     ("LF-507", "two statements of one fact agree"),
     ("LF-508", "the target layout can carry the adapter"),
     ("LF-509", "the scale is stated"),
+    ("LF-510", "a PyTorch file holds tensors in plain containers, and nothing that would have to run"),
     ("LF-601", "the kind of base can be told"),
     ("LF-602", "every target is found in the base"),
     ("LF-603", "no target has two candidates, and no place two targets"),

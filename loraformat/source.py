@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.container import Container
 from loraformat.errors import LoraFormatError, fault
+from loraformat.pickled import is_torch
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from loraformat.pickled.file import TorchFile
 
     Array = npt.NDArray[Any]
 
@@ -35,25 +39,38 @@ class Source:
         self.folder = path if path.is_dir() else path.parent
         self.file: Path | None = path if not path.is_dir() else _tensor_file(path)
         self._container: Container | None = None
+        self._tensors: TorchFile | None = None
 
     @property
     def container(self) -> Container:
         """The opened tensor file; LF-1xx where it is damaged, LF-501 where there is none."""
         if self.file is None:
-            raise fault("LF-501", f"{self.path} holds no adapter: no .safetensors file in it")
+            raise fault("LF-501", f"{self.path} holds no adapter: no tensor file in it")
         if self._container is None:
             self._container = Container(self.file)
         return self._container
 
+    @cached_property
+    def torch(self) -> bool:
+        """Whether the tensor file is one of ``torch.save``, by its first bytes."""
+        return self.file is not None and is_torch(self.file)
+
     @property
     def tensors(self) -> Mapping[str, Array]:
-        """Tensor name → array."""
-        return self.container
+        """Tensor name → array, of a safetensors file or, by a reader that runs nothing, of one of ``torch.save``."""
+        if not self.torch:
+            return self.container
+        if self._tensors is None:
+            from loraformat.pickled.file import TorchFile  # the machinery is loaded only where it is needed
+
+            assert self.file is not None
+            self._tensors = TorchFile(self.file)
+        return self._tensors
 
     @property
     def header(self) -> Mapping[str, str]:
-        """The container's own metadata strings."""
-        return self.container.metadata
+        """The container's own metadata strings; a PyTorch file has none."""
+        return {} if self.torch else self.container.metadata
 
     def sidecar(self, name: str) -> str | None:
         """The text of a file beside the tensors, or None where there is none."""
@@ -97,9 +114,10 @@ def not_found(path: str) -> LoraFormatError:
 
 def _tensor_file(folder: Path) -> Path | None:
     """The tensor file of an adapter folder: the names that tools write, else the only one there is."""
-    for name in ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
+    for stem in ("adapter_model", "adapters", "pytorch_lora_weights"):
+        for ending in (".safetensors", ".bin"):
+            if (folder / f"{stem}{ending}").is_file():
+                return folder / f"{stem}{ending}"
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
         raise fault(

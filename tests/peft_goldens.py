@@ -21,6 +21,7 @@ HERE = Path(__file__).parent / "golden" / "peft"
 # Case → the axes that its base does not show: bare tensors without a config.json say nothing of square weights.
 SUPPORTED = {
     "linear": {},
+    "bin": {},
     "linear_square": {"*": "out,in"},
     "rslora": {},
     "patterns": {},

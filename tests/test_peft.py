@@ -33,7 +33,6 @@ from loraformat_converters.peft import config as configs
 
 # Case → the rule that refuses it and words that name the reason.
 REFUSED = {
-    "bin": ("LF-501", "no .safetensors file in it"),
     "grouped_conv": ("LF-504", "a grouped convolution"),
     "ia3": ("LF-504", "peft_type IA3 multiplies the base weight"),
     "oft": ("LF-504", "peft_type OFT multiplies the base weight"),
