@@ -19,11 +19,11 @@ demo: $(CORE)
 	$(BIN)/python examples/minilm/demo.py
 
 test: $(TEST) $(NODE)
-	$(BIN)/python -m pytest -q -m "not peer"
-	$(BIN)/python -m pytest -q -m peer
+	$(BIN)/python -m pytest -q -m "not peer and not slow"
+	$(BIN)/python -m pytest -q -m "peer or slow"
 
 fast: $(TEST)
-	$(BIN)/python -m pytest -q -m "not peer"
+	$(BIN)/python -m pytest -q -m "not peer and not slow"
 
 lint: $(LINT)
 	$(BIN)/ruff check .

@@ -1,23 +1,23 @@
 """Writing so that a reader never sees half a file: a temporary name in the same folder, fsync, rename.
 
-Killed at any moment, the old output is still there and whole; what is left over is a hidden temporary file.
+Killed at any moment, the old output is still there and whole. A folder cannot be replaced in one step: the old one
+steps aside as ``.NAME.old``, and if the run dies right there the next one puts it back. Temporaries that a killed
+run left are those that nobody holds a lock on; the next run to the same output removes them.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
 
 from loraformat.errors import fault
+from loraformat.locks import hold, locked, take
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["Writer", "check_free", "write_file", "write_folder"]
+__all__ = ["Writer", "check_free", "check_room", "write_file", "write_folder"]
 
 
 class Writer(Protocol):
@@ -35,69 +35,148 @@ def check_free(path: Path, force: bool) -> None:
         raise fault("LF-703", f"the folder {path.parent} does not exist", fix=f"mkdir -p {path.parent}")
 
 
+def check_room(path: Path, count: int) -> None:
+    """LF-703 where the disk has not ``count`` bytes free: sooner said than after an hour."""
+    free = shutil.disk_usage(path.parent).free
+    if free < count:
+        raise fault("LF-703", f"{path} takes {count:,} bytes, and the disk has {free:,} left")
+
+
 def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
     """Create ``path`` from what ``writer`` writes, or leave everything as it was."""
     check_free(path, force)
     if path.is_dir():
         raise fault("LF-703", f"{path} is a folder; the output is a file")
-    with _temporary(path) as temporary:
-        with open(temporary, "xb") as file:
+    with _temporary(path, folder=False) as temporary:
+        with open(temporary, "r+b") as file:
             writer(file)
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
         os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = False) -> None:
     """Create the folder ``path`` with one file for each writer, or leave everything as it was.
 
-    An existing folder steps aside as ``.NAME.old`` until the new one has its name; a run that was killed between
-    the two renames is undone by the next.
+    Args:
+        writers: by the file's name in the folder; ``/`` makes folders inside it.
     """
     old = path.with_name(f".{path.name}.old")
-    if old.exists():
-        _remove(old) if path.exists() else os.rename(old, path)
+    if path.parent.is_dir():
+        with locked(path.parent):
+            _recover(path, old)
     check_free(path, force)
     _check_nothing_else(path, writers)
-    with _temporary(path) as temporary:
-        temporary.mkdir()
+    with _temporary(path, folder=True) as temporary:
         for name, writer in writers.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary / name, "xb") as file:
+            with open(temporary / name, "x+b") as file:
                 writer(file)
-                file.flush()
-                os.fsync(file.fileno())
-        if os.path.lexists(path):
-            os.rename(path, old)
+                _flush(file)
+        for folder in {(temporary / name).parent for name in writers} | {temporary}:
+            _sync(folder)
+        with locked(path.parent):
+            _swap(temporary, path, old)
+            _sync(path.parent)
+            _discard(path, old)
+
+
+def _swap(temporary: Path, path: Path, old: Path) -> None:
+    if os.path.lexists(path):
+        os.rename(path, old)
+    try:
         os.rename(temporary, path)
-        _remove(old)
+    except BaseException:
+        if os.path.lexists(old):
+            os.rename(old, path)
+        raise
 
 
-def _check_nothing_else(path: Path, names: Iterable[str]) -> None:
+def _recover(path: Path, old: Path) -> None:
+    """What a run that died between two renames, or before it had deleted the old folder, left to do."""
+    if not os.path.lexists(old):
+        return
+    if os.path.lexists(path):
+        _discard(path, old)
+    else:
+        os.rename(old, path)
+
+
+def _discard(path: Path, old: Path) -> None:
+    """Delete the old folder; under another name first, so that ``.NAME.old`` is always whole."""
+    if os.path.lexists(old):
+        doomed = _temporary_name(path)
+        os.rename(old, doomed)
+        with suppress(OSError):  # what cannot be deleted now is a leftover for the next run
+            _remove(doomed)
+
+
+def _check_nothing_else(path: Path, names: Mapping[str, Writer]) -> None:
     """A folder is replaced as a whole, so it must hold nothing but what is written anew."""
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
         raise fault("LF-703", f"{path} is not a plain folder; the output is one")
-    files = (entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir())
-    others = sorted(name for entry in files if (name := entry.relative_to(path).as_posix()) not in set(names))
+    kept = {str(p) for name in names for p in (PurePosixPath(name), *PurePosixPath(name).parents)}
+    others = sorted(name for p in path.rglob("*") if (name := p.relative_to(path).as_posix()) not in kept)
     if others:
         some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise fault("LF-703", f"{path} also holds {some}, which would be lost", fix="write to another name")
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A new, locked temporary of ``path``; gone at the end unless it was renamed."""
+    _remove_leftovers(path)
+    temporary, lock = _temporary_name(path), None
     try:
+        while lock is None:  # another run may take it for a leftover before it is locked
+            temporary = _temporary_name(path)
+            temporary.mkdir() if folder else temporary.open("xb").close()
+            lock = hold(temporary)
         yield temporary
     except OSError as error:
         raise fault("LF-703", f"cannot write {path}: {error.strerror or error}") from None
     finally:
         _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporaries of this output that no living run holds."""
+    start, end = f".{path.name}.", ".tmp"
+    for entry in path.parent.iterdir():
+        middle = entry.name.removeprefix(start).removesuffix(end)
+        if entry.name != f"{start}{middle}{end}" or len(middle) != 8 or entry.is_symlink():
+            continue
+        with suppress(OSError):
+            if (lock := take(entry)) is not None:
+                _remove(entry)
+                os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on the disk when its folder is; where a folder cannot be opened or flushed, the system decides."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _remove(path: Path) -> None:
-    remove: Callable[[Path], None] = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
-    if os.path.lexists(path):
-        remove(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

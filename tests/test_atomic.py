@@ -1,7 +1,18 @@
 """Outputs appear whole or not at all."""
 
-import pytest
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import loraformat as lf
 from loraformat.atomic import write_file, write_folder
 from loraformat.errors import LoraFormatError
 
@@ -81,3 +92,124 @@ def test_a_missing_parent_folder_is_named(tmp_path):
     with pytest.raises(LoraFormatError, match="does not exist") as error:
         write_file(tmp_path / "nowhere" / "out", says("x"))
     assert rule_of(error) == "LF-703"
+
+
+def test_files_in_folders_inside_the_folder_are_written_and_replaced_with_it(tmp_path):
+    write_folder(tmp_path / "out", {"a": says("1"), "sub/deep/b": says("2")})
+    write_folder(tmp_path / "out", {"a": says("3"), "sub/deep/b": says("4")}, force=True)
+    assert everything(tmp_path) == {"out/a": "3", "out/sub/deep/b": "4"}
+    (tmp_path / "out" / "sub" / "mine").write_text("years of work")
+    with pytest.raises(LoraFormatError, match="sub/mine, which would be lost"):
+        write_folder(tmp_path / "out", {"a": says("5"), "sub/deep/b": says("6")}, force=True)
+
+
+# Killed and other outside forces. A fork that dies without a word is what SIGKILL leaves.
+
+
+def dies(work):
+    """Run ``work`` in a process of its own, which ends there and then where ``os._exit`` is called."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_to_the_same_output(tmp_path):
+    def half(file):
+        file.write(b"half")
+        file.flush()
+        os._exit(1)
+
+    dies(lambda: write_file(tmp_path / "out", half))
+    dies(lambda: write_folder(tmp_path / "dir", {"a": says("1"), "b": half}))
+    assert len(list(tmp_path.iterdir())) == 2
+    write_file(tmp_path / "out", says("new"))
+    write_folder(tmp_path / "dir", {"a": says("1"), "b": says("2")})
+    assert everything(tmp_path) == {"out": "new", "dir/a": "1", "dir/b": "2"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dir", "out"]
+
+
+def test_the_temporary_of_a_living_run_is_left_alone(tmp_path):
+    def slow(file):
+        file.write(b"slow")
+        write_file(tmp_path / "out", says("quick"))
+
+    write_file(tmp_path / "out", slow, force=True)
+    assert everything(tmp_path) == {"out": "slow"}
+
+
+def test_a_strangers_file_is_no_leftover(tmp_path):
+    for name in (".out.tmp", ".out.12345678.tmp.txt", ".other.12345678.tmp", "out.12345678.tmp"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".out.87654321.tmp").symlink_to(tmp_path / ".out.tmp")
+    write_file(tmp_path / "out", says("new"))
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", range(4))
+def test_a_folder_that_dies_at_any_rename_is_whole_and_the_next_run_puts_it_right(step, after, tmp_path, monkeypatch):
+    """Four steps: the old one aside, the new one in place, the old one to be deleted, its deletion."""
+    out, aside = tmp_path / "out", tmp_path / ".out.old"
+    write_folder(out, {"a": says("1"), "b": says("2")})
+    steps = iter(range(9))
+
+    def deadly(whole):
+        def call(*args, **kwargs):
+            now = next(steps) == step
+            if now and not after:
+                os._exit(1)
+            whole(*args, **kwargs)
+            if now:
+                os._exit(1)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", deadly(os.rename))
+        patch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
+        dies(lambda: write_folder(out, {"a": says("3"), "b": says("4")}, force=True))
+    old, new = {"a": "1", "b": "2"}, {"a": "3", "b": "4"}
+    assert everything(out if out.exists() else aside) in (old, new)
+    assert not aside.exists() or everything(aside) == old
+    with pytest.raises(LoraFormatError) as error:  # the next run, which may not replace anything, still puts it right
+        write_folder(out, {"a": says("5"), "b": says("6")})
+    assert rule_of(error) == "LF-702"
+    assert everything(out) == (old if (step, after) in ((0, False), (0, True), (1, False)) else new)
+    write_folder(out, {"a": says("5"), "b": says("6")}, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_the_old_output(tmp_path):
+    """A limit on the size of a file stands for the disk: the kernel then refuses the same writes, with another word."""
+    base, out, size = tmp_path / "base.safetensors", tmp_path / "out.safetensors", 3_000_000
+    save_file({"w": np.ones((size // 400, 100), np.float32), "k": np.ones(size // 4, np.float32)}, base)
+    pair = lf.Lora(np.ones((1, 100), np.float32), np.ones((size // 400, 1), np.float32), 1.0, "factor")
+    adapter = lf.Adapter({"w": lf.Update((pair,))})
+    out.write_bytes(b"old")
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
+        try:
+            lf.merge(adapter, lf.open_base(base), out, force=True)
+        except LoraFormatError as error:
+            (tmp_path / "said").write_text(str(error))
+
+    dies(full)
+    assert "LF-703" in (tmp_path / "said").read_text()
+    assert out.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "out.safetensors", "said"]
+
+
+@pytest.mark.parametrize("rounds", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_merges_killed_at_random_moments_leave_the_old_output_or_the_new_one(rounds, tmp_path):
+    """Into a folder and into a file, so many times each."""
+    words = [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), str(rounds), "7"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    told = [list(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
+    assert sum(map(sum, told)) > rounds // 2, done.stdout  # of twice as many: the others had ended already
