@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from loraformat import progress
+from loraformat.parts import Delta, Loha, Lokr, Lora, Part
+from loraformat.products import single
+from loraformat.rounding import rounded, widened
+from loraformat.updates import Update
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat.updates import Update
+    from loraformat.base import Base, Parameter
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Norms", "changed"]
+__all__ = ["Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
 
 _TILE = 1 << 18  # values: 1 MiB of float32, small enough for the cache and for malloc to reuse
+
+
+class Tensor(Protocol):
+    """Stored values that are read where they are sliced: an array, a view of a file, rows of an open file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+
+    def __getitem__(self, rows: slice, /) -> Array:
+        """A run of rows, in the stored dtype."""
 
 
 @dataclass(slots=True)
@@ -42,32 +61,89 @@ class Norms:
         return math.sqrt(self.lost / self.delta) if self.delta else 0.0
 
 
-def changed(updates: Sequence[Update], base: Array, norms: Norms) -> Iterator[Array]:
+def runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of axis 0, a tile's worth of rows each, at least one."""
+    rows = max(1, _TILE // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+def read_runs(base: Base, parameter: Parameter) -> Iterator[tuple[tuple[int, int] | None, Array]]:
+    """The values of a parameter of a base, a tile at a time, each with its rows; None for a scalar, which has none."""
+    for rows in runs(parameter.shape) if parameter.shape else [None]:
+        yield rows, base.read(parameter.name, rows)
+
+
+def changed(updates: Sequence[Update], base: Tensor, norms: Norms) -> Iterator[Array]:
     """Runs of rows of W', each in the dtype of ``base``, in order; adds to ``norms`` as it goes.
 
     Args:
         updates: placed in ``base``'s own axes; applied one after the other in float32, rounded once.
-        base: W, any float dtype; may be a view of a file.
+        base: W, any float dtype.
     """
+    updates = [prepared(update) for update in updates]
     if not all(update.tileable for update in updates):
-        yield _tile(updates, base, None, norms)
+        yield _tile(updates, base[0 : base.shape[0]], None, norms)
         return
-    rows = max(1, _TILE // max(1, math.prod(base.shape[1:])))
-    for start in range(0, base.shape[0], rows):
-        stop = min(start + rows, base.shape[0])
+    for start, stop in runs(base.shape):
         yield _tile(updates, base[start:stop], (start, stop), norms)
 
 
-def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
-    old = base.astype(np.float32)
-    wanted = old
+def created(
+    updates: Sequence[Update], shape: tuple[int, ...], dtype: np.dtype[Any], old: Tensor | None, norms: Norms
+) -> Iterator[Array]:
+    """Runs of rows of a tensor that the first update replaces by one of another ``shape``, or adds where ``old`` is None."""
+    updates = [prepared(update) for update in updates]
+    start: Array | None = None
+    if old is not None:
+        start = old[0:0] if old.shape else np.zeros((), old.dtype)
+    whole = not shape or not all(update.tileable for update in updates)
+    for rows in [None] if whole else runs(shape):
+        value = start
+        for update in updates:
+            value = update.apply(value, rows)
+        assert value is not None
+        norms.delta += _square(value)
+        stored = rounded(value, dtype)
+        progress.advance(stored.nbytes)
+        yield stored
+
+
+def prepared(update: Update) -> Update:
+    """The same update with what every tile would do again done once: factors in float32, other products whole."""
+    return replace(update, parts=tuple(_prepared(part) for part in update.parts))
+
+
+def _prepared(part: Part) -> Part:
+    if isinstance(part, Lora) and part.mid is None:
+        return replace(part, lora_A=single(part.lora_A), lora_B=single(part.lora_B))
+    if isinstance(part, (Lora, Loha, Lokr)):  # no tile of these has a product of its own
+        return Delta(Update((part,)).matrix())
+    return part
+
+
+def applied(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None) -> Array:
+    """W' of a run of rows before rounding: float32; of a float64 base, W itself in float64 and ΔW in float32."""
+    if base.dtype == np.float64 and all(update.linear for update in updates):
+        wanted = base.copy()
+        for update in updates:
+            wanted += update.delta(rows=rows)
+        return wanted
+    wanted = widened(base)
     for update in updates:
         wanted = update.apply(wanted, rows)
-    stored = wanted.astype(base.dtype)
+    return wanted
+
+
+def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
+    wanted = applied(updates, base, rows)
+    stored = rounded(wanted, base.dtype) if wanted.dtype == np.float32 else wanted
+    old = widened(base)
     norms.base += _square(old)
-    norms.delta += _square(np.subtract(wanted, old, out=old))
-    if stored.dtype != np.float32:
-        norms.lost += _square(stored.astype(np.float32) - wanted)
+    norms.delta += _square(np.subtract(wanted, old, out=old, casting="same_kind"))
+    if stored.dtype not in (np.float32, np.float64):
+        back = widened(stored)
+        norms.lost += _square(np.subtract(back, wanted, out=back))
     progress.advance(stored.nbytes)
     return stored
 

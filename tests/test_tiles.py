@@ -1,0 +1,136 @@
+"""Rounding by bits, patched copies, and reading by runs of rows."""
+
+import io
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loraformat as lf
+from loraformat import patch, ranges, tiles
+from loraformat.patch import Patch, patched_size, write_patched
+from loraformat.rounding import rounded, widened
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("lower", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+def test_every_upper_half_with_every_kind_of_lower_half_rounds_as_ml_dtypes_does(lower):
+    bits = (np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(lower)
+    values = bits.view(np.float32)
+    finite = values[~np.isnan(values)]
+    assert np.array_equal(rounded(finite, BF16).view(np.uint16), finite.astype(BF16).view(np.uint16))
+    assert np.array_equal(rounded(values, BF16).view(np.uint16), values.astype(BF16).view(np.uint16))
+
+
+def test_widening_is_exact_for_every_bfloat16():
+    stored = np.arange(1 << 16, dtype=np.uint16).view(BF16)
+    assert np.array_equal(widened(stored).view(np.uint32), stored.astype(np.float32).view(np.uint32))
+    assert widened(np.ones((2, 3), np.float16)).dtype == np.float32
+
+
+def test_what_lies_beyond_the_range_becomes_infinite():
+    assert rounded(np.float32([3.4e38, -3.4e38, 1e6]), BF16).astype(np.float32).tolist()[:2] == [np.inf, -np.inf]
+    assert rounded(np.float32([1e6]), np.dtype(np.float16)).tolist() == [np.inf]
+
+
+# Patched copies.
+
+
+def patched(tmp_path, old, pieces):
+    (tmp_path / "old").write_bytes(old)
+    patches = [Patch(a, b, sum(map(len, new)), lambda new=new: map(memoryview, new)) for a, b, new in pieces]
+    with open(tmp_path / "old", "rb") as source, open(tmp_path / "new", "w+b") as target:
+        write_patched(target, source, patches)
+    result = (tmp_path / "new").read_bytes()
+    assert len(result) == patched_size(len(old), patches)
+    return result
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.data())
+def test_a_patched_copy_is_the_file_with_its_pieces_exchanged(kernel, tmp_path_factory, data):
+    old = data.draw(st.binary(max_size=200))
+    ends = sorted(data.draw(st.lists(st.integers(0, len(old)), max_size=8)))
+    spans = list(zip(ends[::2], ends[1::2], strict=False))
+    pieces = [(a, b, data.draw(st.lists(st.binary(min_size=1, max_size=20), max_size=3))) for a, b in spans]
+    wanted, position = io.BytesIO(), 0
+    for a, b, new in pieces:
+        wanted.write(old[position:a] + b"".join(new))
+        position = b
+    wanted.write(old[position:])
+    with pytest.MonkeyPatch.context() as monkey:
+        if not kernel:
+            monkey.delattr(os, "copy_file_range")
+        assert patched(tmp_path_factory.mktemp("p"), old, pieces) == wanted.getvalue()
+
+
+def test_without_positioned_reads_and_writes_the_copy_is_the_same(tmp_path, monkeypatch):
+    for name in ("preadv", "pwrite", "copy_file_range", "posix_fadvise"):  # as on Windows
+        monkeypatch.delattr(os, name)
+    old = bytes(range(256)) * 1000
+    assert patched(tmp_path, old, [(5, 9, [b"new"]), (100_000, 100_007, [b"x" * 9])]) == (
+        old[:5] + b"new" + old[9:100_000] + b"x" * 9 + old[100_007:]
+    )
+
+
+def test_patches_that_overlap_or_give_another_length_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="overlap"):
+        patched(tmp_path, b"0123456789", [(2, 6, [b"a"]), (5, 8, [b"b"])])
+    with open(tmp_path / "old", "rb") as source, open(tmp_path / "new", "w+b") as target:
+        wrong = Patch(0, 1, 5, lambda: [memoryview(b"four")])
+        with pytest.raises(ValueError, match="5 bytes gave 4"):
+            write_patched(target, source, [wrong])
+
+
+def test_an_error_in_one_patch_stops_the_others(tmp_path, monkeypatch):
+    made = []
+
+    def broken():
+        raise OSError(28, "No space left on device")
+
+    def counted():
+        made.append(1)
+        return [memoryview(b"x")]
+
+    monkeypatch.setattr(patch, "_WORKERS", 1)
+    (tmp_path / "old").write_bytes(b"0" * 500)
+    patches = [Patch(0, 1, 1, broken), *(Patch(i, i + 1, 1, counted) for i in range(1, 500))]
+    with (
+        open(tmp_path / "old", "rb") as source,
+        open(tmp_path / "new", "w+b") as target,
+        pytest.raises(OSError, match="space"),
+    ):
+        write_patched(target, source, patches)
+    assert len(made) < 499
+
+
+def test_a_source_that_became_shorter_is_an_error_and_no_crash(tmp_path):
+    (tmp_path / "old").write_bytes(b"0" * 10)
+    with open(tmp_path / "old", "rb") as file, pytest.raises(OSError, match="shorter"):
+        ranges.read_range(file, memoryview(bytearray(20)), 0)
+
+
+# Runs of rows.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16, np.float64], ids=str)
+def test_a_tensor_in_runs_of_rows_is_the_tensor_at_once(dtype, monkeypatch):
+    draw = np.random.default_rng(0)
+    old = draw.standard_normal((11, 6)).astype(dtype)
+    pair = lf.Lora(draw.standard_normal((2, 6), np.float32), draw.standard_normal((11, 2), np.float32), 3.0, "alpha/r")
+    update = lf.Update((pair,), lf.Placement.of((11, 6), "out,in"))
+    whole, norms = list(tiles.changed([update, update], old, tiles.Norms())), tiles.Norms()
+    monkeypatch.setattr(tiles, "_TILE", 13)
+    found = list(tiles.changed([update, update], old, norms))
+    assert (len(whole), len(found)) == (1, 6)
+    close = 2e-6 if np.dtype(dtype).itemsize > 2 else 2.0**-7  # the sum of another order may round to the next value
+    assert np.allclose(*(a.astype(np.float64) for a in (np.concatenate(found), whole[0])), rtol=close)
+    assert whole[0].dtype == dtype
+    assert np.isclose(norms.delta, 4 * np.square(update.delta()).sum(), rtol=1e-5)
+    assert np.isclose(norms.base, np.square(old.astype(np.float64)).sum(), rtol=1e-5)
