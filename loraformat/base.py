@@ -75,8 +75,8 @@ class Base(Protocol):
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every weight of two axes that a new adapter could target, by logical name; None where unplaced."""
 
-    def read(self, name: str) -> Array:
-        """The values of a weight; a view of the file where it can be."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """The values of a weight, a view of the file where it can be; or of the rows [start, stop) of its axis 0."""
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """Where every target of ``adapter`` lies, with the evidence. Never guesses; writes nothing."""

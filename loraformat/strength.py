@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.updates import Update
 
-__all__ = ["strengthen"]
+__all__ = ["strengthen", "weighed"]
 
 
 def strengthen(
@@ -50,6 +50,17 @@ def strengthen(
     if problems:
         raise LoraFormatError(problems)
     return replace(adapter, targets=targets)
+
+
+def weighed(adapters: Adapter | Sequence[tuple[Adapter, float]]) -> list[tuple[str, Adapter]]:
+    """One adapter, or several with their weights, by a name each and with the weight applied.
+
+    Raises:
+        LoraFormatError: LF-612, LF-705, as ``strengthen`` does.
+    """
+    if not isinstance(adapters, Sequence):
+        return [("default", adapters)]
+    return [(f"default{i}", strengthen(adapter, weight)) for i, (adapter, weight) in enumerate(adapters, 1)]
 
 
 def _scaled(update: Update, factor: float) -> Update:

@@ -173,9 +173,9 @@ def test_force_replaces_a_file_but_never_a_folder_of_other_things(run, tmp_path)
     assert (tmp_path / "project" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_folder_as_the_output_of_a_merge_is_refused_with_force_too(run, tmp_path):
+def test_a_folder_as_the_output_of_a_merged_file_is_refused_with_force_too(run, tmp_path):
     (tmp_path / "out").mkdir()
-    told = run("merge", GPT2, "--into", BASE, "-o", "out", "--force")
+    told = run("merge", str(adapter_of("linear")), "--into", LINEAR_BASE, "-o", "out", "--force")
     assert told.code == 1
     assert "the output is a file" in told.err
     assert left(tmp_path) == ["out"]
@@ -186,7 +186,7 @@ def test_the_base_itself_is_never_the_output(run, tmp_path):
     before = (tmp_path / "base" / "model.safetensors").read_bytes()
     told = run("merge", GPT2, "--into", "base", "-o", "base/model.safetensors", "--force")
     assert told.code == 1
-    assert "is the base itself" in told.err
+    assert "lies in the base's own folder" in told.err
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
 
 

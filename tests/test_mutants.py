@@ -359,21 +359,18 @@ def the_sum_is_rounded_twice(patch):
 
 def the_last_tile_is_not_changed(patch):
     def forgetful(updates, base, norms):
-        yield (updates[0].apply(base[:-1], (0, len(base) - 1))).astype(base.dtype)
-        yield base[-1:]
+        last = base.shape[0] - 1
+        yield (updates[0].apply(base[0:last], (0, last))).astype(base.dtype)
+        yield base[last : last + 1]
 
-    patch.setattr("loraformat.checkpoint.changed", forgetful)
+    patch.setattr("loraformat.checkpoint.change.changed", forgetful)
 
 
 def an_untouched_tensor_is_copied_from_the_wrong_place(patch):
-    from loraformat.checkpoint import Checkpoint
+    from loraformat import patch as patching
 
-    whole = Checkpoint._copy
-    patch.setattr(
-        Checkpoint,
-        "_copy",
-        lambda self, file, info: whole(self, file, replace(info, start=0, stop=info.stop - info.start)),
-    )
+    whole = patching.copy_range
+    patch.setattr(patching, "copy_range", lambda source, start, *rest: whole(source, max(0, start - 8), *rest))
 
 
 def every_prefix_is_taken_away(patch):

@@ -77,7 +77,7 @@ def test_a_weight_is_found_by_its_equal_in_the_base(tmp_path):
         made, {"enc.k.weight": (8, 6)}, tmp_path, base=checkpoint(tmp_path, **{"enc.k.weight": k})
     )
     assert (found, problems) == ({"enc.k.weight": {"w1"}}, [])
-    assert evidence[0] == "fingerprint: equals enc.k.weight of model.safetensors"
+    assert evidence[0] == "fingerprint: equals enc.k.weight of checkpoint"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_does_not_say_how_a_square_weight_lies_is_read_as_the_
     ours = adapter({"q.weight": (6, 6)})
     assert [p.rule for p in bare.resolve(ours, lf.Hints()).unresolved] == ["LF-604"]
     (place,) = bare.resolve(ours, lf.Hints(base=base)).require().targets["q.weight"]
-    assert (place.placement.spec, place.evidence[1]) == ("out,in", "base: as in model.safetensors")
+    assert (place.placement.spec, place.evidence[1]) == ("out,in", "base: as in checkpoint")
     turned = bare.resolve(ours, lf.Hints(base=base, axes={"q": "in,out"}))
     assert [p.rule for p in turned.unresolved] == ["LF-605"]
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_that_does_not_say_how_a_square_weight_lies_is_read_as_the_
 
 def test_the_base_is_given_on_the_command_line(run, tmp_path):
     w = normal(8, 6)
-    source = checkpoint(tmp_path, **{"enc.q.weight": w}).path.parent
+    source = checkpoint(tmp_path, **{"enc.q.weight": w}).path
     save(two(normal(6, 8, seed=1), w.T), tmp_path / "base.onnx")
     lf.save(adapter({"enc.q.weight": (8, 6)}), tmp_path / "a.safetensors")
     assert run("resolve", "a.safetensors", "--in", "base.onnx").code == 1

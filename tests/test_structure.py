@@ -23,14 +23,17 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 ORDER = (
     *("errors", "names", "axes", "scale", "parts", "products", "updates", "adapter"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
-    *("identity", "atomic", "file"),
+    *("identity", "locks", "atomic", "file"),
+    *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("source", "memory", "layout", "base", "registry", "walk"),
-    *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "description", "checkpoint", "normal"),
+    *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
+    *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
+    *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
     *("sketch", "bound"),
     *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert", "verbs.validate"),
     *("testing.adapters", "testing.strategies", "testing"),
     *("cli", "cli.options", "cli.progress", "cli.adapters", "cli.validate", "cli.bases", "cli.info", "cli.layouts"),
-    *("cli.completion", "cli.create", "cli.deploy", "cli.check", "cli.main"),
+    *("cli.completion", "cli.create", "cli.check", "cli.deploy", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.options import echo_json, hints, json_flag, mapping, origin, printable, shown, warn
+from loraformat.cli.options import echo_json, hints, json_flag, mapping, origin, printable, shown, strength, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from loraformat.base import Base
     from loraformat.errors import Problem
     from loraformat.resolve import Match, Resolution
+    from loraformat.verbs.verify import Verdict
 
-__all__ = ["resolve", "verify"]
+__all__ = ["report", "resolve", "verdict_json", "verify"]
 
 
 @click.command()
@@ -114,29 +115,34 @@ def _write_stub(path: Path, base: Base, failed: Sequence[Problem]) -> None:
 
 @click.command()
 @click.option("--base", required=True, metavar="BASE", help="The base before the merge.")
-@click.option("--adapter", required=True, metavar="ADAPTER", help="What was merged.")
+@click.option("--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[:W]", help="As it was merged.")
 @click.option("--merged", required=True, metavar="MERGED", help="The result to check.")
+@strength
 @mapping
 @json_flag
-@click.pass_context
 def verify(
-    ctx: click.Context, base: str, adapter: str, merged: str, names: str | None, axes: tuple[str, ...], as_json: bool
+    base: str,
+    adapters: tuple[str, ...],
+    merged: str,
+    only: tuple[str, ...],
+    scale: tuple[str, ...],
+    names: str | None,
+    axes: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Check that MERGED is BASE with the adapter: touched tensors are W + ΔW within rounding, the rest bit for bit."""
+    """Check that MERGED is BASE with the adapters: touched tensors are W + ΔW within rounding, the rest bit for bit."""
     from loraformat import registry
     from loraformat.verbs.verify import verify as run
 
-    opened, gathered = open_both((adapter,), base)
-    verdict = run(opened, gathered.adapters[0][1], registry.open_base(merged), hints(names, axes))
+    opened, gathered = open_both(adapters, base, only, scale)
+    given = [(adapter, 1.0) for _, adapter in gathered.adapters]
+    report(run(opened, given, registry.open_base(merged), hints(names, axes)), merged, as_json)
+
+
+def report(verdict: Verdict, merged: str, as_json: bool) -> None:
+    """Print what was compared; ends the command with 1 if something differs."""
     if as_json:
-        value = {
-            "schema": 1,
-            "valid": not verdict.problems,
-            "touched": dict(verdict.touched),
-            "untouched": verdict.untouched,
-            "problems": [p.as_json() for p in verdict.problems],
-        }
-        echo_json(value)
+        echo_json({"schema": 1, **verdict_json(verdict)})
     else:
         for problem in verdict.problems:
             click.echo(shown(problem))
@@ -147,4 +153,15 @@ def verify(
             f"{verdict.untouched} others bit-identical",
             err=True,
         )
-    ctx.exit(1 if verdict.problems else 0)
+    if verdict.problems:
+        click.get_current_context().exit(1)
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """What ``verify --json`` prints, less the schema."""
+    return {
+        "valid": not verdict.problems,
+        "touched": dict(verdict.touched),
+        "untouched": verdict.untouched,
+        "problems": [p.as_json() for p in verdict.problems],
+    }

@@ -40,7 +40,7 @@ def bind(adapter: Adapter, base: Base, hints: Hints | None = None, *, sketches: 
     known = base.parameters()
     bound = {}
     for key, update in adapter.items():
-        (match,) = resolution.targets[key]
+        match, *_ = resolution.targets[key]
         sha256 = drawn = None
         if match.weight in known:
             weight = base.read(match.weight)

@@ -10,6 +10,7 @@ from loraformat.bound import check_bound
 from loraformat.errors import fault
 from loraformat.plan import Job
 from loraformat.resolve import Hints
+from loraformat.strength import weighed
 
 if TYPE_CHECKING:
     import os
@@ -51,10 +52,20 @@ def prepare(
 
 
 def merge(
-    adapter: Adapter, base: Base, out: str | os.PathLike[str], hints: Hints | None = None, *, force: bool = False
+    adapter: Adapter | Sequence[tuple[Adapter, float]],
+    base: Base,
+    out: str | os.PathLike[str],
+    hints: Hints | None = None,
+    *,
+    force: bool = False,
 ) -> Outcome:
-    """Write ``base`` with W + ΔW in the place of W, in W's own dtype and orientation."""
-    return base.apply(prepare("merge", [("default", adapter)], base, Options(Path(out)), hints), force=force)
+    """Write ``base`` with W + ΔW in the place of W, in W's own dtype and orientation.
+
+    Args:
+        adapter: one, or several with their weights, applied one after the other.
+        out: a file; of a base that is a folder, a folder.
+    """
+    return base.apply(prepare("merge", weighed(adapter), base, Options(Path(out)), hints), force=force)
 
 
 def attach(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,15 @@ import numpy as np
 
 from loraformat.errors import Problem
 from loraformat.resolve import Hints
+from loraformat.rounding import rounded, widened
+from loraformat.strength import weighed
+from loraformat.tiles import applied, prepared, read_runs
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.base import Base
+    from loraformat.base import Base, Parameter
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -41,68 +45,136 @@ class Verdict:
     problems: list[Problem] = field(default_factory=list)
 
 
-def verify(base: Base, adapter: Adapter, merged: Base, hints: Hints | None = None) -> Verdict:
-    """Compare ``merged`` with ``base`` and ``adapter``, tensor by tensor; raises only where a target is not found."""
+@dataclass(slots=True)
+class _Touched:
+    """A weight that changes: its name in the base and in the result, and what is applied, in order."""
+
+    before: str
+    after: str
+    keys: list[str] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+
+
+def verify(
+    base: Base, adapter: Adapter | Sequence[tuple[Adapter, float]], merged: Base, hints: Hints | None = None
+) -> Verdict:
+    """Compare ``merged`` with ``base`` and the adapters, tile by tile; raises only where a target is not found.
+
+    Args:
+        adapter: one, or several with their weights, as they were merged.
+    """
     hints = hints or Hints()
+    weights: dict[str, _Touched] = {}
+    for _, one in weighed(adapter):
+        _gather(base, one, merged, hints, weights)
+    old, new = base.parameters(), merged.parameters()
+    problems: list[Problem] = []
+    touched: dict[str, float] = {}
+    for weight in weights.values():
+        distance, why = _compare(base, old.get(weight.before), merged, new[weight.after], weight.updates)
+        touched |= {key: max(distance, touched.get(key, 0.0)) for key in weight.keys}
+        if why:
+            problems.append(Problem("LF-611", why, weight.keys[0]))
+    changed = {name for weight in weights.values() for name in (weight.before, weight.after)}
+    problems += [Problem("LF-611", f"the tensor {n} is gone", n) for n in old if n not in new and n not in changed]
+    problems += [Problem("LF-611", f"the tensor {n} is new", n) for n in new if n not in old and n not in changed]
+    same = [n for n in old if n in new and n not in changed]
+    found = ((n, _difference(base, old[n], merged, new[n])) for n in same)
+    problems += [Problem("LF-611", f"no target, and yet {why}", n) for n, why in found if why]
+    return Verdict(touched, len(same), problems)
+
+
+def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
     before = base.resolve(adapter, hints).require()
     placed = {key: adapter[key].placed(places[0].placement) for key, places in before.targets.items()}
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
-    problems: list[Problem] = []
-    touched: dict[str, float] = {}
-    changed: set[str] = set()
     for key, places in before.targets.items():
-        source, result = places[0], after.targets[key][0]
-        changed |= {result.weight}
-        value = base.read(source.weight) if source.weight in old else None
-        touched[key], why = _compare(placed[key], value, merged.read(result.weight))
-        if why:
-            problems.append(Problem("LF-611", why, key))
-    problems += [Problem("LF-611", f"the tensor {n} is gone", n) for n in old if n not in new and n not in changed]
-    problems += [Problem("LF-611", f"the tensor {n} is new", n) for n in new if n not in old and n not in changed]
-    same = [n for n in old if n in new and n not in changed]
-    problems += [
-        Problem("LF-611", "no target, and yet changed", n) for n in same if not _identical(base.read(n), merged.read(n))
-    ]
-    return Verdict(touched, len(same), problems)
+        pairs = ((places, old), (after.targets[key], new))
+        names = [list(dict.fromkeys(m.name_in(known) or m.weight for m in found)) for found, known in pairs]
+        for source, result in zip(*names, strict=False):
+            weight = weights.setdefault(source, _Touched(source, result))
+            weight.keys.append(key)
+            weight.updates.append(placed[key])
 
 
-def _compare(update: Update, base: Array | None, found: Array) -> tuple[float, str]:
+def _compare(
+    base: Base, before: Parameter | None, merged: Base, after: Parameter, updates: Sequence[Update]
+) -> tuple[float, str]:
     """(relative distance, what is wrong or "")."""
-    wanted = update.apply(base)
-    if wanted.shape != found.shape:
-        return np.inf, f"the tensor is {list(found.shape)}, expected {list(wanted.shape)}"
-    expected, got = wanted.astype(np.float64), found.astype(np.float64)
-    distance = _norm(got - expected)
-    relative = distance / (_norm(expected) or 1.0)
-    noise = _NOISE * float(np.abs(expected).max(initial=0.0))
-    # Rounding is monotone: what lies between the rounded bounds is one rounding of a value between the bounds.
-    least, most = ((expected + sign * noise).astype(found.dtype).astype(np.float64) for sign in (-1, 1))
-    wrong = int((~((got >= least) & (got <= most))).sum())
+    updates = [prepared(update) for update in updates]
+    wrong, square, whole = 0, 0.0, 0.0
+    for rows, wanted in _expected(base, before, after.shape, updates):
+        if rows is None and wanted.shape != after.shape:
+            return math.inf, f"the tensor is {list(after.shape)}, expected {list(wanted.shape)}"
+        got = merged.read(after.name, rows)
+        wrong += _count_wrong(wanted, got)
+        square += _square(widened(got) - wanted)
+        whole += _square(wanted)
+    relative = math.sqrt(square / whole) if whole else math.sqrt(square)
     if not wrong:
         return relative, ""
-    told = f"{wrong} of {found.size} values are not W + ΔW rounded once; relative distance {relative:.2g}"
-    return relative, told + _cause(update, base, got, distance)
+    told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded once; relative distance {relative:.2g}"
+    if before is None or before.shape != after.shape or len(updates) != 1 or not updates[0].linear:
+        return relative, told
+    return relative, told + _cause(base, before, merged, after, updates[0], square)
 
 
-def _cause(update: Update, base: Array | None, got: Array, distance: float) -> str:
-    """Which of the usual wrong merges was made, if one explains the values clearly better than the right one."""
-    guesses = [(words, _norm(guess - got)) for words, guess in _suspects(update, base)]
-    if not guesses:
-        return ""
-    words, least = min(guesses, key=lambda item: item[1])
-    return f": {words}" if least < 0.2 * distance else ""
-
-
-def _suspects(update: Update, base: Array | None) -> Iterator[tuple[str, Array]]:
-    """The usual wrong merges."""
-    if base is None or not update.linear:
+def _expected(
+    base: Base, before: Parameter | None, shape: tuple[int, ...], updates: Sequence[Update]
+) -> Iterator[tuple[tuple[int, int] | None, Array]]:
+    """W' before rounding, by runs of rows; whole, with None, where it has to be or has another shape than ``shape``."""
+    if before is None or before.shape != shape or not shape or not all(u.tileable for u in updates):
+        value = base.read(before.name) if before is not None else None
+        for update in updates:
+            value = update.apply(value)
+        assert value is not None
+        yield None, value
         return
-    delta, weight = update.delta().astype(np.float64), base.astype(np.float64)
+    for rows, tile in read_runs(base, before):
+        yield rows, applied(updates, tile, rows)
+
+
+def _count_wrong(wanted: Array, got: Array) -> int:
+    """How many values are no rounding of the wanted ones, but for the noise of float32 sums."""
+    ours = rounded(wanted, got.dtype) if wanted.dtype == np.float32 else wanted.astype(got.dtype)
+    places = np.flatnonzero(_bits(ours) != _bits(got))
+    if not places.size:
+        return 0
+    expected, values = wanted.reshape(-1)[places].astype(np.float64), got.reshape(-1)[places].astype(np.float64)
+    noise = _NOISE * float(np.abs(wanted).max())
+    # Rounding is monotone: what lies between the rounded bounds is one rounding of a value between the bounds.
+    least, most = ((expected + sign * noise).astype(got.dtype).astype(np.float64) for sign in (-1, 1))
+    return int((~((values >= least) & (values <= most))).sum())
+
+
+def _cause(base: Base, before: Parameter, merged: Base, after: Parameter, update: Update, square: float) -> str:
+    """Which of the usual wrong merges was made, if one explains the values clearly better than the right one."""
+    sums: dict[str, float] = {}
+    turned = _turned(update)
+    for rows, value in read_runs(base, before):
+        got = merged.read(after.name, rows).astype(np.float64)
+        for words, guess in _suspects(update, value.astype(np.float64), rows, turned):
+            sums[words] = sums.get(words, 0.0) + _square(guess - got)
+    words = min(sums, key=sums.__getitem__, default="")
+    return f": {words}" if words and sums[words] < 0.04 * square else ""
+
+
+def _turned(update: Update) -> Array | None:
+    """ΔW transposed, where its shape hides that."""
+    shape = update.placement.shape if update.placement is not None else ()
+    return update.delta().T if len(shape) == 2 and shape[0] == shape[1] else None
+
+
+def _suspects(
+    update: Update, weight: Array, rows: tuple[int, int] | None, turned: Array | None
+) -> Iterator[tuple[str, Array]]:
+    """The usual wrong merges, for a run of rows."""
+    delta = update.delta(rows=rows).astype(np.float64)
     yield "the adapter was not applied", weight
     yield "the adapter was applied twice", weight + 2 * delta
-    if delta.ndim == 2 and delta.shape[0] == delta.shape[1]:
-        yield "ΔW was added transposed", weight + delta.T
+    if turned is not None and rows is not None:
+        yield "ΔW was added transposed", weight + turned[slice(*rows)]
     if update.scale and update.kind == "lora":
         part = update["lora"]
         yield "the scale was lost (ΔW = B·A)", weight + delta / part.scale
@@ -111,15 +183,22 @@ def _suspects(update: Update, base: Array | None) -> Iterator[tuple[str, Array]]
             yield "rsLoRA was ignored (alpha/r)", weight + delta / part.scale * part.alpha / part.r
 
 
-def _norm(values: Array) -> float:
-    return float(np.linalg.norm(values.reshape(-1)))
+def _square(values: Array) -> float:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return float(np.dot(flat, flat))
 
 
-def _identical(one: Array, other: Array) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return bool((_bits(one) == _bits(other)).all())
+def _difference(base: Base, before: Parameter, merged: Base, after: Parameter) -> str:
+    """How a tensor that should be the same differs, or ""."""
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return f"{after.dtype} {list(after.shape)} instead of {before.dtype} {list(before.shape)}"
+    for rows, tile in read_runs(base, before):
+        if not np.array_equal(_bits(tile), _bits(merged.read(after.name, rows))):
+            return "changed"
+    return ""
 
 
 def _bits(values: Array) -> Array:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    """The values as unsigned integers of their own size."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return flat.view(f"u{flat.itemsize}" if flat.itemsize <= 8 else np.uint8)

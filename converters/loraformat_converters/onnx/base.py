@@ -85,9 +85,10 @@ class OnnxBase:
         module = names_of(site, "name_scopes") or names_of(site, "node_name")
         return f"{module}.weight" if module else names_of(site, "initializer")
 
-    def read(self, name: str) -> Array:
-        """The values of a stored tensor."""
-        return array(self.index.roots[name], self.path.parent)
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """The values of a stored tensor, or a run of its rows."""
+        values = array(self.index.roots[name], self.path.parent)
+        return values if rows is None else values[slice(*rows)]
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor names and node names, which must agree."""

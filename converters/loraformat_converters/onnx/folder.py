@@ -76,10 +76,10 @@ class OnnxFolder:
                 found |= {join(component, name): place for name, place in model.base.linears(hints).items()}
         return found
 
-    def read(self, name: str) -> Array:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """The values of ``FILE:NAME``."""
         file, _, tensor = name.partition(":")
-        return self.models[file].base.read(tensor)
+        return self.models[file].base.read(tensor, rows)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """Every target in every part that has its module; LF-602 where a part may have it and nothing says so."""

@@ -1,0 +1,211 @@
+"""A checkpoint as a base: names are the tensors' own, placement comes by evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat import huggingface
+from loraformat.axes import Placement
+from loraformat.base import Options, Parameter
+from loraformat.checkpoint import tied as ties
+from loraformat.checkpoint.folder import Files, find, is_weights, json_object
+from loraformat.checkpoint.merging import Merge
+from loraformat.checkpoint.output import Output, writes_folder
+from loraformat.description import describe_checkpoint
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.names import nearest
+from loraformat.parts import Replace
+from loraformat.placing import place
+from loraformat.plan import Job, Outcome, Plan
+from loraformat.resolve import Hints, Match, Resolution
+from loraformat.shapes import FLOATS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.container import TensorInfo
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Checkpoint", "kind"]
+
+_PEAK = 48 << 20
+"""Two threads with some tiles each, and the buffers around them."""
+
+
+class _Kind:
+    """Weights by their first bytes, or a folder that holds them under one of the usual names."""
+
+    name = "checkpoint"
+    describes = "checkpoint (safetensors or PyTorch, a file or a folder with an index or a single file of weights)"
+
+    def recognises(self, path: Path) -> bool:
+        return is_weights(path)
+
+    def open(self, path: Path) -> Checkpoint:
+        return Checkpoint(path)
+
+
+kind = _Kind()
+
+
+class Checkpoint:
+    """An opened checkpoint, with the ``config.json`` beside it if there is one.
+
+    Attributes:
+        tied: a name that is not stored → the stored tensor that is meant.
+    """
+
+    verbs = frozenset({"merge"})
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: Files = find(path)
+        folder = self.files.folder or path.parent
+        self.config = json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+        self.tied = ties.tied(self.files.homes, self.config)
+
+    @property
+    def infos(self) -> Iterator[tuple[str, TensorInfo]]:
+        """Every stored tensor."""
+        return ((name, self.files.shards[home].infos[name]) for name, home in self.files.homes.items())
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every tensor under its own name, and those that are tied to one under theirs."""
+        found = {name: Parameter(name, info.shape, info.dtype) for name, info in self.infos}
+        return found | {name: Parameter(name, found[e].shape, found[e].dtype) for name, e in self.tied.items()}
+
+    def describe(self) -> Mapping[str, Any]:
+        """See ``loraformat.description``."""
+        stored = {name: Parameter(name, info.shape, info.dtype) for name, info in self.infos}
+        paths = [shard.path for shard in self.files.shards.values()]
+        return describe_checkpoint(stored, self.config, paths, self.tied)
+
+    def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
+        """Every float tensor of two axes; placed by ``--axes`` or by what the configuration says."""
+        infos = {n: i for n, i in self.infos if len(i.shape) == 2 and i.dtype in FLOATS}
+        return {name: self._stated(name, info.shape, hints) for name, info in infos.items()}
+
+    def _stated(self, name: str, shape: tuple[int, ...], hints: Hints) -> Placement | None:
+        spec = hints.spec(name) or (huggingface.linear_spec(self.config, name) or (None,))[0]
+        return Placement.of(shape, spec) if spec else None
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """All values as a view of the file; of a run of rows as an array of its own, which leaves no page behind."""
+        stored = self.tied.get(name, name)
+        shard = self.files.shards[self.files.homes[stored]]
+        return shard.whole(stored) if rows is None else shard.tensor(stored)[slice(*rows)]
+
+    # Where a target lies.
+
+    def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
+        """By exact name, the user's map, or a tie; the placement by every evidence there is."""
+        targets: dict[str, tuple[Match, ...]] = {}
+        taken: dict[str, str] = {}
+        unresolved: list[Problem] = hints.unused(adapter)
+        ambiguous: list[Problem] = []
+        meant = {hints.mapped(key) or key for key in adapter}
+        for key, update in adapter.items():
+            weight = hints.mapped(key) or key
+            rung = f"user: {weight}" if hints.mapped(key) else "name: equal"
+            try:
+                match = self._match(key, update, weight, rung, hints)
+            except LoraFormatError as error:
+                unresolved += error.problems
+                continue
+            if weight in taken:
+                ambiguous.append(Problem("LF-603", f"{weight} is meant by {taken[weight]} too", key))
+            taken[weight] = key
+            others = [n for n in self._moved_along(weight, update) if n not in meant]
+            targets[key] = (match, *(self._match(key, update, n, f"tied: {n} is {weight}", hints) for n in others))
+        return Resolution(targets, tuple(unresolved), tuple(ambiguous))
+
+    def _match(self, key: str, update: Update, weight: str, rung: str, hints: Hints) -> Match:
+        placement, evidence = self._placed(key, update, weight, rung, hints)
+        home = self.files.homes.get(self.tied.get(weight, weight), self.path.name)
+        return Match(home, None, weight, placement, evidence)
+
+    def _placed(
+        self, key: str, update: Update, weight: str, rung: str, hints: Hints
+    ) -> tuple[Placement, tuple[str, ...]]:
+        stored = self.tied.get(weight, weight)
+        home = self.files.homes.get(stored)
+        new = next((part for part in update.parts if isinstance(part, Replace)), None)
+        if home is None:
+            if new is not None and "add" in new.allows:
+                shape = new.replace.shape
+                return Placement(shape, (0,), tuple(range(1, len(shape)))), (rung, "the adapter adds it")
+            raise _missing(key, weight, update, self.parameters())
+        shape = self.files.shards[home].infos[stored].shape
+        if new is not None and "resize" in new.allows:
+            shape = new.replace.shape
+        linear = len(shape) == 2 and update.op is None and update.additive
+        spec = huggingface.linear_spec(self.config, weight) if linear else None
+        placement, evidence = place(
+            key, update, shape, hints.spec(key), [*([spec] if spec else []), *hints.claims(key, update)]
+        )
+        tie = (f"tied: {weight} is {stored}",) if stored != weight else ()
+        return placement, (rung, *tie, *evidence)
+
+    def _moved_along(self, weight: str, update: Update) -> list[str]:
+        """The names of the same tensor whose modules change too."""
+        if not ties.moves_along(update):
+            return []
+        pairs = {**self.tied, **ties.paired(self.files.homes, self.config)}
+        partners = [head for head, e in pairs.items() if e == weight] + [
+            e for head, e in pairs.items() if head == weight
+        ]
+        return [name for name in partners if name in self.tied or weight in self.tied or self._equal(name, weight)]
+
+    def _equal(self, one: str, other: str) -> bool:
+        import numpy as np
+
+        from loraformat.tiles import runs
+
+        shape = self.parameters()[one].shape
+        if shape != self.parameters()[other].shape:
+            return False
+        return all(np.array_equal(self.read(one, rows), self.read(other, rows)) for rows in runs(shape))
+
+    # What a merge does.
+
+    def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
+        """What a merge replaces and adds; every obstacle at once (LF-606, LF-608, LF-609, LF-703)."""
+        if verb not in self.verbs:
+            fix = "attach needs an ONNX model; merge works here"
+            raise fault("LF-608", f"a checkpoint has no graph to {verb} to", where=str(self.path), fix=fix)
+        folder = writes_folder(self.files, options.out)
+        merge = Merge.of(self.files, self.tied, self.config, jobs)
+        output = Output(merge, merge.texts(self.config) if folder else None)
+        if not folder and merge.config != self.config:
+            merge.notes.append("the output is a file: config.json, which must change with it, is not written")
+        changes = merge.changes.values()
+        steps = tuple(f"merge {c.name} {c.dtype} {list(c.shape)}" for c in changes if c.updates)
+        peak = _PEAK + sum(sorted(c.held for c in changes)[-2:])
+        return Plan(
+            verb, tuple(jobs), options, steps, output.reads, output.writes, peak, tuple(merge.notes), state=output
+        )
+
+    def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
+        """Write the merged checkpoint: unchanged tensors byte for byte, changed ones with one rounding."""
+        output: Output = plan.state
+        output.write(plan.options.out, force)
+        norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
+        ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
+        return Outcome(ordered, plan.writes, plan.writes - plan.reads)
+
+
+def _missing(key: str, weight: str, update: Update, names: Mapping[str, Any]) -> LoraFormatError:
+    close = nearest(weight, names)
+    why = " (the name was assumed from the module's path)" if "name" in update.assumed else ""
+    stub = f'--names map.json with {{"{key}": "{close[0] if close else "NAME"}"}}'
+    return fault(
+        "LF-602",
+        f"the base has no tensor {weight}{why}; nearest: {', '.join(close) or 'none'}",
+        where=key,
+        fix=f"if it goes by another name there: {stub}",
+    )

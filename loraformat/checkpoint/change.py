@@ -1,0 +1,66 @@
+"""What becomes of one tensor of a checkpoint: its values, tile by tile, when they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loraformat.container import DTYPES, numpy_dtype
+from loraformat.tiles import Norms, Tensor, changed, created
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Change", "raw"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The tensor ``name`` as it will be stored.
+
+    Attributes:
+        base: W, wherever it is stored; None for a tensor that the adapter adds.
+        updates: placed in the tensor's own axes, applied one after the other; none for a copy under another name.
+        keys: the adapters' names for what changes it.
+        norms: filled while the tiles are made.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: Tensor | None
+    updates: tuple[Update, ...] = ()
+    keys: tuple[str, ...] = ()
+    norms: Norms = field(default_factory=Norms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return DTYPES[self.dtype] * math.prod(self.shape)
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory beyond a tile: where a norm runs over axis 0 the tensor is held whole, five times over."""
+        return 0 if all(u.tileable for u in self.updates) else 20 * math.prod(self.shape)
+
+    def tiles(self) -> Iterator[memoryview]:
+        """The bytes, in order."""
+        if self.base is None or self.base.shape != self.shape or not self.shape:
+            arrays = created(self.updates, self.shape, numpy_dtype(self.dtype), self.base, self.norms)
+        else:
+            arrays = changed(self.updates, self.base, self.norms)
+        for array in arrays:
+            yield raw(array)
+
+
+def raw(array: Array) -> memoryview:
+    """The bytes of an array."""
+    import numpy as np
+
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

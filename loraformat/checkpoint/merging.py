@@ -1,0 +1,245 @@
+"""From resolved adapters to what is written: which tensors change, which tie ends, what the small files say then."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat.checkpoint import tied as ties
+from loraformat.checkpoint.change import Change
+from loraformat.checkpoint.folder import Files
+from loraformat.container import DTYPES, dtype_name
+from loraformat.errors import LoraFormatError, Problem
+from loraformat.plan import Job, size
+from loraformat.shapes import FLOATS, shape_problems
+
+if TYPE_CHECKING:
+    from loraformat.resolve import Match
+    from loraformat.updates import Update
+
+__all__ = ["Merge"]
+
+
+@dataclass
+class Merge:
+    """The merge of some jobs into a checkpoint, as data.
+
+    Attributes:
+        changes: tensor → what becomes of it; also copies of tensors that were tied.
+        homes: of added tensors, the shard that will hold them.
+        config: ``config.json`` as it will be; the same object where nothing changes.
+        notes: what a person should know.
+    """
+
+    files: Files
+    tied: Mapping[str, str]
+    config: Mapping[str, Any]
+    changes: dict[str, Change] = field(default_factory=dict)
+    homes: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, files: Files, tied: Mapping[str, str], config: Mapping[str, Any], jobs: Sequence[Job]) -> Merge:
+        """Everything settled, or every reason why it cannot be.
+
+        Raises:
+            LoraFormatError: LF-606, LF-608, LF-609.
+        """
+        merge = cls(files, tied, config)
+        problems = list(merge._gather(jobs))
+        problems += merge._untie()
+        merge._follow_vocabulary()
+        for name, shard in files.shards.items():
+            problems += shard.obstacles(merge.of_shard(name))
+        if problems:
+            raise LoraFormatError(problems)
+        if files.left_out:
+            some = ", ".join(files.left_out[:4]) + (", …" if len(files.left_out) > 4 else "")
+            merge.notes.append(f"not taken along, as these hold the unmerged weights: {some}")
+        return merge
+
+    def home(self, name: str) -> str:
+        """The shard that holds, or will hold, a tensor; what is new goes to the last."""
+        known = self.files.homes.get(self.tied.get(name, name))
+        return known or max(self.files.shards)
+
+    def of_shard(self, shard: str) -> list[Change]:
+        """The changes of one shard."""
+        return [change for name, change in self.changes.items() if self.home(name) == shard]
+
+    # Jobs → changes.
+
+    def _gather(self, jobs: Sequence[Job]) -> Iterator[Problem]:
+        for job in jobs:
+            for key, places in job.resolution.require().targets.items():
+                for match in places:
+                    update = job.adapter[key].placed(match.placement)
+                    earlier = self.changes.get(match.weight)
+                    change = self._change(match, update)
+                    if why := self._fault(change, earlier, update):
+                        yield Problem(why[0], why[1], key, why[2])
+                        continue
+                    yield from (p for p in shape_problems(key, update) if p.severity == "error")
+                    before, keys = (earlier.updates, earlier.keys) if earlier else ((), ())
+                    change = replace(change, updates=(*before, update), keys=tuple(dict.fromkeys((*keys, key))))
+                    self.changes[match.weight] = change
+
+    def _change(self, match: Match, update: Update) -> Change:
+        """Without updates yet."""
+        name, stored = match.weight, self.tied.get(match.weight, match.weight)
+        new = update["replace"].replace if "replace" in update else None
+        if stored not in self.files.homes:
+            assert new is not None
+            return Change(name, dtype_name(new.dtype), new.shape, None)
+        shard = self.files.shards[self.files.homes[stored]]
+        info = shard.infos[stored]
+        return Change(name, info.dtype, info.shape if new is None else new.shape, shard.tensor(stored))
+
+    def _fault(self, change: Change, earlier: Change | None, update: Update) -> tuple[str, str, str] | None:
+        if change.base is not None and (change.dtype not in FLOATS or DTYPES[change.dtype] < 2):
+            what = f"{change.name} is stored as {change.dtype}: a merge would round the change away"
+            return "LF-608", what, "merge into the unquantised checkpoint, or attach the adapter at run time"
+        old = change.base.shape if change.base is not None else change.shape
+        if change.shape != old and "resize" not in update["replace"].allows:
+            return "LF-606", f"the base tensor is {list(old)}, its replacement {list(change.shape)}", "another base?"
+        if "rows" in update and (misfit := update["rows"].misfit(change.shape)):
+            return "LF-606", misfit, "is this the base that the adapter was trained on?"
+        if earlier is not None and earlier.shape != change.shape:
+            what = f"one adapter makes the tensor {list(earlier.shape)}, another {list(change.shape)}"
+            return "LF-606", what, "merge them one after the other"
+        return None
+
+    # Ties.
+
+    def _untie(self) -> Iterator[Problem]:
+        """Where only one of two tied modules changes, the other keeps the old values in a tensor of its own."""
+        yield from self._unknown_ties()
+        apart = [alias for alias, stored in self.tied.items() if self._parts(alias, stored)]
+        for alias, stored in self.tied.items():
+            one, other = self.changes.get(alias), self.changes.get(stored)
+            if alias in apart and list(self.tied.values()).count(stored) > 1:
+                yield _too_many(alias, stored, self.changes)
+            elif apart:  # one flag unties them all, so every one needs a tensor
+                info = self.files.shards[self.home(stored)].infos[stored]
+                tensor = self.files.shards[self.home(stored)].tensor(stored)
+                self.changes[alias] = one or Change(alias, info.dtype, info.shape, tensor)
+            elif one is not None and other is not None:
+                del self.changes[alias]  # still one tensor
+                self.changes[stored] = replace(other, keys=tuple(dict.fromkeys((*other.keys, *one.keys))))
+        for alias in apart:
+            self._say_untied(alias, self.tied[alias], self.changes[alias].nbytes if alias in self.changes else 0)
+        for head, embedding in ties.paired(self.files.homes, self.config).items():
+            if self._parts(head, embedding):
+                self._say_untied(head, embedding, 0)
+
+    def _parts(self, one: str, other: str) -> bool:
+        """Whether two names that mean one tensor mean two afterwards."""
+        changes = self.changes.get(one), self.changes.get(other)
+        if changes[0] is None or changes[1] is None:
+            return changes != (None, None)
+        return not _same(changes[0].updates, changes[1].updates)
+
+    def _unknown_ties(self) -> Iterator[Problem]:
+        for name, change in self.changes.items():
+            if name not in self.files.homes or not change.shape or all(map(ties.moves_along, change.updates)):
+                continue
+            if ties.may_be_tied(name, change.shape[0], self.files.homes, self.config):
+                what = f"config.json ties the embedding and the head, and nothing says to what {name} is tied"
+                fix = "if it is not, say so there: tie_word_embeddings false"
+                yield Problem("LF-609", what, change.keys[0], fix)
+
+    def _say_untied(self, head: str, embedding: str, count: int) -> None:
+        changed = [name for name in (embedding, head) if name in self.changes and self.changes[name].updates]
+        which = changed[0] if len(changed) == 1 else "each in another way"
+        cost = f", +{size(count)}" if count else ""
+        then = "tie_word_embeddings becomes false"
+        if not self.config:
+            then = "there is no config.json beside it: load it with tie_word_embeddings=False"
+        self.notes.append(
+            f"{head} and {embedding} are tied, and the adapter changes {which}: both are stored{cost}; {then}"
+        )
+        if self.config:
+            self.config = ties.unties(self.config)
+
+    def _follow_vocabulary(self) -> None:
+        for name, change in self.changes.items():
+            old = change.base.shape if change.base is not None else change.shape
+            if old == change.shape or old[1:] != change.shape[1:]:
+                continue
+            config = ties.vocabulary(self.config, old[0], change.shape[0])
+            if config != self.config:
+                self.config = config
+                self.notes.append(f"{name} grows from {old[0]} to {change.shape[0]} rows: vocab_size follows")
+
+    # The small files.
+
+    def texts(self, config: Mapping[str, Any]) -> dict[str, bytes]:
+        """The files of the folder that must say something else than before: configuration and index."""
+        found: dict[str, bytes] = {}
+        if self.config != config:
+            found["config.json"] = _text(self.config)
+        index = self._index()
+        if index is not None and self.files.index is not None:
+            found[self.files.index[0]] = _text(index)
+        return found
+
+    def _index(self) -> dict[str, Any] | None:
+        """The index with added tensors and new sums; None where it stays true as it is."""
+        if self.files.index is None:
+            return None
+        grown = {n: (c.nbytes - self._stored(n), math.prod(c.shape) - self._count(n)) for n, c in self.changes.items()}
+        if not any(map(any, grown.values())):
+            return None
+        index = dict(self.files.index[1])
+        homes = {**index["weight_map"], **{name: self.home(name) for name in self.changes}}
+        sums = index.get("metadata")
+        sums = dict(sums) if isinstance(sums, dict) else {}
+        for name, more in (("total_size", 0), ("total_parameters", 1)):
+            if isinstance(sums.get(name), int):
+                sums[name] += sum(pair[more] for pair in grown.values())
+        return {**index, "metadata": sums, "weight_map": dict(sorted(homes.items()))}
+
+    def _stored(self, name: str) -> int:
+        info = self.files.shards[self.home(name)].infos.get(name)
+        return DTYPES[info.dtype] * math.prod(info.shape) if info else 0
+
+    def _count(self, name: str) -> int:
+        info = self.files.shards[self.home(name)].infos.get(name)
+        return math.prod(info.shape) if info else 0
+
+
+def _same(one: Sequence[Update], other: Sequence[Update]) -> bool:
+    """Whether two lists of updates set the same values, as PEFT stores them once for each of two tied modules."""
+    if len(one) != len(other):
+        return False
+    return all(_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _equal(one: Update, other: Update) -> bool:
+    if len(one.parts) != len(other.parts):
+        return False
+    for a, b in zip(one.parts, other.parts, strict=True):
+        if a is b:
+            continue
+        if a.kind != b.kind or a.kind not in ("rows", "replace"):
+            return False
+        names = ("values", "indices") if a.kind == "rows" else ("replace",)
+        if not all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names):
+            return False
+    return True
+
+
+def _too_many(alias: str, stored: str, changes: Mapping[str, Change]) -> Problem:
+    # transformers 5.23 modeling_t5.py: an untied T5 does not scale the input of its head, so a flag would not do.
+    change = changes.get(stored) or changes[alias]
+    what = f"{alias} is {stored}, which more than two modules share: a change of one has no place of its own"
+    return Problem("LF-609", what, change.keys[0], "leave it out with --only, or attach instead")
+
+
+def _text(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,249 @@
+"""Tied weights: what PEFT's unmerged model computes, the merged folder computes when transformers loads it."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import loraformat as lf
+from loraformat import testing
+from loraformat.checkpoint import tied
+
+E, H = "model.embed_tokens.weight", "lm_head.weight"
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "vocab_size": 37}
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def base(folder, config=LLAMA, **more):
+    folder.mkdir()
+    save_file({E: draw(37, 12), "model.norm.weight": draw(12, seed=1), **more}, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return lf.open_base(folder)
+
+
+def lora(out, in_, spec, seed, op=None):
+    pair = lf.Lora(draw(3, in_, seed=seed), draw(out, 3, seed=seed + 1), 6.0, "alpha/r")
+    shape = (out, in_) if spec == "out,in" else (in_, out)
+    return lf.Update((pair,), lf.Placement.of(shape, spec), op)
+
+
+EMBEDDING = lora(12, 37, "in,out", 5, "embedding")
+HEAD = lora(37, 12, "out,in", 7)
+
+
+def rows(seed=9):
+    return lf.Update((lf.Rows(draw(2, 12, seed=seed), np.array([4, 30])),), lf.Placement((37, 12), (1,), (0,)))
+
+
+def merged(adapter, opened, tmp_path):
+    """(tensors, config, notes) of the folder."""
+    from loraformat.base import Options
+    from loraformat.verbs.merge import prepare
+
+    plan = prepare("merge", [("default", adapter)], opened, Options(tmp_path / "out"))
+    opened.apply(plan)
+    assert lf.verify(opened, adapter, lf.open_base(tmp_path / "out")).problems == []
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    return tensors, json.loads((tmp_path / "out" / "config.json").read_text()), plan.notes
+
+
+@pytest.mark.parametrize(
+    ("targets", "changed"),
+    [({E: EMBEDDING}, {E}), ({H: HEAD}, {H}), ({E: EMBEDDING, H: HEAD}, {E, H})],
+    ids=["embedding", "head", "both"],
+)
+def test_a_change_of_one_of_two_tied_modules_unties_them(targets, changed, tmp_path):
+    opened = base(tmp_path / "base")
+    old = opened.read(E)
+    tensors, config, notes = merged(lf.Adapter(targets), opened, tmp_path)
+    for name in (E, H):
+        wanted = targets[name].apply(old) if name in changed else old
+        assert np.array_equal(tensors[name], wanted), name
+    assert config == {**LLAMA, "tie_word_embeddings": False}
+    assert len(notes) == 1
+    assert "+1.8 kB" in notes[0]  # 37 × 12 × 4 bytes
+
+
+@pytest.mark.parametrize("targets", [{E: rows()}, {H: rows()}, {E: rows(), H: rows()}], ids=["one", "head", "both"])
+def test_trained_tokens_change_the_shared_tensor_and_leave_it_shared(targets, tmp_path):
+    opened = base(tmp_path / "base")
+    tensors, config, notes = merged(lf.Adapter(targets), opened, tmp_path)
+    assert set(tensors) == {E, "model.norm.weight"}
+    assert np.array_equal(tensors[E], rows().apply(opened.read(E)))
+    assert config == LLAMA
+    assert notes == ()
+
+
+def test_two_modules_with_other_tokens_trained_are_no_longer_tied(tmp_path):
+    tensors, config, _ = merged(lf.Adapter({E: rows(), H: rows(seed=10)}), base(tmp_path / "base"), tmp_path)
+    assert not np.array_equal(tensors[E], tensors[H])
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_larger_vocabulary_is_one_for_both_and_for_the_configuration(tmp_path):
+    values = draw(41, 12, seed=3)
+    whole = lf.Update((lf.Replace(values, allows=("resize",)),), lf.Placement((41, 12), (1,), (0,)))
+    tensors, config, notes = merged(lf.Adapter({E: whole}), base(tmp_path / "base"), tmp_path)
+    assert np.array_equal(tensors[E], values)
+    assert H not in tensors
+    assert config == {**LLAMA, "vocab_size": 41}
+    assert any("37 to 41" in note for note in notes)
+
+
+def test_a_module_that_was_trained_whole_leaves_its_partner_as_it_was(tmp_path):
+    values, opened = draw(37, 12, seed=3), base(tmp_path / "base")
+    whole = lf.Update((lf.Replace(values),), lf.Placement((37, 12), (1,), (0,)))
+    tensors, config, _ = merged(lf.Adapter({E: whole}), opened, tmp_path)
+    assert np.array_equal(tensors[E], values)
+    assert np.array_equal(tensors[H], opened.read(E))
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_head_that_is_stored_twice_is_untied_in_the_configuration_alone(tmp_path):
+    opened = base(tmp_path / "base", **{H: draw(37, 12)})
+    tensors, config, notes = merged(lf.Adapter({E: EMBEDDING}), opened, tmp_path)
+    assert np.array_equal(tensors[H], draw(37, 12))
+    assert config["tie_word_embeddings"] is False
+    assert len(notes) == 1
+
+
+def test_trained_tokens_of_a_head_that_is_stored_twice_change_both(tmp_path):
+    tensors, config, _ = merged(lf.Adapter({E: rows()}), base(tmp_path / "base", **{H: draw(37, 12)}), tmp_path)
+    assert np.array_equal(tensors[H], tensors[E])
+    assert config == LLAMA
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{**LLAMA, "tie_word_embeddings": False}, {**LLAMA, "architectures": ["LlamaForSequenceClassification"]}],
+    ids=["said", "headless"],
+)
+def test_a_base_that_ties_nothing_has_no_head_to_change(config, tmp_path):
+    opened = base(tmp_path / "base", config)
+    assert opened.tied == {}
+    with pytest.raises(lf.LoraFormatError) as caught:
+        opened.resolve(lf.Adapter({H: HEAD}), lf.Hints()).require()
+    assert [p.rule for p in caught.value.problems] == ["LF-602"]
+
+
+def test_an_end_of_one_tie_leaves_no_other_head_without_a_tensor(tmp_path):
+    other = "language_model.model.embed_tokens.weight"
+    tensors, _, notes = merged(
+        lf.Adapter({H: HEAD}), base(tmp_path / "base", **{other: draw(37, 12, seed=2)}), tmp_path
+    )
+    assert np.array_equal(tensors["language_model.lm_head.weight"], tensors[other])
+    assert len(notes) == 1
+
+
+def test_more_than_two_modules_on_one_tensor_are_not_taken_apart(tmp_path):
+    (tmp_path / "t5").mkdir()
+    save_file({"shared.weight": draw(37, 12)}, tmp_path / "t5" / "model.safetensors")
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", "tie_word_embeddings": True}))
+    with pytest.raises(lf.LoraFormatError) as caught:
+        lf.merge(lf.Adapter({H: HEAD}), lf.open_base(tmp_path / "t5"), tmp_path / "out")
+    assert {p.rule for p in caught.value.problems} == {"LF-609"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_that_is_tied_to_nobody_knows_what_is_refused(tmp_path):
+    (tmp_path / "base").mkdir()
+    save_file(
+        {"net.tokens.weight": draw(37, 12), "net.places.weight": draw(21, 12)}, tmp_path / "base" / "model.safetensors"
+    )
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**LLAMA, "model_type": "mine"}))
+    opened = lf.open_base(tmp_path / "base")
+    lf.merge(lf.Adapter({"net.places.weight": lora(12, 21, "in,out", 5, "embedding")}), opened, tmp_path / "out")
+    with pytest.raises(lf.LoraFormatError) as caught:
+        lf.merge(lf.Adapter({"net.tokens.weight": EMBEDDING}), opened, tmp_path / "other")
+    assert [p.rule for p in caught.value.problems] == ["LF-609"]
+    lf.merge(lf.Adapter({"net.tokens.weight": rows()}), opened, tmp_path / "rows")  # of the tensor, tied or not
+
+
+def test_a_single_file_says_that_its_configuration_must_change(tmp_path):
+    from loraformat.base import Options
+    from loraformat.verbs.merge import prepare
+
+    base(tmp_path / "base")
+    opened = lf.open_base(tmp_path / "base" / "model.safetensors")
+    plan = prepare("merge", [("default", lf.Adapter({H: HEAD}))], opened, Options(tmp_path / "out.safetensors"))
+    assert any("config.json" in note for note in plan.notes)
+
+
+def test_the_inner_configuration_of_a_model_of_two_towers_is_untied_too():
+    config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "vocab_size": 9}}
+    assert tied.unties(config)["text_config"] == {"tie_word_embeddings": False, "vocab_size": 9}
+    assert tied.vocabulary(config, 9, 11)["text_config"]["vocab_size"] == 11
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("case", ["embedding", "head", "both", "tokens", "whole"])
+def test_the_merged_folder_computes_what_the_unmerged_peft_model_computes(case, tmp_path):
+    torch = pytest.importorskip("torch", reason="PEFT runs on torch: pip install 'loraformat[peers]'")
+    peft = pytest.importorskip("peft", reason="pip install 'loraformat[peers]'")
+    transformers = pytest.importorskip("transformers", reason="pip install 'loraformat[peers]'")
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base", max_shard_size="12KB")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    options = {
+        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+        "head": {"target_modules": ["lm_head", "q_proj"]},
+        "both": {"target_modules": ["embed_tokens", "lm_head"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 50]},
+        "whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }[case]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=5, lora_alpha=10, **options)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    ids = torch.arange(2, 58).reshape(2, 28)
+    with torch.no_grad():
+        wanted = adapted(ids).logits.numpy()
+    adapter = adapter_of(adapted, case)
+    lf.merge(adapter, lf.open_base(tmp_path / "base"), tmp_path / "out")
+    assert lf.verify(lf.open_base(tmp_path / "base"), adapter, lf.open_base(tmp_path / "out")).problems == []
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert found.config.tie_word_embeddings is (case == "tokens")
+    with torch.no_grad():
+        assert testing.relative_error(found(ids).logits.numpy(), wanted) <= 1e-5
+
+
+def adapter_of(adapted, case):
+    """From the live layers: this is about merging, not about PEFT's files."""
+    updates = {}
+    for path, layer in adapted.base_model.model.named_modules():
+        if hasattr(layer, "lora_A") and layer.r:
+            embeds = "default" in layer.lora_embedding_A
+            a, b = (
+                (layer.lora_embedding_A["default"], layer.lora_embedding_B["default"])
+                if embeds
+                else (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            )
+            a, b = a.detach().numpy(), b.detach().numpy()
+            place = lf.Placement((a.shape[1], b.shape[0]), (1,), (0,)) if embeds else None
+            op = "embedding" if embeds else None
+            updates[f"{path}.weight"] = lf.Update((lf.Lora(a, b, 10.0, "alpha/r"),), place, op)
+    state = {n.removeprefix("base_model.model."): p.detach().numpy() for n, p in adapted.named_parameters()}
+    place = lf.Placement((61, 24), (1,), (0,))
+    if case == "tokens":
+        (values,) = [value for name, value in state.items() if "trainable_tokens_delta" in name]
+        updates[E] = lf.Update((lf.Rows(values, np.array([3, 50])),), place)
+    if case == "whole":
+        (values,) = [value for name, value in state.items() if "modules_to_save" in name]
+        updates[E] = lf.Update((lf.Replace(values),), place)
+    return lf.Adapter(updates)
