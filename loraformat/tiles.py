@@ -64,6 +64,8 @@ def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, 
     for update in updates:
         wanted = update.apply(wanted, rows)
     stored = wanted.astype(base.dtype)
+    if base.dtype == np.float64 and all(update.linear for update in updates):
+        stored = base + sum(update.delta(rows=rows) for update in updates)  # W keeps what float32 would round away
     norms.base += _square(old)
     norms.delta += _square(np.subtract(wanted, old, out=old))
     if stored.dtype != np.float32:

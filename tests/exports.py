@@ -179,6 +179,22 @@ RECIPES: Mapping[str, Recipe] = {
         targets=18,
         trained=True,
     ),
+    "bert-dora": Recipe(
+        _bert,
+        {
+            "target_modules": ["query", "value", "dense"],
+            "r": 3,
+            "lora_alpha": 5,
+            "use_dora": True,
+            "modules_to_save": ["LayerNorm"],
+        },
+        targets=20,
+    ),
+    "llama-saved": Recipe(
+        lambda: _llama(tied=False),
+        {"target_modules": ["k_proj", "embed_tokens"], "modules_to_save": ["lm_head", "norm"], "r": 3, "lora_alpha": 5},
+        targets=5,
+    ),
     "llama": Recipe(lambda: _llama(tied=False), {"target_modules": _LLAMA, "r": 5, "lora_alpha": 7}, targets=15),
     "llama-tied": Recipe(
         lambda: _llama(tied=True),

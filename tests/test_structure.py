@@ -21,16 +21,16 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "names", "axes", "scale", "parts", "products", "updates", "adapter"),
+    *("errors", "names", "axes", "scale", "parts", "products", "updates", "turned", "adapter"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "atomic", "file"),
     *("source", "memory", "layout", "base", "registry", "walk"),
-    *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "description", "checkpoint", "normal"),
-    *("sketch", "bound"),
-    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert", "verbs.validate"),
-    *("testing.adapters", "testing.strategies", "testing"),
+    *("resolve", "strength", "placing", "huggingface", "tiles", "plan", "ranges", "patch", "description"),
+    *("checkpoint", "normal", "sketch", "bound"),
+    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.graph", "verbs.verify", "verbs.convert"),
+    *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
     *("cli", "cli.options", "cli.progress", "cli.adapters", "cli.validate", "cli.bases", "cli.info", "cli.layouts"),
-    *("cli.completion", "cli.create", "cli.deploy", "cli.check", "cli.main"),
+    *("cli.completion", "cli.create", "cli.deploy", "cli.graph", "cli.check", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

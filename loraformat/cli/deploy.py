@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,14 +13,24 @@ from loraformat.cli.options import Choice, echo_json, force, hints, json_flag, m
 from loraformat.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from loraformat.plan import Outcome, Plan
+    from loraformat.plan import Outcome, Plan, Proof
 
 __all__ = ["attach", "merge"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _plan_flag = click.option(
     "--plan", "plan_only", is_flag=True, help="Print what would be read and written; write nothing."
 )
 _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that was bound to other weights.")
+
+
+def _graph(function: F) -> F:
+    """``--verify``, ``--inputs`` and ``--inline``: what is asked of a graph only."""
+    verify = click.option("--verify", is_flag=True, help="Run the written ONNX model against base and adapter.")
+    inputs = click.option("--inputs", type=click.Path(), help="With --verify: values for the model's inputs, .npz.")
+    inline = click.option("--inline", is_flag=True, help="Write the model's local functions into its graph first.")
+    return verify(inputs(inline(function)))
 
 
 @click.command()
@@ -31,6 +42,7 @@ _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that
 @strength
 @mapping
 @origin
+@_graph
 @_plan_flag
 @_any_base
 @force
@@ -48,9 +60,11 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 @click.option("--to", "base", required=True, metavar="MODEL", help="The ONNX model.")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
 @click.option("--mode", type=Choice(["branch"]), default="branch", show_default=True, help="How the adapter is put in.")
+@click.option("--prefold", is_flag=True, help="Store what a runtime would fold, for one that does not optimise.")
 @strength
 @mapping
 @origin
+@_graph
 @_plan_flag
 @_any_base
 @force
@@ -75,17 +89,23 @@ def _carry_out(
     any_base: bool,
     force: bool,
     as_json: bool,
+    verify: bool,
+    inputs: str | None,
+    inline: bool,
     mode: str = "branch",
+    prefold: bool = False,
 ) -> None:
     from loraformat.atomic import check_free
     from loraformat.base import Options
+    from loraformat.verbs.graph import inlined, prove
     from loraformat.verbs.merge import prepare
 
     if not plan_only:
         check_free(Path(out), force)
     base, gathered = open_both(words, base_path, only, scale)
-    stated = hints(names, axes, origin)
-    plan = prepare(verb, gathered.adapters, base, Options(Path(out), mode), stated, any_base=any_base)
+    base = inlined(base) if inline else base
+    stated, how = hints(names, axes, origin), Options(Path(out), mode, prefold)
+    plan = prepare(verb, gathered.adapters, base, how, stated, any_base=any_base)
     if plan_only:
         _show_plan(plan, as_json)
         return
@@ -95,7 +115,10 @@ def _carry_out(
             click.echo(f"note: {note}", err=True)
     with progress_bar(verb, plan.writes, quiet=as_json):
         outcome = base.apply(plan, force=force)
-    _proof(plan, outcome, words, base_path, as_json)
+    proof = prove(base, plan, inputs) if verify else None
+    _proof(plan, outcome, proof, words, base_path, as_json)
+    if proof and not proof.holds:
+        click.get_current_context().exit(1)
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
@@ -109,7 +132,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     click.echo(f"reads {size(plan.reads)}, writes {size(plan.writes)} to {plan.options.out}, memory {size(plan.peak)}")
 
 
-def _proof(plan: Plan, outcome: Outcome, words: tuple[str, ...], base: str, as_json: bool) -> None:
+def _proof(plan: Plan, outcome: Outcome, proof: Proof | None, words: tuple[str, ...], base: str, as_json: bool) -> None:
     """``15/15 targets by node_name · ‖ΔW‖/‖W‖ 0.4–2.1 % · +0.7 MB · next: …``."""
     from loraformat.plan import size
 
@@ -120,7 +143,9 @@ def _proof(plan: Plan, outcome: Outcome, words: tuple[str, ...], base: str, as_j
             key: {"delta_norm": n.delta**0.5, "base_norm": n.base**0.5 or None, "rounding_loss": n.loss}
             for key, n in outcome.norms.items()
         }
-        echo_json({"schema": 1, "verb": plan.verb, "out": out, "written": outcome.written, "targets": targets})
+        told = {"error": proof.error, "limit": proof.limit, "moved": proof.moved} if proof else None
+        report = {"schema": 1, "verb": plan.verb, "out": out, "written": outcome.written, "targets": targets}
+        echo_json(report | ({"proof": told} if told else {}))
         return
     if plan.verb == "merge":
         ratios = sorted(n.change * 100 for n in norms)
@@ -133,6 +158,8 @@ def _proof(plan: Plan, outcome: Outcome, words: tuple[str, ...], base: str, as_j
         sizes = sorted(n.delta**0.5 for n in norms)
         change = f"‖ΔW‖ {sizes[0]:.3g}–{sizes[-1]:.3g}"
         following = f'onnxruntime.InferenceSession("{out}")'
+    if proof:
+        change += f" · {proof}"
     total = len({key for job in plan.jobs for key in job.adapter})
     found = f"{len(norms)}/{total} targets by {plan.rungs}"
     click.echo(

@@ -27,6 +27,8 @@ _VERBS = {
     "resolve": "check",
     "merge": "deploy",
     "attach": "deploy",
+    "detach": "graph",
+    "extract": "graph",
     "verify": "check",
     "completion": "completion",
 }

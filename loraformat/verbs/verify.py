@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.errors import Problem
+from loraformat.errors import Problem, fault
+from loraformat.identity import digest
 from loraformat.resolve import Hints
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.base import Base
+    from loraformat.base import Base, Graph
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -44,8 +45,10 @@ class Verdict:
 def verify(base: Base, adapter: Adapter, merged: Base, hints: Hints | None = None) -> Verdict:
     """Compare ``merged`` with ``base`` and ``adapter``, tensor by tensor; raises only where a target is not found."""
     hints = hints or Hints()
+    if "extract" in merged.verbs and (attached := cast("Graph", merged)).attached:
+        return _attached(base, adapter, attached)
     before = base.resolve(adapter, hints).require()
-    placed = {key: adapter[key].placed(places[0].placement) for key, places in before.targets.items()}
+    placed = {key: places[0].turned(adapter[key]) for key, places in before.targets.items()}
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     problems: list[Problem] = []
@@ -65,6 +68,25 @@ def verify(base: Base, adapter: Adapter, merged: Base, hints: Hints | None = Non
         Problem("LF-611", "no target, and yet changed", n) for n in same if not _identical(base.read(n), merged.read(n))
     ]
     return Verdict(touched, len(same), problems)
+
+
+def _attached(base: Base, adapter: Adapter, merged: Graph) -> Verdict:
+    """An attached model is right where it holds the adapter bit for bit, and is the base without it."""
+    if "extract" not in base.verbs:
+        raise fault("LF-608", f"{base.path} is no graph, and {merged.path} is one with an adapter attached")
+    held, wanted, problems = merged.extract(), digest(adapter), []
+    if wanted not in {digest(found) for _, found in held}:
+        what = f"{', '.join(name for name, _ in held)} is attached, and not an adapter of digest {wanted[:12]}"
+        problems.append(Problem("LF-611", what, str(merged.path), "another version of it, or another strength"))
+    if len(held) > 1:
+        problems.append(Problem("LF-611", f"{len(held)} adapters are attached, not one", str(merged.path)))
+    before = merged.without()
+    if before.identity != cast("Graph", base).identity:
+        problems.append(Problem("LF-611", "without the adapter, the graph is not the base's", str(merged.path)))
+    old, new = base.parameters(), before.parameters()
+    same = [n for n in old if n in new and _identical(base.read(n), before.read(n))]
+    problems += [Problem("LF-611", "no target, and yet changed", n) for n in old if n not in same]
+    return Verdict(dict.fromkeys(adapter, 0.0), len(same), problems)
 
 
 def _compare(update: Update, base: Array | None, found: Array) -> tuple[float, str]:

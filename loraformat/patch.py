@@ -1,0 +1,87 @@
+"""A file written as a copy of another with some byte ranges replaced: the rest is copied by the kernel.
+
+Where every byte goes is known before the first is written, so that two threads can work at once: while one waits
+for the disk the other computes, and nobody holds more than a tile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
+
+from loraformat.ranges import copy_range, start_writing, write_range
+
+__all__ = ["Patch", "patched_size", "write_patched"]
+
+_WORKERS = 2
+_WRITEBACK = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """The bytes [start, stop) of the source become the ``length`` bytes that ``tiles`` gives, run after run."""
+
+    start: int
+    stop: int
+    length: int
+    tiles: Callable[[], Iterable[memoryview]]
+
+
+def patched_size(size: int, patches: Iterable[Patch]) -> int:
+    """Bytes of the result for a source of ``size`` bytes."""
+    return size + sum(patch.length - (patch.stop - patch.start) for patch in patches)
+
+
+def write_patched(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) -> None:
+    """Write ``source`` with its patches, which do not overlap, into the empty file ``target``.
+
+    Raises:
+        OSError: the source became shorter, or the target cannot be written.
+        ValueError: patches overlap, or the tiles of one have not its length.
+    """
+    pieces = list(_pieces(target, source, sorted(patches, key=lambda p: (p.start, p.stop))))
+    pool = ThreadPoolExecutor(_WORKERS)
+    try:
+        done, _ = wait([pool.submit(piece) for piece in pieces], return_when=FIRST_EXCEPTION)
+        for piece in done:
+            piece.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pieces(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) -> Iterator[Callable[[], None]]:
+    """What is to be done, each at its own place in the target."""
+    position = offset = 0
+    for patch in patches:
+        if patch.start < position:
+            raise ValueError(f"two patches overlap at byte {patch.start}")
+        yield partial(_copy, source, position, target, offset, patch.start - position)
+        offset += patch.start - position
+        yield partial(_replace, target, offset, patch)
+        position, offset = patch.stop, offset + patch.length
+    size = os.fstat(source.fileno()).st_size
+    yield partial(_copy, source, position, target, offset, size - position)
+
+
+def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, length: int) -> None:
+    for begin in range(0, length, _WRITEBACK):
+        count = min(_WRITEBACK, length - begin)
+        copy_range(source, start + begin, target, offset + begin, count)
+        start_writing(target, offset + begin, count)
+
+
+def _replace(target: BinaryIO, offset: int, patch: Patch) -> None:
+    written = asked = 0
+    for tile in patch.tiles():
+        write_range(target, tile, offset + written)
+        written += len(tile)
+        if written - asked >= _WRITEBACK:
+            start_writing(target, offset + asked, written - asked)
+            asked = written
+    if written != patch.length:
+        raise ValueError(f"a patch of {patch.length} bytes gave {written}")
+    start_writing(target, offset + asked, written - asked)
