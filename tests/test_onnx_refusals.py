@@ -136,6 +136,28 @@ def test_a_weight_used_inside_a_function_is_refused(verb, how, tmp_path):
 
 
 @both_verbs
+def test_a_weight_used_inside_a_graph_inside_a_function_is_refused(verb, tmp_path):
+    weight = numpy_helper.from_array(np.ones((5, 7), np.float32), "w")
+    bodies = [
+        helper.make_graph([node], name, [], [helper.make_tensor_value_info(node.output[0], 1, None)])
+        for name, node in (
+            ("a", helper.make_node("MatMul", ["x", KEY], ["p"], "/m/q/MatMul")),
+            ("e", helper.make_node("MatMul", ["x", KEY], ["r"])),
+        )
+    ]
+    body = [
+        helper.make_node("Constant", [], [KEY], value=weight),
+        helper.make_node("If", ["c"], ["y"], "if", then_branch=bodies[0], else_branch=bodies[1]),
+    ]
+    made = model("g (float[N,5] x, bool c) => (float[N,7] y) { y = own.Choose(x, c) }")
+    opsets = [helper.make_opsetid("", 18)]
+    made.functions.append(helper.make_function("own", "Choose", ["x", "c"], ["y"], body, opsets))
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    said = refused(made, tmp_path, verb=verb)
+    assert "inside function Choose/if.then_branch: give --inline" in said
+
+
+@both_verbs
 def test_a_sparse_weight_is_refused(verb, tmp_path):
     made = model('g (float[N,5] x) => (float[N,7] y) { ["/m/q/MatMul"] y = MatMul(x, w) }')
     values = helper.make_tensor("w", onnx.TensorProto.FLOAT, [2], [1.5, 2.5])

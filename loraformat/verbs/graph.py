@@ -57,6 +57,8 @@ def prove(base: Base, plan: Plan, inputs: str | os.PathLike[str] | None = None) 
 
 def _graph(base: Base, verb: str) -> Graph:
     if verb not in base.verbs:
-        what = f"{base.path} holds weights and computes nothing: there is nothing to {verb}"
-        raise fault("LF-608", what, fix="loraformat verify compares a merged checkpoint with its base")
+        what = f"{base.path} is not one graph: there is nothing to {verb}"
+        raise fault(
+            "LF-608", what, fix="give one ONNX model; loraformat verify compares merged checkpoints and folders"
+        )
     return cast("Graph", base)

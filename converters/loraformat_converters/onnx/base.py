@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.info import describe
 from loraformat_converters.onnx.inputs import generated, stated
-from loraformat_converters.onnx.ladder import PREFIX, Found, climb
+from loraformat_converters.onnx.ladder import Found, climb
 from loraformat_converters.onnx.merge import merge, written_data
 from loraformat_converters.onnx.model import FLOATS, array, load
 from loraformat_converters.onnx.names import names_of
@@ -35,9 +35,9 @@ from loraformat_converters.onnx.part import Part
 from loraformat_converters.onnx.prove import compare, tolerance
 from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
-from loraformat_converters.onnx.rounding import balance
-from loraformat_converters.onnx.spots import Change, Spot, spots
+from loraformat_converters.onnx.spots import Change, Spot, every_change, gathered, spots
 from loraformat_converters.onnx.store import Addition, Patch, Storage
+from loraformat_converters.onnx.told import notes, prefixes, step
 from loraformat_converters.onnx.values import Values
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class OnnxBase:
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
-        changes = _changes(jobs)
+        changes = gathered(jobs)
         problems = list(obstacles(verb, changes, self.index.opset))
         if self.record is not None:
             fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
@@ -139,14 +139,14 @@ class OnnxBase:
         places = spots(self.model, self.index, changes, self.path.parent)
         data = [d for spot in places if (d := written_data(spot))] if verb == "merge" else []
         storage = Storage(self.model, self.path, options.out, data, _tag(jobs))
-        notes = (*_prefixes(jobs), *_notes(verb, places))
+        said = (*prefixes(jobs), *notes(verb, places))
         if storage.copied:
-            notes += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
+            said += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
         graph = self.path.stat().st_size
-        added = sum(t.nbytes for c in _all(places) for p in c.update.parts for _, t in roles_of(p))
+        added = sum(t.nbytes for c in every_change(places) for p in c.update.parts for _, t in roles_of(p))
         writes, peak = graph + storage.data_bytes + (added if verb == "attach" else 0), 3 * graph + (32 << 20)
-        steps = tuple(_step(verb, spot) for spot in places)
-        return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, notes, places)
+        steps = tuple(step(verb, spot) for spot in places)
+        return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, said, places)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write a changed copy of the model; the opened one stays as it is."""
@@ -161,7 +161,7 @@ class OnnxBase:
         model.CopyFrom(self.model)
         index = Index(model)
         places = [replace(s, sites=tuple(index.sites[site.number] for site in s.sites)) for s in plan.state]
-        norms = {change.key: Norms() for change in _all(places)}
+        norms = {change.key: Norms() for change in every_change(places)}
         if plan.verb == "merge":
             data = self._merge(index, places, norms)
         else:
@@ -257,55 +257,3 @@ class OnnxBase:
 def _tag(jobs: Sequence[Job]) -> str:
     """What tells the data files of one change from another's: the adapters' digests."""
     return hashlib.sha256("".join(digest(job.adapter) for job in jobs).encode()).hexdigest()[:8]
-
-
-def _changes(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
-    """Sites → what happens to their weight, in the order of the jobs."""
-    changes: dict[tuple[Site, ...], list[Change]] = {}
-    for number, job in enumerate(jobs):
-        for key, places in job.resolution.require().targets.items():
-            change = Change(number, key, job.adapter[key], places[0].parameter)
-            changes.setdefault(tuple(match.handle for match in places), []).append(change)
-    return changes
-
-
-def _all(places: Sequence[Spot]) -> Iterator[Change]:
-    return (change for spot in places for change in spot.changes)
-
-
-def _step(verb: str, spot: Spot) -> str:
-    nodes = ", ".join(site.node.name for site in spot.sites)
-    keys = ", ".join(dict.fromkeys(change.key for change in spot.changes))
-    return f"{verb} {keys} at {nodes} ({spot.sites[0].root_name} {list(spot.sites[0].root.dims)})"
-
-
-def _prefixes(jobs: Sequence[Job]) -> list[str]:
-    """What the targets' names and the graph's differ by."""
-    evidence = (e for job in jobs for places in job.resolution.targets.values() for m in places for e in m.evidence)
-    return [said for said in dict.fromkeys(evidence) if said.startswith(PREFIX)]
-
-
-def _notes(verb: str, places: Sequence[Spot]) -> Iterator[str]:
-    for spot in places:
-        if spot.others and verb == "merge":
-            others = ", ".join(spot.others[:3])
-            yield f"{spot.sites[0].root_name} is used by {others} too: {spot.key} gets a copy of its own"
-        if len(spot.sites) > 1:
-            yield f"{spot.key} is used {len(spot.sites)} times: the change acts at every use"
-    if verb == "attach":
-        yield from _roundings(places)
-
-
-def _roundings(places: Sequence[Spot]) -> Iterator[str]:
-    """What 16-bit weights leave of the factors."""
-    pairs = [
-        (spot.key, *balance(change.update["lora"], spot.sites[0].factor, spot.sites[0].root.data_type))
-        for spot in places
-        for change in spot.changes
-        if "lora" in change.update
-    ]
-    moved = [k for _, k, _ in pairs if k]
-    if pairs and (worst := max(pairs, key=lambda pair: pair[2]))[2]:
-        yield f"16-bit weights: rounding changes the factors by up to {worst[2]:.1e} of their size ({worst[0]})"
-    if moved:
-        yield f"{len(moved)} pairs are balanced by powers of two (2^{min(moved)} … 2^{max(moved)}), which is exact"

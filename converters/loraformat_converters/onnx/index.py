@@ -9,17 +9,11 @@ import onnx
 
 from loraformat.axes import Placement
 from loraformat_converters.onnx.model import FLOATS
-from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, attribute, meaning, operator, vector_axis
+from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, meaning, operator, vector_axis
 from loraformat_converters.onnx.scopes import STANDARD, Scope, scopes
+from loraformat_converters.onnx.trace import Value, trace
 
 __all__ = ["Index", "Site", "Use", "Value"]
-
-
-class Value(NamedTuple):
-    """A name, and the scope that gives it its meaning."""
-
-    scope: Scope
-    name: str
 
 
 class Use(NamedTuple):
@@ -95,21 +89,6 @@ class Site:
         return tuple(stored for _, stored in sorted(pairs))
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """From an operator's input back to a stored tensor; ``axes``: the root's axis of each axis of the input."""
-
-    values: tuple[Value, ...]
-    chain: tuple[onnx.NodeProto, ...]
-    axes: tuple[int, ...]
-    refusal: str | None
-
-    @property
-    def root(self) -> onnx.TensorProto:
-        scope, name = self.values[0]
-        return scope.roots[name]
-
-
 class Index:
     """The sites of a model and the maps that a rewrite needs.
 
@@ -161,25 +140,25 @@ class Index:
                         self._add_site(node, position, "weight", scope)
 
     def _add_site(self, node: onnx.NodeProto, position: int, parameter: str, scope: Scope) -> bool:
-        trace = _trace(node.input[position], scope) if position < len(node.input) else None
-        if trace is None:
+        found = trace(node.input[position], scope) if position < len(node.input) else None
+        if found is None:
             return False
-        dims = tuple(trace.root.dims)
-        shape = tuple(dims[axis] for axis in trace.axes)
+        dims = tuple(found.root.dims)
+        shape = tuple(dims[axis] for axis in found.axes)
         if position in VECTORS.get(node.op_type, {}):
-            if not _is_vector(node, shape) or trace.root.data_type not in FLOATS:
+            if not _is_vector(node, shape) or found.root.data_type not in FLOATS:
                 return False
         elif len(shape) < 2:
             return False
         means = meaning(node, position, shape)
         operand = Placement(shape, means.out, means.in_, means.batch)
-        out, in_, batch = (tuple(trace.axes[a] for a in axes) for axes in (means.out, means.in_, means.batch))
-        refusal = trace.refusal or means.refusal or _dtype_refusal(trace.root.data_type)
-        if scope.graph is None or trace.values[0].scope.graph is None:
+        out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (means.out, means.in_, means.batch))
+        refusal = found.refusal or means.refusal or _dtype_refusal(found.root.data_type)
+        if not scope.rewritable:
             refusal = f"it lies inside {scope.where}: give --inline, which writes the function's body into the graph"
         site = Site(
-            *(len(self.sites), node, position, parameter, trace.root, _full_name(trace.values[0]), trace.chain),
-            *(scope, trace.values, operand, Placement(dims, out, in_, batch), means.factor, means.natural, refusal),
+            *(len(self.sites), node, position, parameter, found.root, _full_name(found.values[0]), found.chain),
+            *(scope, found.values, operand, Placement(dims, out, in_, batch), means.factor, means.natural, refusal),
         )
         self.sites.append(site)
         return True
@@ -191,10 +170,6 @@ class Index:
     def readers(self, value: Value) -> list[Use]:
         """Every input that reads a value, inside other nodes' graphs too."""
         return self._readers.get((id(value.scope), value.name), [])
-
-    def value(self, scope: Scope, name: str) -> Value:
-        """What ``name`` means in ``scope``."""
-        return Value(scope.home(name, "defined") or scope, name)
 
     def fresh(self, name: str) -> str:
         """``name``, or ``name`` with a number, that no value or node of the model has; it is taken from now on."""
@@ -228,37 +203,6 @@ class Index:
 
 def _full_name(value: Value) -> str:
     return f"{value.scope.where}/{value.name}" if value.scope.where else value.name
-
-
-def _trace(name: str, scope: Scope) -> _Trace | None:
-    """Back from a value to the stored tensor that it is made of, if it is made of stored tensors only."""
-    chain: list[onnx.NodeProto] = []
-    home = scope.home(name, "constant")
-    if home is None:
-        return None
-    values = [Value(home, name)]
-    while name not in home.roots:
-        node = home.producers[name]
-        if not node.input or not node.input[0]:
-            return None
-        chain.insert(0, node)
-        name = node.input[0]
-        found = home.home(name, "constant")
-        if found is None:
-            return None
-        home = found
-        values.insert(0, Value(home, name))
-    axes = tuple(range(len(home.roots[name].dims)))
-    for node in chain:
-        perm = attribute(node, "perm", tuple(reversed(range(len(axes)))))
-        if node.domain not in STANDARD or node.op_type not in ("Identity", "Transpose"):
-            return _Trace(tuple(values), tuple(chain), axes, f"{node.op_type} lies between its weight and it")
-        if node.op_type == "Transpose":
-            if sorted(perm) != list(range(len(axes))):
-                what = f"{node.name} has perm {list(perm)} of {len(axes)} axes"
-                return _Trace(tuple(values), tuple(chain), axes, what)
-            axes = tuple(axes[i] for i in perm)
-    return _Trace(tuple(values), tuple(chain), axes, None)
 
 
 def _is_vector(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:

@@ -74,6 +74,11 @@ class Scope:
         if inputs and not holds_graph and all(self.home(name, "constant") for name in inputs):
             self.constant |= {*node.output}
 
+    @property
+    def rewritable(self) -> bool:
+        """Whether it is no function's: a function sees nothing of the graph that calls it."""
+        return self.graph is not None and (self.outer is None or self.outer.rewritable)
+
     def home(self, name: str, kind: str) -> Scope | None:
         """The nearest scope that has ``name`` among its ``roots``, ``producers``, ``constant`` or ``defined``."""
         scope: Scope | None = self

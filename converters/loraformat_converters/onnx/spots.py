@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +16,10 @@ from loraformat_converters.onnx.scopes import tensors
 
 if TYPE_CHECKING:
     from loraformat.axes import Placement
+    from loraformat.plan import Job
     from loraformat.updates import Update
 
-__all__ = ["Change", "Spot", "spots"]
+__all__ = ["Change", "Spot", "every_change", "gathered", "spots"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ class Spot:
     def updates(self) -> tuple[Update, ...]:
         """What happens to the stored tensor, in its own axes, one after the other."""
         return tuple(change.turned(self.sites[0].placement) for change in self.changes)
+
+
+def gathered(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
+    """Sites → what happens to their weight, in the order of the jobs."""
+    changes: dict[tuple[Site, ...], list[Change]] = {}
+    for number, job in enumerate(jobs):
+        for key, places in job.resolution.require().targets.items():
+            change = Change(number, key, job.adapter[key], places[0].parameter)
+            changes.setdefault(tuple(match.handle for match in places), []).append(change)
+    return changes
+
+
+def every_change(places: Iterable[Spot]) -> Iterator[Change]:
+    """The changes of all spots."""
+    return (change for spot in places for change in spot.changes)
 
 
 def spots(
