@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
+from loraformat import progress
 from loraformat.ranges import copy_range, start_writing, write_range
 
 __all__ = ["Patch", "patched_size", "write_patched"]
@@ -72,6 +73,7 @@ def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, length: i
         count = min(_WRITEBACK, length - begin)
         copy_range(source, start + begin, target, offset + begin, count)
         start_writing(target, offset + begin, count)
+        progress.advance(count)
 
 
 def _replace(target: BinaryIO, offset: int, patch: Patch) -> None:

@@ -294,11 +294,18 @@ HOSTILE = ["", "[", "{}", "[{}]", '[{"version": 2}]', "[3]", "null", '[{"version
 
 @pytest.mark.parametrize("change", [*map(the_record, HOSTILE), half_a_record])
 def test_a_record_that_cannot_be_read_is_a_fault(change, tmp_path):
-    attach(adapter({KEY: (7, 5)}), open_base(save(model(TEXT), tmp_path / "base.onnx")), tmp_path / "out.onnx")
+    given = adapter({KEY: (7, 5)})
+    attach(given, open_base(save(model(TEXT), tmp_path / "base.onnx")), tmp_path / "out.onnx")
     made = onnx.load(tmp_path / "out.onnx")
     change(made)
-    with pytest.raises(LoraFormatError, match="LF-613"):
-        open_base(save(made, tmp_path / "changed.onnx"))
+    opened = open_base(save(made, tmp_path / "changed.onnx"))
+    for act in (
+        extract,
+        lambda base: detach(base, tmp_path / "x.onnx"),
+        lambda base: attach(given, base, tmp_path / "x"),
+    ):
+        with pytest.raises(LoraFormatError, match="LF-613"):
+            act(opened)
 
 
 @pytest.mark.parametrize("act", [extract, lambda base: detach(base, base.path.with_name("out.onnx"))])

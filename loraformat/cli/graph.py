@@ -11,7 +11,7 @@ __all__ = ["detach", "extract"]
 
 @click.command()
 @click.argument("model", metavar="MODEL.onnx")
-@click.option("-o", "--out", required=True, help="The file to write.")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
 @force
 @json_flag
 def detach(model: str, out: str, force: bool, as_json: bool) -> None:
@@ -30,8 +30,10 @@ def detach(model: str, out: str, force: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model", metavar="MODEL.onnx")
-@click.option("-o", "--out", required=True, help="The adapter to write: a file (.safetensors) or a folder (PEFT).")
-@click.option("--name", help="Which, where several are attached.")
+@click.option(
+    "-o", "--out", required=True, metavar="OUT", help="The adapter to write: a file (.safetensors) or a folder (PEFT)."
+)
+@click.option("--name", metavar="NAME", help="Which, where several are attached.")
 @click.option("--to", "to_layout", metavar="LAYOUT", help="Layout of OUT; else by its name.")
 @force
 @json_flag

@@ -6,6 +6,7 @@ import glob
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,11 @@ class OnnxBase:
         self.model = model or load(path)
         self.index = Index(self.model)
         self.values = Values(self.index, path.parent)
-        self.record = Record.read(self.model)
+
+    @cached_property
+    def record(self) -> Record | None:
+        """What is attached; LF-613 where the record cannot be read."""
+        return Record.read(self.model)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every stored tensor of a float type, by its name in the file."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat import progress
 from loraformat.atomic import write_file
 from loraformat.errors import fault
 from loraformat.patch import Patch as FilePatch
