@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
     from loraformat.verbs.convert import convert
+    from loraformat.verbs.graph import detach
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
@@ -51,6 +52,7 @@ __all__ = [
     "attach",
     "bind",
     "convert",
+    "detach",
     "digest",
     "from_tensors",
     "init",
@@ -68,6 +70,7 @@ _HOMES = {
     **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),
+    "detach": "verbs.graph",
     "Adapter": "adapter",
     "Placement": "axes",
     "Hints": "resolve",

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.axes import Placement
-    from loraformat.plan import Job, Outcome, Plan
+    from loraformat.plan import Job, Outcome, Plan, Proof
     from loraformat.resolve import Hints, Resolution
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "Options", "Parameter", "Runnable"]
+__all__ = ["Base", "BaseKind", "Graph", "Options", "Parameter", "Runnable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,12 @@ class Options:
     Attributes:
         out: the output file.
         mode: of ``attach``: ``branch``.
+        prefold: store what a runtime that optimises would compute once, in the place of the adapter's own tensors.
     """
 
     out: Path
     mode: str = "branch"
+    prefold: bool = False
 
 
 class BaseKind(Protocol):
@@ -64,7 +66,7 @@ class Base(Protocol):
 
     path: Path
     verbs: frozenset[str]
-    """Which of ``merge`` and ``attach`` it takes."""
+    """Which verbs it takes: ``merge``, ``attach``, and those of ``Graph``."""
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Logical name → weight, for every weight that an adapter could target; ``FILE:NAME`` in a base of several files."""
@@ -94,3 +96,34 @@ class Runnable(Protocol):
 
     def how(self, language: str) -> str:
         """Code that runs it, for its own inputs and outputs: python, cpp, csharp, js or genai; LF-705 where none is."""
+
+
+class Graph(Base, Protocol):
+    """A base that runs by itself, and that can give back what ``attach`` put into it."""
+
+    @property
+    def attached(self) -> Sequence[str]:
+        """The names of the adapters that are attached."""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the graph with the weights that it holds itself: not of data files beside it."""
+
+    def detach(self, out: Path, *, force: bool = False) -> Outcome:
+        """Write the base as it was before ``attach``, bit for bit; LF-613 where it was changed since."""
+
+    def extract(self) -> Sequence[tuple[str, Adapter]]:
+        """(name, adapter) of everything that is attached, bit for bit."""
+
+    def without(self) -> Graph:
+        """The base as it was before ``attach``, in memory."""
+
+    def inlined(self) -> Graph:
+        """The base with its functions written out, where their weights can be changed."""
+
+    def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
+        """Run what ``apply`` wrote against base and adapter put together in another way.
+
+        Args:
+            inputs: a file with values for the graph's inputs; else they are made up.
+        """

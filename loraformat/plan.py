@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraformat.base import Options
     from loraformat.resolve import Resolution
 
-__all__ = ["Job", "Outcome", "Plan", "size"]
+__all__ = ["Job", "Outcome", "Plan", "Proof", "size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,32 @@ class Outcome:
     norms: Mapping[str, Norms] = field(default_factory=dict)
     written: int = 0
     grown: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How far a written graph's outputs are from those of base + adapter, got in another way.
+
+    Attributes:
+        error: the largest relative difference (L2) of an output.
+        limit: what it may be, for weights of this type.
+        moved: how far the outputs are from the base's: a proof of an adapter that does nothing proves nothing.
+        output: which output differs most.
+    """
+
+    error: float
+    limit: float
+    moved: float
+    output: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the written graph is right."""
+        return self.error <= self.limit
+
+    def __str__(self) -> str:
+        word = "≤" if self.holds else ">"
+        return f"max rel err {self.error:.1e} {word} {self.limit:.0e} at {self.output}, moved by {self.moved:.2g}"
 
 
 def size(count: float) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.turned import turned
+from loraformat.updates import Update
 
 if TYPE_CHECKING:
     from loraformat.base import Base
@@ -30,6 +32,8 @@ class Match:
         placement: how the update's matrix lies in the stored tensor.
         evidence: what says so, strongest first, as ``rung: detail``.
         confidence: 1.0 for names and exact evidence; a cosine for sketches.
+        parameter: how it lies in the parameter that the adapter names, where the stored tensor has other axes and an
+            update speaks of them; None where only the matrix matters.
         handle: what the base itself needs to find the place again; opaque to everyone else.
     """
 
@@ -39,7 +43,12 @@ class Match:
     placement: Placement
     evidence: tuple[str, ...]
     confidence: float = 1.0
+    parameter: Placement | None = None
     handle: Any = field(default=None, compare=False, repr=False)
+
+    def turned(self, update: Update) -> Update:
+        """The update in the stored tensor's own axes."""
+        return turned(update, self.parameter or self.placement, self.placement)
 
     def as_json(self) -> dict[str, Any]:
         """The fields of ``resolve --json``; slices and permutations are null where the whole tensor is meant."""

@@ -93,6 +93,7 @@ RULES: dict[str, Rule] = _table(
     ("LF-610", "the base file is sound"),
     ("LF-611", "the result equals base and adapter"),
     ("LF-612", "what is asked of an update is defined for it"),
+    ("LF-613", "what is attached to a model is as it was attached"),
     ("LF-701", "the input can be read"),
     ("LF-702", "nothing is overwritten without --force"),
     ("LF-703", "the output can be written"),

@@ -140,6 +140,14 @@ class Update:
                 _set_rows(part, value, rows)
         return value
 
+    def norms(self, base: Array | None) -> F32:
+        """What the magnitude divides by, ‖V‖ + eps with V the sum before it, in the shape of ``magnitude``."""
+        part, place = self["magnitude"], self.placement or _unplaced()
+        before = replace(self, parts=tuple(p for p in self.parts if p.kind not in ("magnitude", "rows")))
+        kept = _kept_axes(part, place)
+        norm = _norm(part, before.apply(base), kept).reshape([place.shape[a] for a in sorted(kept)])
+        return norm.transpose([sorted(kept).index(a) for a in kept]).reshape(part.magnitude.shape)
+
     @property
     def tileable(self) -> bool:
         """Whether runs of rows of the base can be served alone: no norm runs over axis 0."""
@@ -207,14 +215,19 @@ def _rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int
     kept = _kept_axes(part, whole)
     if rows and 0 not in kept:
         raise fault("LF-612", "the norm of this magnitude runs over axis 0: a run of rows cannot be served alone")
-    over = tuple(a for a in range(value.ndim) if a not in kept)
-    norm = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
-    if not norm.all():
-        raise fault("LF-612", "a slice of the weight is zero: it has no direction that a magnitude could scale")
+    norm = _norm(part, value, kept)
     ascending = sorted(range(len(kept)), key=kept.__getitem__)
     magnitude = single(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
     magnitude = magnitude.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
     return np.asarray((magnitude[slice(*rows)] if rows else magnitude) * (value / norm), np.float32)
+
+
+def _norm(part: Magnitude, value: F32, kept: tuple[int, ...]) -> F32:
+    over = tuple(a for a in range(value.ndim) if a not in kept)
+    norm = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
+    if not norm.all():
+        raise fault("LF-612", "a slice of the weight is zero: it has no direction that a magnitude could scale")
+    return np.asarray(norm, np.float32)
 
 
 def _set_rows(part: RowsPart, value: F32, rows: tuple[int, int] | None) -> None:

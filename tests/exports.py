@@ -179,6 +179,22 @@ RECIPES: Mapping[str, Recipe] = {
         targets=18,
         trained=True,
     ),
+    "bert-dora": Recipe(
+        _bert,
+        {
+            "target_modules": ["query", "value", "dense"],
+            "r": 3,
+            "lora_alpha": 5,
+            "use_dora": True,
+            "modules_to_save": ["LayerNorm"],
+        },
+        targets=20,
+    ),
+    "llama-saved": Recipe(
+        lambda: _llama(tied=False),
+        {"target_modules": ["k_proj", "embed_tokens"], "modules_to_save": ["lm_head", "norm"], "r": 3, "lora_alpha": 5},
+        targets=9,
+    ),
     "llama": Recipe(lambda: _llama(tied=False), {"target_modules": _LLAMA, "r": 5, "lora_alpha": 7}, targets=15),
     "llama-tied": Recipe(
         lambda: _llama(tied=True),
@@ -234,6 +250,7 @@ def export(name: str, exporter: str, folder: Path) -> Export:
             base = model(**inputs).numpy()
             adapted = get_peft_model(getattr(model, "m", model), LoraConfig(**recipe.lora)).eval()
             _randomise(adapted, only="lora_", deviation=0.05 if recipe.trained else 0.25)
+            _randomise(adapted, only="modules_to_save")
             truth = model(**inputs).numpy()  # PEFT put its layers into the model itself
         # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)

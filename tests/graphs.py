@@ -69,20 +69,26 @@ def session(path, *, optimise=True, optimised=None):
 
 
 def feeds(running, seed=3):
-    """Normal values for every input of a session."""
+    """Normal values for every input of a session, small ones for integers, True."""
     draw = np.random.default_rng(seed)
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
     made = {}
     for value in running.get_inputs():
         shape = [SIZES.get(size, size) for size in value.shape]
-        dtype = kinds.get(value.type)
-        made[value.name] = np.array(True) if dtype is None else draw.standard_normal(shape).astype(dtype)
+        if value.type in kinds:
+            made[value.name] = draw.standard_normal(shape).astype(kinds[value.type])
+        else:
+            made[value.name] = draw.integers(0, 5, shape) if value.type == "tensor(int64)" else np.array(True)
     return made
 
 
 def run(path, *, optimise=True, seed=3):
     """Output name → values, for the same random inputs every time."""
-    running = session(path, optimise=optimise)
+    return outputs(session(path, optimise=optimise), seed)
+
+
+def outputs(running, seed=3):
+    """Output name → values, of a session."""
     names = [o.name for o in running.get_outputs()]
     return dict(zip(names, running.run(names, feeds(running, seed)), strict=True))
 

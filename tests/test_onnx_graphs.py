@@ -273,7 +273,9 @@ def test_one_pair_of_constants_serves_both_calls(tmp_path):
     base, result = changed(
         "attach", model(TWICE.replace("NAMED", '["/m/q_1/MatMul"]')), adapter({KEY: (6, 6)}), tmp_path
     )
-    assert sorted(stored(result).keys() - stored(base).keys()) == [f"lora/{KEY}/{name}" for name in ("A", "B", "scale")]
+    assert sorted(stored(result).keys() - stored(base).keys()) == [
+        f"lora/{KEY}/{name}" for name in ("lora_A", "lora_B", "scale")
+    ]
 
 
 @both_verbs
@@ -354,7 +356,7 @@ def test_nodes_need_no_names_where_the_weight_has_one(verb, tmp_path):
 
 @both_verbs
 def test_names_that_a_graph_has_already_are_not_taken(verb, tmp_path):
-    taken = [f"lora/{KEY}/{n}" for n in ("A", "B", "scale", "base", "delta", "hidden", "add", "weight", "A/T", "B/T")]
+    taken = [f"lora/{KEY}/{n}" for n in ("lora_A", "lora_B", "scale", "base", "change", "hidden", "add", "weight")]
     relus = "  ".join(f'["{n}"] "{n}" = Relu("{i}")' for n, i in zip(taken, ["x", *taken], strict=False))
     text = f"""g (float[N,6] x) => (float[N,6] y, float[N,6] "lora/{KEY}/A_2") <float[6,6] w, float[2] "lora/{KEY}/B_2">
       {{ {relus}  ["lora/{KEY}/add_2"] "lora/{KEY}/A_2" = Neg(x)
@@ -404,8 +406,8 @@ def test_attach_stores_the_factors_as_they_are(tmp_path):
     update = adapter({KEY: lora(7, 5, dtype=ml_dtypes.bfloat16, alpha=1.1)})
     _, result = changed("attach", model(sized(SITES["bias after"][0], 7, 5)), update, tmp_path)
     kept = stored(result)
-    for role, name in (("lora_A", "A"), ("lora_B", "B")):
-        assert kept[f"lora/{KEY}/{name}"].tobytes() == getattr(update[KEY]["lora"], role).tobytes()
+    for role in ("lora_A", "lora_B"):
+        assert kept[f"lora/{KEY}/{role}"].tobytes() == getattr(update[KEY]["lora"], role).tobytes()
 
 
 def test_an_opened_model_is_the_same_after_a_verb(tmp_path):

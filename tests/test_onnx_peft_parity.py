@@ -16,7 +16,7 @@ from loraformat.verbs.verify import verify
 
 pytestmark = pytest.mark.peer
 
-MODELS = ("minilm", "bert", "llama", "llama-tied", "gpt2", "shared-2d", "shared-3d")
+MODELS = ("minilm", "bert", "bert-dora", "llama", "llama-saved", "llama-tied", "gpt2", "shared-2d", "shared-3d")
 EXPORTERS = ("torchscript", "dynamo")
 VERBS = {"attach": attach, "merge": merge}
 
@@ -46,7 +46,7 @@ def test_every_target_is_found_by_name(name, exporter, export):
     assert found.keys() == adapter.keys()
     rung = {"torchscript": "node_name", "dynamo": "name_scopes"}[exporter]
     assert all(any(said.startswith(rung) for said in places[0].evidence) for places in found.values())
-    calls = {key: [place.node for place in places] for key, places in found.items()}
+    calls = {key: [(place.node, place.weight) for place in places] for key, places in found.items()}
     assert len({node for nodes in calls.values() for node in nodes}) == sum(map(len, calls.values()))
     assert {key for key, nodes in calls.items() if len(nodes) > 1} <= {"called_twice.weight"}
 

@@ -17,6 +17,7 @@ from loraformat import Adapter, LoraFormatError
 from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
+from loraformat.verbs.graph import detach
 from loraformat.verbs.init import init
 from loraformat.verbs.merge import attach, merge, prepare
 from loraformat.verbs.verify import verify
@@ -192,7 +193,32 @@ def test_the_plan_tells_what_will_be_written(tmp_path):
         assert any("copies weights.bin" in note for note in plan.notes) == ((verb, place) == ("attach", "b"))
 
 
+def test_another_output_of_the_same_name_leaves_no_old_data_behind(tmp_path):
+    base = external(tmp_path / "a" / "base.onnx")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "out.onnx.mine.data").write_bytes(b"of somebody else")
+    first, second = adapter(KEYS), adapter({"m.q.weight": lora(64, 48, seed=9)})
+    kept = ["out.onnx", "out.onnx.mine.data"]
+    for verb, update in (("merge", first), ("merge", second), ("attach", second), ("merge", first)):
+        VERBS[verb](update, open_base(base), tmp_path / "b" / "out.onnx", force=True)
+        (location,) = set(locations(tmp_path / "b" / "out.onnx").values())
+        assert names_in(tmp_path / "b") == sorted([*kept, location])
+    check(base, tmp_path / "b" / "out.onnx", first)
+
+
+def test_the_data_of_an_attached_model_that_was_taken_elsewhere_is_its_own_again(tmp_path):
+    base, update = external(tmp_path / "a" / "base.onnx"), adapter(KEYS)
+    (tmp_path / "b").mkdir()
+    attach(update, open_base(base), tmp_path / "b" / "out.onnx")
+    detach(open_base(tmp_path / "b" / "out.onnx"), tmp_path / "b" / "again.onnx")
+    assert open_base(tmp_path / "b" / "again.onnx").identity == open_base(base).identity
+    attach(update, open_base(base), tmp_path / "a" / "out.onnx")
+    detach(open_base(tmp_path / "a" / "out.onnx"), tmp_path / "a" / "again.onnx")
+    assert (tmp_path / "a" / "again.onnx").read_bytes() == base.read_bytes()
+
+
 HOSTILE = {
+    "a file of two names": {"location": "hard.bin"},
     "a path upwards": {"location": "../secret.bin"},
     "a path upwards in the middle": {"location": "sub/../../secret.bin"},
     "an absolute path": {"location": "FOLDER/secret.bin"},
@@ -218,6 +244,8 @@ def test_hostile_external_data_is_refused_and_nothing_is_written(verb, entries, 
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
     (tmp_path / "in" / "sub").mkdir()
     (tmp_path / "in" / "link.bin").symlink_to(tmp_path / "in" / "weights.bin")
+    (tmp_path / "in" / "hard.bin").write_bytes(bytes(1 << 20))
+    (tmp_path / "in" / "hard2.bin").hardlink_to(tmp_path / "in" / "hard.bin")
     (tmp_path / "in" / "linked").symlink_to(tmp_path)
     made = onnx.load(base, load_external_data=False)
     tensor = next(t for t in made.graph.initializer if t.name == "wo")  # not a target: it is checked all the same

@@ -21,7 +21,7 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "names", "axes", "scale", "parts", "products", "updates", "adapter"),
+    *("errors", "names", "axes", "scale", "parts", "products", "updates", "turned", "adapter"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "atomic", "file"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
@@ -30,10 +30,10 @@ ORDER = (
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
     *("sketch", "bound"),
-    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.verify", "verbs.convert", "verbs.validate"),
-    *("testing.adapters", "testing.strategies", "testing"),
+    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.graph", "verbs.verify", "verbs.convert"),
+    *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
     *("cli", "cli.options", "cli.progress", "cli.adapters", "cli.validate", "cli.bases", "cli.info", "cli.layouts"),
-    *("cli.completion", "cli.create", "cli.check", "cli.deploy", "cli.main"),
+    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

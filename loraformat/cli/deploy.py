@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.check import report, verdict_json
-from loraformat.cli.options import Choice, echo_json, force, hints, json_flag, mapping, origin, strength, warn
+from loraformat.cli.check import report
+from loraformat.cli.options import Choice, force, hints, json_flag, mapping, origin, strength, warn
 from loraformat.cli.progress import progress_bar
+from loraformat.cli.proof import show_plan, show_proof
 
 if TYPE_CHECKING:
     from loraformat.base import Base
-    from loraformat.cli.adapters import Gathered
-    from loraformat.plan import Outcome, Plan
+    from loraformat.plan import Plan, Proof
     from loraformat.resolve import Hints
     from loraformat.verbs.verify import Verdict
 
 __all__ = ["attach", "merge"]
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _plan_flag = click.option(
     "--plan", "plan_only", is_flag=True, help="Print what would be read and written; write nothing."
 )
 _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that was bound to other weights.")
+
+
+_VERIFY = "Run what was written, an ONNX model, or read it again, a checkpoint, against base and adapters."
+
+
+def _graph(function: F) -> F:
+    """``--verify``, and ``--inputs`` and ``--inline``, which are asked of a graph only."""
+    verify = click.option("--verify", is_flag=True, help=_VERIFY)
+    inputs = click.option("--inputs", type=click.Path(), help="With --verify: values for the model's inputs, .npz.")
+    inline = click.option("--inline", is_flag=True, help="Write the model's local functions into its graph first.")
+    return verify(inputs(inline(function)))
 
 
 @click.command()
@@ -35,8 +48,8 @@ _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that
 @strength
 @mapping
 @origin
+@_graph
 @_plan_flag
-@click.option("--verify", is_flag=True, help="Read the output again and compare it with base and adapters.")
 @_any_base
 @force
 @json_flag
@@ -45,8 +58,6 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 
     Several adapters are applied one after the other; a number after the last colon weighs one.
     """
-    # The merge has threads of its own; OpenBLAS's would only wait for each other in products of rank 16.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _carry_out("merge", adapters, base, out, **options)
 
 
@@ -55,9 +66,11 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 @click.option("--to", "base", required=True, metavar="MODEL", help="The ONNX model.")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
 @click.option("--mode", type=Choice(["branch"]), default="branch", show_default=True, help="How the adapter is put in.")
+@click.option("--prefold", is_flag=True, help="Store what a runtime would fold, for one that does not optimise.")
 @strength
 @mapping
 @origin
+@_graph
 @_plan_flag
 @_any_base
 @force
@@ -82,20 +95,26 @@ def _carry_out(
     any_base: bool,
     force: bool,
     as_json: bool,
+    verify: bool,
+    inputs: str | None,
+    inline: bool,
     mode: str = "branch",
-    verify: bool = False,
+    prefold: bool = False,
 ) -> None:
     from loraformat.atomic import check_free
     from loraformat.base import Options
+    from loraformat.verbs.graph import inlined
     from loraformat.verbs.merge import prepare
+    from loraformat.verbs.verify import Verdict
 
     if not plan_only:
         check_free(Path(out), force)
     base, gathered = open_both(words, base_path, only, scale)
-    stated = hints(names, axes, origin)
-    plan = prepare(verb, gathered.adapters, base, Options(Path(out), mode), stated, any_base=any_base)
+    base = inlined(base) if inline else base
+    stated, how = hints(names, axes, origin), Options(Path(out), mode, prefold)
+    plan = prepare(verb, gathered.adapters, base, how, stated, any_base=any_base)
     if plan_only:
-        _show_plan(plan, as_json)
+        show_plan(plan, as_json)
         return
     if not as_json:
         warn(gathered.warnings)
@@ -103,64 +122,21 @@ def _carry_out(
             click.echo(f"note: {note}", err=True)
     with progress_bar(verb, plan.writes, quiet=as_json):
         outcome = base.apply(plan, force=force)
-    verdict = _verdict(gathered, base, out, stated) if verify else None
-    _proof(plan, outcome, words, base_path, as_json, verdict)
-    if verdict is not None and not as_json:
-        report(verdict, out, as_json)
-    if verdict is not None and verdict.problems:
+    checked = _check(base, plan, stated, inputs) if verify else None
+    show_proof(plan, outcome, checked, words, base_path, as_json)
+    if isinstance(checked, Verdict) and not as_json:
+        report(checked, out, as_json)
+    if checked is not None and not checked.holds:
         click.get_current_context().exit(1)
 
 
-def _verdict(gathered: Gathered, base: Base, out: str, stated: Hints) -> Verdict:
+def _check(base: Base, plan: Plan, stated: Hints, inputs: str | None) -> Proof | Verdict:
+    """A graph is run; whatever else is read again and compared."""
     from loraformat import registry
+    from loraformat.verbs.graph import prove
     from loraformat.verbs.verify import verify
 
-    given = [(adapter, 1.0) for _, adapter in gathered.adapters]
-    return verify(base, given, registry.open_base(out), stated)
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    from loraformat.plan import size
-
-    if as_json:
-        echo_json(plan.as_json())
-        return
-    for line in (*plan.steps, *(f"note: {note}" for note in plan.notes)):
-        click.echo(line)
-    click.echo(f"reads {size(plan.reads)}, writes {size(plan.writes)} to {plan.options.out}, memory {size(plan.peak)}")
-
-
-def _proof(
-    plan: Plan, outcome: Outcome, words: tuple[str, ...], base: str, as_json: bool, verdict: Verdict | None
-) -> None:
-    """``15/15 targets by node_name · ‖ΔW‖/‖W‖ 0.4–2.1 % · +0.7 MB · next: …``."""
-    from loraformat.plan import size
-
-    norms = list(outcome.norms.values())
-    out = str(plan.options.out)
-    if as_json:
-        targets = {
-            key: {"delta_norm": n.delta**0.5, "base_norm": n.base**0.5 or None, "rounding_loss": n.loss}
-            for key, n in outcome.norms.items()
-        }
-        said = {"schema": 1, "verb": plan.verb, "out": out, "written": outcome.written, "targets": targets}
-        echo_json(said if verdict is None else said | {"verified": verdict_json(verdict)})
-        return
-    if plan.verb == "merge":
-        ratios = sorted(n.change * 100 for n in norms)
-        lost = max(n.loss for n in norms)
-        change = f"‖ΔW‖/‖W‖ {ratios[0]:.2g}–{ratios[-1]:.2g} %" + (
-            f" · rounding ≤ {lost * 100:.2g} % of ΔW" if lost else ""
-        )
-        adapters = " ".join(f"--adapter {word}" for word in words)
-        following = f"loraformat verify --base {base} {adapters} --merged {out}"
-    else:
-        sizes = sorted(n.delta**0.5 for n in norms)
-        change = f"‖ΔW‖ {sizes[0]:.3g}–{sizes[-1]:.3g}"
-        following = f'onnxruntime.InferenceSession("{out}")'
-    total = len({key for job in plan.jobs for key in job.adapter})
-    found = f"{len(norms)}/{total} targets by {plan.rungs}"
-    click.echo(
-        f"{out}: {found} · {change} · {outcome.grown / 1e6:+.1f} MB ({size(outcome.written)}) · next: {following}",
-        err=True,
-    )
+    if "prove" in base.verbs or inputs:
+        return prove(base, plan, inputs)
+    given = [(job.adapter, 1.0) for job in plan.jobs]
+    return verify(base, given, registry.open_base(plan.options.out), stated)

@@ -27,6 +27,8 @@ _VERBS = {
     "resolve": "check",
     "merge": "deploy",
     "attach": "deploy",
+    "detach": "graph",
+    "extract": "graph",
     "verify": "check",
     "completion": "completion",
 }
@@ -41,6 +43,8 @@ _SAYS = {
     "resolve": "say where every target lies in a base, and by which evidence",
     "merge": "write a base with adapters added to its weights",
     "attach": "write an ONNX model that runs adapters beside its weights",
+    "detach": "write an attached model as it was before",
+    "extract": "write the adapter that is attached to a model",
     "verify": "check that a merged base is base + adapter",
     "completion": "print the completion script of a shell",
 }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.errors import Problem
+from loraformat.errors import Problem, fault
+from loraformat.identity import digest
 from loraformat.resolve import Hints
 from loraformat.rounding import rounded, widened
 from loraformat.strength import weighed
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.base import Base, Parameter
+    from loraformat.base import Base, Graph, Parameter
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -44,6 +45,11 @@ class Verdict:
     untouched: int
     problems: list[Problem] = field(default_factory=list)
 
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs."""
+        return not self.problems
+
 
 @dataclass(slots=True)
 class _Touched:
@@ -64,8 +70,11 @@ def verify(
         adapter: one, or several with their weights, as they were merged.
     """
     hints = hints or Hints()
+    given = [one for _, one in weighed(adapter)]
+    if "extract" in merged.verbs and (attached := cast("Graph", merged)).attached:
+        return _attached(base, given, attached)
     weights: dict[str, _Touched] = {}
-    for _, one in weighed(adapter):
+    for one in given:
         _gather(base, one, merged, hints, weights)
     old, new = base.parameters(), merged.parameters()
     problems: list[Problem] = []
@@ -86,7 +95,7 @@ def verify(
 
 def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
     before = base.resolve(adapter, hints).require()
-    placed = {key: adapter[key].placed(places[0].placement) for key, places in before.targets.items()}
+    placed = {key: places[0].turned(adapter[key]) for key, places in before.targets.items()}
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
@@ -96,6 +105,25 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
             weight = weights.setdefault(source, _Touched(source, result))
             weight.keys.append(key)
             weight.updates.append(placed[key])
+
+
+def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:
+    """An attached model is right where it holds the adapters bit for bit, and is the base without them."""
+    if "extract" not in base.verbs:
+        raise fault("LF-608", f"{base.path} is no graph, and {merged.path} is one with an adapter attached")
+    held, problems = merged.extract(), []
+    names, found = ", ".join(name for name, _ in held), [digest(adapter) for _, adapter in held]
+    if sorted(found) != sorted(wanted := [digest(adapter) for adapter in adapters]):
+        what = f"{names} ({', '.join(d[:12] for d in found)}) is attached, not {', '.join(d[:12] for d in wanted)}"
+        problems.append(Problem("LF-611", what, str(merged.path), "another version of it, or another strength"))
+    before = merged.without()
+    if before.identity != cast("Graph", base).identity:
+        problems.append(Problem("LF-611", "without the adapter, the graph is not the base's", str(merged.path)))
+    old, new = base.parameters(), before.parameters()
+    wrong = {n: _difference(base, old[n], before, new[n]) if n in new else "gone" for n in old}
+    problems += [Problem("LF-611", f"no target, and yet {why}", n) for n, why in wrong.items() if why]
+    same = [n for n, why in wrong.items() if not why]
+    return Verdict({key: 0.0 for adapter in adapters for key in adapter}, len(same), problems)
 
 
 def _compare(

@@ -1,119 +1,257 @@
-"""Attach: the branch s·B·A·x beside a weight that is not touched.
+"""Attach: the change beside a weight that is not touched.
 
-A, B and s are stored as the adapter has them. Transposing, scaling and casting are constant subgraphs that ONNX
+The adapter's tensors are stored as it has them. Transposing, scaling and casting are constant subgraphs that ONNX
 Runtime folds when it loads the model, so that attaching writes only the adapter, and nothing is lost.
 
     x ──┬── MatMul(W) ── Add(bias) ───────────────────── lora/T/base ──┐
-        └── MatMul(Aᵀ) ── MatMul((s·B)ᵀ) ── lora/T/delta ───────────── Add ── y
+        └── MatMul(Aᵀ) ── MatMul((s·B)ᵀ) ── lora/T/change ──────────── Add ── y
+
+What is no plain pair changes the weight instead, in a constant subgraph between W and its operator (``weight``).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from loraformat.parts import Lora
-from loraformat_converters.onnx.index import Index, Site
-from loraformat_converters.onnx.model import onnx_dtype
+from loraformat_converters.onnx.branches import FORMS, Form, Pair
+from loraformat_converters.onnx.index import Index, Site, Value
+from loraformat_converters.onnx.model import array
+from loraformat_converters.onnx.nodes import Editor, Nodes
+from loraformat_converters.onnx.operators import attribute
+from loraformat_converters.onnx.rounding import balance
+from loraformat_converters.onnx.spots import Change, Spot
+from loraformat_converters.onnx.weight import Weight, wide
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
+
+    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Branch"]
+__all__ = ["Attachment", "has_branch"]
 
 
-class Branch:
-    """One adapter's branches being added to one graph. Nodes are collected and laid into the graph by ``finish``."""
+def has_branch(spot: Spot) -> bool:
+    """Whether every change of this weight is a pair, or a pair with a magnitude, that its operators can run beside it."""
+    first, form = spot.sites[0], FORMS.get(spot.sites[0].operator)
+    if form is None or first.vector or any(s.operand != first.operand for s in spot.sites):
+        return False
+    if any(FORMS.get(site.operator) is not form for site in spot.sites):
+        return False
+    return all(_is_pair(change.update, form, first) for change in spot.changes)
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self.after: dict[str, list[onnx.NodeProto]] = {}  # output of an existing node → nodes that follow it
-        self.first: dict[str, list[onnx.NodeProto]] = {}  # … → nodes that must come before it
 
-    def add(self, key: str, lora: Lora, sites: tuple[Site, ...]) -> None:
-        """The branch of one target at every use of its weight; one pair of constants for all uses."""
-        stem = f"lora/{key}"
-        dtype = sites[0].root.data_type
-        constants = self._constants(stem, lora, dtype, sites[0].gemm_alpha)
-        for i, site in enumerate(sites):
-            self._use(stem if len(sites) == 1 else f"{stem}/{i}", site, constants)
-        anchor = sites[0].node.output[0]
-        self.first.setdefault(anchor, []).extend(self.pending)
+def _is_pair(update: Update, form: Form, site: Site) -> bool:
+    if update.kind not in ("lora", "dora") or update["lora"].mid is not None:
+        return False
+    return update.kind == "lora" or (update["magnitude"].magnitude_axes is None and form.spread(site) is not None)
+
+
+@dataclass
+class _End:
+    """Where the branches of one site end: the node whose output they change, and the bias that is in it."""
+
+    final: onnx.NodeProto
+    bias: str = ""
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class _Rescaling:
+    """m/‖V‖ of a DoRA as the output meets it, and 1 − it."""
+
+    ratio: str
+    rest: str
+
+
+class Attachment:
+    """Adapters being attached to one graph. Nodes are collected and laid into it by ``finish``.
+
+    Attributes:
+        stems: (job, key) → below what the adapter's tensors and our nodes are named.
+        values: a value of ours → the value of the base in whose place it stands.
+    """
+
+    def __init__(self, index: Index, folder: Path, *, prefold: bool = False) -> None:
+        self.index, self.folder, self.prefold = index, folder, prefold
+        self.editor = Editor(index)
+        self.stems: dict[tuple[int, str], str] = {}
+        self.values: dict[str, str] = {}
+        self._ends: dict[int, _End] = {}
+
+    def add(self, spots: Sequence[Spot]) -> None:
+        """Every change of every weight, at each of its uses."""
+        for spot in spots:
+            if not has_branch(spot):
+                self._folded(spot) if self.prefold else self._weights(spot)
+        for spot in spots:  # last: a branch under a magnitude reads the bias, which may have changed
+            if has_branch(spot):
+                for n, change in enumerate(spot.changes):
+                    self._branch(spot, n, change)
 
     def finish(self) -> None:
-        """Lay the new nodes into the graph, which stays sorted."""
-        nodes: list[onnx.NodeProto] = []
-        for node in self.index.graph.node:
-            before = [n for output in node.output for n in self.first.pop(output, ())]
-            behind = [n for output in node.output for n in self.after.pop(output, ())]
-            nodes += [*before, node, *behind]
-        del self.index.graph.node[:]
-        self.index.graph.node.extend(nodes)
+        """Lay the new nodes into the graphs."""
+        self.editor.finish()
 
-    def _constants(self, stem: str, lora: Lora, dtype: int, gemm_alpha: float) -> tuple[str, str]:
-        """Aᵀ [in, r] and (s·B)ᵀ [r, out] in the graph's dtype, from A, B and s as stored."""
-        self.pending: list[onnx.NodeProto] = []
-        wide = onnx.TensorProto.DOUBLE if dtype == onnx.TensorProto.DOUBLE else onnx.TensorProto.FLOAT
-        a = self._cast(f"{stem}/A", *self._factor(f"{stem}/A", lora.lora_A), dtype)
-        b = self._cast(f"{stem}/B", *self._factor(f"{stem}/B", lora.lora_B), wide)
-        scale = np.asarray(lora.scale * gemm_alpha, np.float64 if wide == onnx.TensorProto.DOUBLE else np.float32)
-        scaled = self._node("Mul", [b, self._store(f"{stem}/scale", scale)], f"{stem}/B/scaled")
-        # fp16 arithmetic has no CPU kernel to fold it, so the product is taken in fp32 and cast last (ORT 1.32).
-        b = self._cast(f"{stem}/B/scaled", scaled, wide, dtype)
-        return self._turn(f"{stem}/A", a), self._turn(f"{stem}/B", b)
+    # The branch.
 
-    def _use(self, stem: str, site: Site, constants: tuple[str, str]) -> None:
-        a, b = constants
-        x = site.node.input[0]
-        final = self._final(site)
-        y = final.output[0]
-        nodes: list[onnx.NodeProto] = []
-        if site.transposes_x:
-            turned = self.index.fresh(f"{stem}/x")
-            nodes.append(helper.make_node("Transpose", [x], [turned], turned, perm=[1, 0]))
-            x = turned
-        hidden, delta, base = (self.index.fresh(f"{stem}/{word}") for word in ("hidden", "delta", "base"))
-        nodes.append(helper.make_node("MatMul", [x, a], [hidden], hidden))
-        nodes.append(helper.make_node("MatMul", [hidden, b], [delta], delta))
+    def _branch(self, spot: Spot, n: int, change: Change) -> None:
+        make, first = self._nodes(change), spot.sites[0]
+        form = FORMS[first.operator]
+        norms = self._norms(spot, n) if "magnitude" in change.update else None
+        pair, rescaling = self._constants(make, form, first, change.update, norms)
+        self.editor.lay(self.index.scopes[0], "", make.list)
+        for i, site in enumerate(spot.sites):
+            self._use(make if len(spot.sites) == 1 else make.below(str(i)), form, site, pair, rescaling)
+
+    def _constants(
+        self, make: Nodes, form: Form, site: Site, update: Update, norms: Array | None
+    ) -> tuple[Pair, _Rescaling | None]:
+        """A and s·B in the graph's dtype, from A, B and s as stored; with a magnitude, what rescales the output."""
+        lora, dtype = update["lora"], site.root.data_type
+        kind = np.float64 if wide(dtype) == onnx.TensorProto.DOUBLE else np.float32
+        k, _ = balance(lora, site.factor, dtype)
+        a, b = make.store("lora_A", lora.lora_A), make.store("lora_B", lora.lora_B)
+        scale = make.store("scale", np.asarray(lora.scale * site.factor * 2.0**k, kind))
+        # fp16 arithmetic has no CPU kernel to fold it, so products are taken in fp32 and cast last (ORT 1.32).
+        b = make.node("Mul", [make.cast(b, wide(dtype), "lora_B/wide"), scale], "lora_B/scaled")
+        ratio = None if norms is None else self._ratio(make, update, norms, wide(dtype))
+        if ratio is not None:
+            column = make.reshape(ratio, lora.lora_B.shape[:1], [lora.lora_B.shape[0], 1], "magnitude/column")
+            b = make.node("Mul", [b, column], "lora_B/rescaled")
+        b = make.cast(b, dtype, "lora_B/cast", wide(dtype))
+        if k:
+            half = make.store("lora_A/power", np.asarray(2.0**-k, kind))
+            a = make.node("Mul", [make.cast(a, wide(dtype), "lora_A/wide"), half], "lora_A/balanced")
+            a = make.cast(a, dtype, "lora_A/cast", wide(dtype))
+        else:
+            a = make.cast(a, dtype, "lora_A/cast")
+        pair = form.constants(make, site, Pair(a, b, lora.lora_A.shape, lora.lora_B.shape))
+        rescaling = None if ratio is None else self._rescaling(make, form, site, ratio)
+        if self.prefold:
+            make.fold(pair.a, pair.b, *((rescaling.ratio, rescaling.rest) if rescaling else ()))
+        return pair, rescaling
+
+    @staticmethod
+    def _ratio(make: Nodes, update: Update, norms: Array, kind: int) -> str:
+        m = make.cast(make.store("magnitude", update["magnitude"].magnitude), kind, "magnitude/wide")
+        norm = make.store("norm", norms.astype(helper.tensor_dtype_to_np_dtype(kind)))
+        return make.node("Div", [m, norm], "magnitude/ratio")
+
+    @staticmethod
+    def _rescaling(make: Nodes, form: Form, site: Site, ratio: str) -> _Rescaling:
+        kind, out = wide(site.root.data_type), site.operand.matrix_shape[-2]
+        spread = make.reshape(ratio, [out], _sizes(form, site), "magnitude/spread")
+        one = make.store("one", np.ones((), helper.tensor_dtype_to_np_dtype(kind)))
+        rest = make.node("Sub", [one, spread], "magnitude/rest")
+        return _Rescaling(make.cast(spread, site.root.data_type, "magnitude/cast", kind), rest)
+
+    def _use(self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: _Rescaling | None) -> None:
+        """The branch beside one use."""
+        end = self._ends.get(site.number) or self._ends.setdefault(site.number, self._end(site))
+        run = Nodes(self.index, make.stem)
+        change = form.run(run, site, pair)
+        y, base = end.final.output[0], self.index.fresh(f"{make.stem}/base")
+        kept = base if rescaling is None else run.node("Mul", [base, rescaling.ratio], "rescaled")
+        if rescaling is not None and end.bias:
+            rest = self._rest(run, form, site, end.bias, rescaling)
+            kept = run.node("Add", [kept, rest], "bias")
         # The old producer gives up its name to the sum: every reader of y, the model's outputs too, sees the sum.
-        nodes.append(helper.make_node("Add", [base, delta], [y], self.index.fresh(f"{stem}/add")))
-        final.output[0] = base
-        self.after.setdefault(base, []).extend(nodes)
+        total = helper.make_node("Add", [kept, change], [y], self.index.fresh(f"{make.stem}/add"))
+        end.final.output[0] = base
+        end.anchor = end.anchor or base
+        self.editor.lay(site.scope, end.anchor, [*run.list, total])
+        self.values[base] = y
+        end.final = total
 
-    def _final(self, site: Site) -> onnx.NodeProto:
+    @staticmethod
+    def _rest(make: Nodes, form: Form, site: Site, bias: str, rescaling: _Rescaling) -> str:
+        """(1 − m/‖V‖) ⊙ bias: the magnitude rescales W, and W alone."""
+        dtype = site.root.data_type
+        bias = make.cast(bias, wide(dtype), "bias/wide", dtype)
+        if (beta := attribute(site.node, "beta", 1.0)) != 1.0 and site.operator == "Gemm":
+            scale = np.asarray(beta, helper.tensor_dtype_to_np_dtype(wide(dtype)))
+            bias = make.node("Mul", [bias, make.store("bias/beta", scale)], "bias/scaled")
+        if site.operator in ("Conv", "ConvTranspose"):
+            bias = make.reshape(bias, [site.operand.matrix_shape[-2]], _sizes(form, site), "bias/spread")
+        rest = make.node("Mul", [bias, rescaling.rest], "bias/rest")
+        return make.cast(rest, dtype, "bias/cast", wide(dtype))
+
+    def _end(self, site: Site) -> _End:
         """The node whose output the branch is added to: the bias's Add, where the weight's operator feeds only that."""
-        y = site.node.output[0]
-        readers = self.index.consumers.get(y, [])
-        if len(readers) == 1 and readers[0].op_type == "Add" and y not in self.index.outputs | self.index.captured:
-            other = next((name for name in readers[0].input if name != y), "")
-            bias = self.index.roots.get(other)
-            if bias is not None and len(bias.dims) == 1:
-                return readers[0]
-        return site.node
+        own = site.node.input[2] if len(site.node.input) > 2 and site.operator != "Einsum" else ""
+        y = Value(site.scope, site.node.output[0])
+        readers = self.index.readers(y)
+        if own or len(readers) != 1 or readers[0].node.op_type != "Add" or y.name in site.scope.outputs:
+            return _End(site.node, own)
+        add = readers[0].node
+        bias = add.input[1 - readers[0].position]
+        before = self.values.get(bias, bias)
+        home = site.scope.home(before, "roots")
+        if home is None or len(home.roots[before].dims) != 1 or add.output[0] not in site.scope.producers:
+            return _End(site.node)
+        return _End(add, bias)
 
-    def _factor(self, name: str, values: Array) -> tuple[str, int]:
-        """(value, data type) of A or B as stored; widened, which loses nothing, where the opset cannot cast it."""
-        dtype = onnx_dtype(values)
-        if dtype == onnx.TensorProto.BFLOAT16 and self.index.opset < 13:  # Cast takes bfloat16 since 13
-            values, dtype = values.astype(np.float32), int(onnx.TensorProto.FLOAT)
-        return self._store(name, values), dtype
+    # The weight.
 
-    def _store(self, name: str, values: Array) -> str:
-        tensor = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), self.index.fresh(name))
-        return self.index.store(tensor)
+    def _weights(self, spot: Spot) -> None:
+        """W' of each value that the sites read, in the graph where that value is."""
+        read = {site.number: site.values[-1] for site in spot.sites}
+        now = {value: value.name for value in read.values()}
+        for n, change in enumerate(spot.changes):
+            make, norms = self._nodes(change), None
+            place = change.parameter or spot.sites[0].operand
+            if "magnitude" in change.update:
+                norms = self._norms(spot, n)
+            weight = Weight(make, change.update, place, spot.sites[0].root.data_type, norms)
+            self.editor.lay(self.index.scopes[0], "", make.list)
+            for value in now:
+                site = next(site for site in spot.sites if read[site.number] == value)
+                nodes = Nodes(self.index, make.stem)
+                now[value] = weight.change(nodes, now[value], site.operand)
+                self.editor.lay(value.scope, value.name if value.name in value.scope.producers else "", nodes.list)
+                self.values[now[value]] = value.name
+        for site in spot.sites:
+            site.node.input[site.position] = now[read[site.number]]
 
-    def _cast(self, stem: str, value: str, have: int, want: int) -> str:
-        return value if have == want else self._node("Cast", [value], f"{stem}/cast", to=want)
+    def _folded(self, spot: Spot) -> None:
+        """W' itself, stored beside W."""
+        root = spot.sites[0].root
+        value = array(root, self.folder).astype(np.float32)
+        for change in spot.changes:
+            value = change.turned(spot.sites[0].placement).apply(value)
+        make = self._nodes(spot.changes[0])
+        kind = helper.tensor_dtype_to_np_dtype(root.data_type)
+        for site in spot.sites:
+            name = make.store("weight", value.transpose(site.axes).astype(kind))
+            self.values[name] = site.values[-1].name
+            site.node.input[site.position] = name
 
-    def _turn(self, stem: str, value: str) -> str:
-        return self._node("Transpose", [value], f"{stem}/T", perm=[1, 0])
+    def _nodes(self, change: Change) -> Nodes:
+        stem = self.index.stem(change.key)
+        self.stems[change.job, change.key] = stem
+        return Nodes(self.index, stem)
 
-    def _node(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        output = self.index.fresh(name)
-        self.pending.append(helper.make_node(op, inputs, [output], output, **attributes))
-        return output
+    def _norms(self, spot: Spot, n: int) -> Array:
+        """What the magnitude of change number ``n`` divides by, on the weight that the changes before it leave."""
+        root = spot.sites[0].placement
+        value = array(spot.sites[0].root, self.folder).astype(np.float32)
+        for change in spot.changes[:n]:
+            value = change.turned(root).apply(value)
+        change = spot.changes[n]
+        place = change.parameter or root
+        return replace(change.update, placement=place).norms(place.from_matrix(root.to_matrix(value)))
+
+
+def _sizes(form: Form, site: Site) -> list[int]:
+    out = site.operand.matrix_shape[-2]
+    return [out if n == -1 else n for n in form.spread(site) or ()]

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import glob
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
-from loraformat import canonical
 from loraformat.atomic import check_free
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
-from loraformat.metadata import part_json
-from loraformat.plan import Job, Outcome, Plan, size
+from loraformat.parts import roles_of
+from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
-from loraformat_converters.onnx.attach import Branch
+from loraformat_converters.onnx.attach import Attachment
 from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.info import describe
-from loraformat_converters.onnx.ladder import PREFIX, Found, climb
-from loraformat_converters.onnx.merge import Spot, merge, spots
+from loraformat_converters.onnx.inputs import generated, stated
+from loraformat_converters.onnx.ladder import Found, climb
+from loraformat_converters.onnx.merge import merge, written_data
 from loraformat_converters.onnx.model import FLOATS, array, load
 from loraformat_converters.onnx.names import names_of
+from loraformat_converters.onnx.orient import parameter_of
 from loraformat_converters.onnx.part import Part
+from loraformat_converters.onnx.prove import compare, tolerance
+from loraformat_converters.onnx.record import Record, base_sha256
+from loraformat_converters.onnx.refuse import obstacles
+from loraformat_converters.onnx.spots import Change, Spot, every_change, gathered, spots
 from loraformat_converters.onnx.store import Addition, Patch, Storage
+from loraformat_converters.onnx.told import notes, prefixes, step
 from loraformat_converters.onnx.values import Values
 
 if TYPE_CHECKING:
@@ -39,11 +49,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["RECORD", "OnnxBase"]
-
-RECORD = "loraformat.attached"
-"""metadata_props key: what was attached, so that it can be told, checked and taken out again."""
-
+__all__ = ["OnnxBase"]
 
 Data = list[Patch | Addition]
 """What is written outside the model."""
@@ -52,13 +58,18 @@ Data = list[Patch | Addition]
 class OnnxBase:
     """An opened model; its weights are read only when they are needed."""
 
-    verbs = frozenset({"merge", "attach"})
+    verbs = frozenset({"merge", "attach", "detach", "extract", "inline", "prove"})
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: onnx.ModelProto | None = None) -> None:
         self.path = path
-        self.model = load(path)
+        self.model = model or load(path)
         self.index = Index(self.model)
         self.values = Values(self.index, path.parent)
+
+    @cached_property
+    def record(self) -> Record | None:
+        """What is attached; LF-613 where the record cannot be read."""
+        return Record.read(self.model)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every stored tensor of a float type, by its name in the file."""
@@ -78,7 +89,8 @@ class OnnxBase:
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""
-        named = ((self._key(site), site.placement) for site in self.index.sites if site.refusal is None)
+        sites = (s for s in self.index.sites if s.refusal is None and not s.vector and len(s.placement.shape) == 2)
+        named = ((self._key(site), site.placement) for site in sites if site.operator != "Gather")
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
     def _key(self, site: Site) -> str | None:
@@ -107,39 +119,40 @@ class OnnxBase:
         """The same for one of several graphs that are one model, where ``part`` says what the file's name tells."""
         found, unresolved, ambiguous = climb(self.index, adapter, hints, self.values, part)
         unresolved = [*problems, *unresolved]
-        unresolved += [problem for key, place in found.items() for problem in _contradicted(key, place, hints)]
-        targets = {key: tuple(self._match(f, site) for site in f.sites) for key, f in found.items()}
+        targets = {}
+        for key, place in found.items():
+            try:
+                targets[key] = tuple(self._match(key, adapter[key], place, site, hints) for site in place.sites)
+            except LoraFormatError as error:
+                unresolved += error.problems
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))
 
-    def _match(self, found: Found, site: Site) -> Match:
+    def _match(self, key: str, update: Update, found: Found, site: Site, hints: Hints) -> Match:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
+        parameter = None if site.refusal else parameter_of(key, update, site, hints.spec(key))
         where = (self.path.name, site.node.name, site.root_name, site.placement)
-        return Match(*where, evidence, found.confidence, handle=site)
+        return Match(*where, evidence, found.confidence, parameter, site)
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
-        if len(jobs) != 1:
-            raise fault("LF-608", "several adapters in one graph are not put together yet", where=str(self.path))
-        adapter, resolution = jobs[0].adapter, jobs[0].resolution
-        found = {key: tuple(m.handle for m in places) for key, places in resolution.require().targets.items()}
-        problems = [p for key in adapter for p in _obstacles(verb, key, adapter[key], found[key])]
-        if verb == "attach" and any(p.key == RECORD for p in self.model.metadata_props):
-            what = "the model has an adapter attached already"
-            problems.append(Problem("LF-608", what, str(self.path), "attach to the original model"))
+        changes = gathered(jobs)
+        problems = list(obstacles(verb, changes, self.index.opset))
+        if self.record is not None:
+            fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
+            problems.append(Problem("LF-608", "the model has an adapter attached already", str(self.path), fix))
         if problems:
             raise LoraFormatError(problems)
-        places = spots(self.model, self.index, found, self.path.parent)
-        data = [d for spot in places.values() if (d := spot.written_data)] if verb == "merge" else []
-        storage = Storage(self.model, self.path, options.out, data, digest(adapter)[:8])
-        evidence = dict.fromkeys(e for matches in resolution.targets.values() for m in matches for e in m.evidence)
-        notes = (*(e for e in evidence if e.startswith(PREFIX)), *_notes(verb, places))
+        places = spots(self.model, self.index, changes, self.path.parent)
+        data = [d for spot in places if (d := written_data(spot))] if verb == "merge" else []
+        storage = Storage(self.model, self.path, options.out, data, _tag(jobs))
+        said = (*prefixes(jobs), *notes(verb, places))
         if storage.copied:
-            notes += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
+            said += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
         graph = self.path.stat().st_size
-        added = sum(t.nbytes for u in adapter.values() for t in _factors(u)) if verb == "attach" else 0
-        steps = tuple(_step(verb, key, found[key]) for key in adapter)
-        writes, peak = graph + storage.data_bytes + added, 3 * graph + (32 << 20)
-        return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, notes, places)
+        added = sum(t.nbytes for c in every_change(places) for p in c.update.parts for _, t in roles_of(p))
+        writes, peak = graph + storage.data_bytes + (added if verb == "attach" else 0), 3 * graph + (32 << 20)
+        steps = tuple(step(verb, spot) for spot in places)
+        return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, said, places)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write a changed copy of the model; the opened one stays as it is."""
@@ -153,102 +166,100 @@ class OnnxBase:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         index = Index(model)
-        places: Mapping[str, Spot] = {
-            key: replace(spot, sites=tuple(index.sites[site.number] for site in spot.sites))
-            for key, spot in plan.state.items()
-        }
-        adapter = plan.jobs[0].adapter
-        norms = {key: Norms() for key in adapter}
-        data = self._merge(index, plan, places, norms) if plan.verb == "merge" else []
-        if plan.verb == "attach":
-            _attach(index, plan, places, norms)
-            onnx.helper.set_model_props(model, {**_props(model), RECORD: _record(plan)})
-        return Storage(model, self.path, plan.options.out, data, digest(adapter)[:8]), norms
+        places = [replace(s, sites=tuple(index.sites[site.number] for site in s.sites)) for s in plan.state]
+        norms = {change.key: Norms() for change in every_change(places)}
+        if plan.verb == "merge":
+            data = self._merge(index, places, norms)
+        else:
+            data = []
+            self._attach(model, index, plan, places, norms)
+        return Storage(model, self.path, plan.options.out, data, _tag(plan.jobs)), norms
 
-    def _merge(self, index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> Data:
-        folder = self.path.parent
-        changes = [
-            merge(index, key, plan.jobs[0].adapter[key], spot, folder, norms[key]) for key, spot in places.items()
-        ]
-        return [change for change in changes if change is not None]
+    def _merge(self, index: Index, places: Sequence[Spot], norms: dict[str, Norms]) -> Data:
+        data = []
+        for spot in places:
+            for change in spot.changes:
+                norms[change.key] = norms[spot.key]
+            data.append(merge(index, spot, self.path.parent, norms[spot.key]))
+        return [change for change in data if change is not None]
+
+    def _attach(
+        self, model: onnx.ModelProto, index: Index, plan: Plan, places: Sequence[Spot], norms: Mapping[str, Norms]
+    ) -> None:
+        attachment = Attachment(index, self.path.parent, prefold=plan.options.prefold)
+        attachment.add(places)
+        attachment.finish()
+        for spot in places:
+            for change in spot.changes:
+                norms[change.key].delta += self._size(spot, change) ** 2
+        Record.of(plan.jobs, attachment, base_sha256(self.model)).write(model)
+
+    def _size(self, spot: Spot, change: Change) -> float:
+        """‖ΔW‖ of one change of the weight as it is stored."""
+        if change.update.linear:
+            return change.update.norm()
+        weight = array(spot.sites[0].root, self.path.parent)
+        return float(np.linalg.norm(change.turned(spot.sites[0].placement).delta(weight)))
+
+    @property
+    def attached(self) -> list[str]:
+        """The names of the adapters that are attached."""
+        return [entry["name"] for entry in self.record.attached] if self.record else []
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the graph, whatever its data files are called."""
+        return base_sha256(self.model)
+
+    def detach(self, out: Path, *, force: bool = False) -> Outcome:
+        """Write the model as it was before ``attach``; LF-613 where nothing is attached or the model was changed."""
+        check_free(out, force)
+        model = self._detached()
+        written = Storage(model, self.path, out, [], self.identity[:8]).write(force)
+        return Outcome(written=written, grown=out.stat().st_size - self.path.stat().st_size)
+
+    def extract(self) -> list[tuple[str, Adapter]]:
+        """(name, adapter) of everything that is attached, bit for bit."""
+        return self._recorded().adapters(self.model)
+
+    def without(self) -> OnnxBase:
+        """The model as it was before ``attach``, in memory."""
+        return OnnxBase(self.path, self._detached())
+
+    def inlined(self) -> OnnxBase:
+        """The model with its local functions written into the graph, where their weights can be changed."""
+        if not self.model.functions:
+            return self
+        from onnx import inliner
+
+        return OnnxBase(self.path, inliner.inline_local_functions(self.model))
+
+    def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
+        """Run what ``apply`` wrote against the other verb's result, which is made beside it and deleted."""
+        feeds = stated(inputs) if inputs else generated(self.model, self.index)
+        out = plan.options.out
+        other = out.with_name(f".{out.name}.proof.onnx")
+        verb = "attach" if plan.verb == "merge" else "merge"
+        limit = tolerance({spot.sites[0].root.data_type for spot in plan.state})
+        try:
+            self.apply(self.plan(verb, plan.jobs, Options(other)), force=True)
+            return compare(out, other, self.path, feeds, limit)
+        finally:
+            for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
+                path.unlink(missing_ok=True)
+
+    def _recorded(self) -> Record:
+        if self.record is None:
+            raise fault("LF-613", f"{self.path} has nothing attached by loraformat", fix="is this the attached model?")
+        return self.record
+
+    def _detached(self) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        self._recorded().detach(model)
+        return model
 
 
-def _attach(index: Index, plan: Plan, places: Mapping[str, Spot], norms: Mapping[str, Norms]) -> None:
-    branch = Branch(index)
-    for key, spot in places.items():
-        update = plan.jobs[0].adapter[key]
-        branch.add(key, update["lora"], spot.sites)
-        norms[key].delta = update.norm() ** 2
-    branch.finish()
-
-
-def _record(plan: Plan) -> str:
-    (job,) = plan.jobs
-    record = {
-        "version": 1,
-        "name": job.name,
-        "mode": plan.options.mode,
-        "digest": digest(job.adapter),
-        "targets": {key: [part_json(p) for p in update.parts] for key, update in job.adapter.items()},
-    }
-    return canonical.dumps(record)
-
-
-def _step(verb: str, key: str, sites: tuple[Site, ...]) -> str:
-    nodes = ", ".join(site.node.name for site in sites)
-    return f"{verb} {key} at {nodes} ({sites[0].root_name} {list(sites[0].root.dims)})"
-
-
-def _contradicted(key: str, found: Found, hints: Hints) -> Iterator[Problem]:
-    """What the user says of the axes must be what the operator computes."""
-    spec, placement = hints.spec(key), found.sites[0].placement
-    if spec is None:
-        return
-    try:
-        stated = Placement.of(placement.shape, spec)
-    except ValueError as error:
-        yield Problem("LF-705", f"--axes: {error}", key)
-        return
-    if stated != placement:
-        what = f"--axes says {spec}, {found.sites[0].node.op_type} reads {found.sites[0].root_name} as {placement.spec}"
-        yield Problem("LF-605", what, key, "a graph needs no --axes: its operators tell")
-
-
-def _props(model: onnx.ModelProto) -> dict[str, str]:
-    return {p.key: p.value for p in model.metadata_props}
-
-
-def _factors(update: Update) -> Iterator[Array]:
-    if "lora" in update:
-        yield from (update["lora"].lora_A, update["lora"].lora_B)
-
-
-def _obstacles(verb: str, key: str, update: Update, sites: tuple[Site, ...]) -> Iterator[Problem]:
-    """What keeps a target from being changed: at most one problem, the first that matters."""
-    first = sites[0]
-    refused = next((site for site in sites if site.refusal), None)
-    matrix, wanted = update.matrix_shape(), first.placement.matrix_shape
-    if refused is not None:
-        yield Problem("LF-608", f"{refused.node.name or refused.node.op_type}: {refused.refusal}", key)
-    elif len({(site.gemm_alpha, site.placement) for site in sites}) > 1:
-        what = "its uses read the weight in two orientations, or scale it differently"
-        yield Problem("LF-608", what, key, "name the node that is meant: --names")
-    elif update.op == "embedding":
-        yield Problem("LF-608", f"an embedding's update cannot act on {first.node.op_type}", key)
-    elif not update.linear:
-        what = f"a {update.kind} update is not put into ONNX graphs yet (lora, loha, lokr and delta are)"
-        yield Problem("LF-608", what, key)
-    elif verb == "attach" and (update.kind != "lora" or update["lora"].mid is not None):
-        yield Problem("LF-608", f"a {update.kind} update has no pair A, B to attach", key, "merge it")
-    elif matrix != wanted:
-        what = f"the update gives [out, in] = {list(matrix or ())}, {first.node.name} computes with {list(wanted)}"
-        yield Problem("LF-606", what, key, "is this the base that the adapter was trained on?")
-
-
-def _notes(verb: str, places: Mapping[str, Spot]) -> Iterator[str]:
-    for key, spot in places.items():
-        if spot.others and verb == "merge":
-            others = ", ".join(spot.others[:3])
-            yield f"{spot.sites[0].root_name} is used by {others} too: {key} gets a copy of its own"
-        if len(spot.sites) > 1:
-            yield f"{key} is used {len(spot.sites)} times: the change acts at every use"
+def _tag(jobs: Sequence[Job]) -> str:
+    """What tells the data files of one change from another's: the adapters' digests."""
+    return hashlib.sha256("".join(digest(job.adapter) for job in jobs).encode()).hexdigest()[:8]

@@ -3,86 +3,100 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import onnx
 
 from loraformat.axes import Placement
 from loraformat_converters.onnx.model import FLOATS
+from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, meaning, operator, vector_axis
 from loraformat_converters.onnx.scopes import STANDARD, Scope, scopes
+from loraformat_converters.onnx.trace import Value, trace
 
-__all__ = ["Index", "Site"]
+__all__ = ["Index", "Site", "Use", "Value"]
 
-_WEIGHT_INPUT = {
-    **dict.fromkeys(("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "MatMulInteger", "ConvInteger"), 1),
-    **dict.fromkeys(("MatMulNBits", "FusedMatMul", "FusedGemm", "DynamicQuantizeMatMul"), 1),
-    "Gather": 0,
-    "QLinearMatMul": 3,
-}
-"""Operator → the input that is a weight. Those that are not rewritten are indexed too, to be refused by name."""
+
+class Use(NamedTuple):
+    """One input of one node."""
+
+    node: onnx.NodeProto
+    position: int
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One use of one stored weight.
+    """One use of one stored parameter.
 
     Attributes:
         number: its place in ``Index.sites``, the same in every copy of the model.
         node: the operator.
-        position: which of its inputs the weight is.
+        position: which of its inputs the parameter is.
+        parameter: what the parameter is called in its module: weight or bias.
         root: the stored tensor: an initializer, or the value of a Constant.
         chain: the nodes between root and operator, root first: Identity and Transpose, or the use is refused.
-        placement: how [out, in] lies in the root.
+        scope: where the operator is.
+        values: the root, then what each node of the chain makes of it; the last is what the operator reads.
+        operand: how [out, in] lies in what the operator reads.
+        placement: how it lies in the root.
+        factor: what the operator multiplies x·W with.
+        natural: whether torch keeps the named parameter in the operator's own axes.
         refusal: why this use cannot be changed; None if it can.
-        parameter: what the stored tensor is called inside its module.
     """
 
     number: int
     node: onnx.NodeProto
     position: int
+    parameter: str
     root: onnx.TensorProto
     root_name: str
     chain: tuple[onnx.NodeProto, ...]
+    scope: Scope
+    values: tuple[Value, ...]
+    operand: Placement
     placement: Placement
+    factor: float = 1.0
+    natural: bool = False
     refusal: str | None = None
-    parameter: str = "weight"
+
+    @property
+    def operator(self) -> str:
+        """The operator with its domain."""
+        return operator(self.node)
+
+    @property
+    def vector(self) -> bool:
+        """Whether the parameter is a vector: a bias, or the scale of a norm."""
+        return self.position in VECTORS.get(self.node.op_type, {})
 
     @property
     def known_operator(self) -> bool:
-        """Whether the operator is one whose weight is what its module is called after."""
-        return self.node.op_type in _WEIGHT_INPUT
+        """Whether the operator is one whose parameters are its module's."""
+        return self.node.op_type in WEIGHTS or self.vector
 
     @property
-    def gemm_alpha(self) -> float:
-        """The factor that Gemm puts on x·W; 1 for every other operator."""
-        return _attribute(self.node, "alpha", 1.0) if self.node.op_type == "Gemm" else 1.0
+    def x(self) -> str:
+        """The input that the weight is multiplied with."""
+        return str(self.node.input[1 - self.position])
 
     @property
-    def transposes_x(self) -> bool:
-        """Whether Gemm reads x transposed."""
-        return self.node.op_type == "Gemm" and bool(_attribute(self.node, "transA", 0))
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """From an operator's input back to a stored tensor; ``axes``: the root's axis of each axis of the input."""
-
-    root_name: str
-    home: Scope
-    chain: tuple[onnx.NodeProto, ...]
-    axes: tuple[int, ...]
-    refusal: str | None
+    def axes(self) -> tuple[int, ...]:
+        """The root's axis of each axis of the operand."""
+        pairs = zip(
+            (*self.operand.batch, *self.operand.out, *self.operand.in_),
+            (*self.placement.batch, *self.placement.out, *self.placement.in_),
+            strict=True,
+        )
+        return tuple(stored for _, stored in sorted(pairs))
 
 
 class Index:
     """The sites of a model and the maps that a rewrite needs.
 
     Attributes:
+        scopes: the main graph first, an outer one before those in it.
         sites: in the order of the scopes, and of the nodes in each.
         roots: name → stored tensor; one that lies in an inner scope is called after that scope too.
-        consumers: value → nodes of the main graph that read it.
-        outputs: names of the main graph's outputs.
-        captured: values that a graph inside a node reads.
+        taken: every name of a value or a node.
 
     Raises:
         LoraFormatError: LF-610 a name is defined twice.
@@ -92,57 +106,70 @@ class Index:
         self.graph = model.graph
         self.ir_version = model.ir_version
         self.opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
+        self.scopes = scopes(model)
         self.roots: dict[str, onnx.TensorProto] = {}
-        self.consumers: dict[str, list[onnx.NodeProto]] = {}
-        self.captured: set[str] = set()
-        self.outputs = {o.name for o in model.graph.output}
-        self.taken: set[str] = {value.name for value in model.graph.input}
+        self.taken: set[str] = set()
         self.sites: list[Site] = []
-        for scope in scopes(model):
+        self._readers: dict[tuple[int, str], list[Use]] = {}
+        self._stems: set[str] = set()
+        for scope in self.scopes:
             self._note(scope)
             for node in scope.nodes:
                 self._add_sites(node, scope)
 
     def _note(self, scope: Scope) -> None:
-        self.roots |= {_full_name(name, scope): tensor for name, tensor in scope.roots.items()}
-        self.taken |= scope.roots.keys() | scope.producers.keys()
+        self.roots |= {_full_name(Value(scope, name)): tensor for name, tensor in scope.roots.items()}
+        self.taken |= scope.defined
         for node in scope.nodes:
-            self.taken |= {node.name, *node.input}  # an inner graph's own inputs are among these
-            for name in node.input:
-                if scope.where:
-                    self.captured.add(name)
-                else:
-                    self.consumers.setdefault(name, []).append(node)
+            self.taken.add(node.name)
+            for position, name in enumerate(node.input):
+                home = scope.home(name, "defined")
+                if home is not None:
+                    self._readers.setdefault((id(home), name), []).append(Use(node, position))
 
     def _add_sites(self, node: onnx.NodeProto, scope: Scope) -> None:
-        """The use of a weight as such; of any other operator, every stored tensor that it reads directly."""
-        position = _WEIGHT_INPUT.get(node.op_type)
-        if position is None:
-            if scope.constant.isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
-                for i, name in enumerate(node.input):
-                    if scope.home(name, "roots") is not None:
-                        self._add_site(node, i, scope)
-            return
-        found = self._add_site(node, position, scope)
-        if not found and node.op_type in ("MatMul", "Gemm"):
-            self._add_site(node, 0, scope)
+        """The use of a weight as such, and of vectors; of any other operator, every matrix that it reads directly."""
+        if node.op_type in WEIGHTS:
+            any(self._add_site(node, position, "weight", scope) for position in WEIGHTS[node.op_type])
+        if scope.constant.isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
+            for position, parameter in VECTORS.get(node.op_type, {}).items():
+                self._add_site(node, position, parameter, scope)
+            if node.op_type not in WEIGHTS:
+                for position, name in enumerate(node.input):
+                    if position not in VECTORS.get(node.op_type, {}) and scope.home(name, "roots") is not None:
+                        self._add_site(node, position, "weight", scope)
 
-    def _add_site(self, node: onnx.NodeProto, position: int, scope: Scope) -> bool:
-        trace = _trace(node.input[position], scope) if position < len(node.input) else None
-        if trace is None or len(trace.axes) < 2:
+    def _add_site(self, node: onnx.NodeProto, position: int, parameter: str, scope: Scope) -> bool:
+        found = trace(node.input[position], scope) if position < len(node.input) else None
+        if found is None:
             return False
-        root = trace.home.roots[trace.root_name]
-        placement, refusal = _meaning(node, position, root, trace.axes)
-        refusal = trace.refusal or refusal
-        if scope.where:
-            refusal = f"it lies inside {scope.where}: only the main graph is rewritten yet"
-        name = _full_name(trace.root_name, trace.home)
-        self.sites.append(Site(len(self.sites), node, position, root, name, trace.chain, placement, refusal))
+        dims = tuple(found.root.dims)
+        shape = tuple(dims[axis] for axis in found.axes)
+        if position in VECTORS.get(node.op_type, {}):
+            if not _is_vector(node, shape) or found.root.data_type not in FLOATS:
+                return False
+        elif len(shape) < 2:
+            return False
+        means = meaning(node, position, shape)
+        operand = Placement(shape, means.out, means.in_, means.batch)
+        out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (means.out, means.in_, means.batch))
+        refusal = found.refusal or means.refusal or _dtype_refusal(found.root.data_type)
+        if not scope.rewritable:
+            refusal = f"it lies inside {scope.where}: give --inline, which writes the function's body into the graph"
+        site = Site(
+            *(len(self.sites), node, position, parameter, found.root, _full_name(found.values[0]), found.chain),
+            *(scope, found.values, operand, Placement(dims, out, in_, batch), means.factor, means.natural, refusal),
+        )
+        self.sites.append(site)
         return True
 
     def uses(self, root_name: str) -> list[Site]:
         """Every site of one stored weight."""
         return [site for site in self.sites if site.root_name == root_name]
+
+    def readers(self, value: Value) -> list[Use]:
+        """Every input that reads a value, inside other nodes' graphs too."""
+        return self._readers.get((id(value.scope), value.name), [])
 
     def fresh(self, name: str) -> str:
         """``name``, or ``name`` with a number, that no value or node of the model has; it is taken from now on."""
@@ -153,59 +180,34 @@ class Index:
         self.taken.add(candidate)
         return candidate
 
+    def stem(self, key: str) -> str:
+        """``lora/<key>``, or it with a number, below which the model has no name yet."""
+        if not self._stems:
+            own = [name.split("/") for name in self.taken if name.startswith("lora/")]
+            self._stems = {"lora"} | {"/".join(parts[:n]) for parts in own for n in range(1, len(parts) + 1)}
+        name = candidate = f"lora/{key.replace('/', '.')}"  # a stem below another's would share its names
+        n = 1
+        while candidate in self._stems:
+            n += 1
+            candidate = f"{name}_{n}"
+        self._stems.add(candidate)
+        return candidate
+
     def store(self, tensor: onnx.TensorProto) -> str:
-        """Add an initializer to the main graph; its name."""
+        """Add an initializer to the main graph, which every graph inside it sees; its name."""
         self.graph.initializer.append(tensor)
         if self.ir_version < 4:  # until then an initializer must be a graph input as well (onnx/docs/IR.md)
             self.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         return tensor.name
 
 
-def _full_name(name: str, scope: Scope) -> str:
-    return f"{scope.where}/{name}" if scope.where else name
+def _full_name(value: Value) -> str:
+    return f"{value.scope.where}/{value.name}" if value.scope.where else value.name
 
 
-def _trace(name: str, scope: Scope) -> _Trace | None:
-    """Back from a value to the stored tensor that it is made of, if it is made of stored tensors only."""
-    chain: list[onnx.NodeProto] = []
-    home = scope.home(name, "constant")
-    while home is not None and name not in home.roots:
-        node = home.producers[name]
-        if not node.input or not node.input[0]:
-            return None
-        chain.insert(0, node)
-        name = node.input[0]
-        home = home.home(name, "constant")
-    if home is None:
-        return None
-    axes = tuple(range(len(home.roots[name].dims)))
-    for node in chain:
-        perm = _attribute(node, "perm", tuple(reversed(range(len(axes)))))
-        if node.domain not in STANDARD or node.op_type not in ("Identity", "Transpose"):
-            return _Trace(name, home, tuple(chain), axes, f"{node.op_type} lies between its weight and it")
-        if node.op_type == "Transpose":
-            if sorted(perm) != list(range(len(axes))):
-                return _Trace(name, home, tuple(chain), axes, f"{node.name} has perm {list(perm)} of {len(axes)} axes")
-            axes = tuple(axes[i] for i in perm)
-    return _Trace(name, home, tuple(chain), axes, None)
-
-
-def _meaning(
-    node: onnx.NodeProto, position: int, root: onnx.TensorProto, axes: tuple[int, ...]
-) -> tuple[Placement, str | None]:
-    """Which root axis is out and which is in, by what the operator computes; and why it cannot be rewritten."""
-    shape = tuple(root.dims)
-    plain = Placement(shape, (axes[0],), tuple(axes[1:]))
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in STANDARD:
-        domain = "" if node.domain in STANDARD else f"{node.domain}."
-        return plain, f"{domain}{node.op_type} is not rewritten yet (MatMul and Gemm are)"
-    if position == 0:
-        return plain, f"the weight is the left operand of {node.op_type}"
-    if len(axes) != 2:
-        return plain, f"its weight has {len(axes)} axes {list(shape)}: a batch of matrices"
-    turned = node.op_type == "Gemm" and bool(_attribute(node, "transB", 0))
-    out, in_ = (axes[0], axes[1]) if turned else (axes[1], axes[0])
-    return Placement(shape, (out,), (in_,)), _dtype_refusal(root.data_type)
+def _is_vector(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
+    """One factor for all is no parameter of a module, but a number that its computation needs."""
+    return vector_axis(shape) is not None and (node.op_type != "Mul" or any(n != 1 for n in shape))
 
 
 def _dtype_refusal(dtype: int) -> str | None:
@@ -214,8 +216,3 @@ def _dtype_refusal(dtype: int) -> str | None:
     if dtype == onnx.TensorProto.UNDEFINED:  # how a scope marks it
         return "its weight is stored sparse"
     return f"its weight is {onnx.TensorProto.DataType.Name(dtype)}"
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    found = next((a for a in node.attribute if a.name == name), None)
-    return default if found is None else onnx.helper.get_attribute_value(found)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ import onnx
 
 from loraformat.tiles import Norms, changed
 from loraformat_converters.onnx.index import Index, Site
-from loraformat_converters.onnx.model import External, array, external, overlapping
-from loraformat_converters.onnx.scopes import tensors
+from loraformat_converters.onnx.model import Rows, array
+from loraformat_converters.onnx.spots import Spot
 from loraformat_converters.onnx.store import Addition, Patch
 
 if TYPE_CHECKING:
@@ -24,69 +23,39 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Spot", "merge", "spots"]
+__all__ = ["merge", "written_data"]
 
 
-@dataclass(frozen=True)
-class Spot:
-    """The weight of one target: its uses, its external bytes if it has any, and what else depends on it.
-
-    A weight that something else depends on is copied first, so that only the target changes.
-    """
-
-    sites: tuple[Site, ...]
-    place: External | None
-    others: tuple[str, ...]
-
-    @property
-    def written_data(self) -> Patch | Addition | None:
-        """What this spot will write outside the model, without the values yet."""
-        if self.place is None:
-            return None
-        return Addition(onnx.TensorProto(), self.place.length, _nothing) if self.others else Patch(self.place, _nothing)
-
-
-def spots(model: onnx.ModelProto, index: Index, found: Mapping[str, tuple[Site, ...]], folder: Path) -> dict[str, Spot]:
-    """Target → spot."""
-    overlaps = overlapping(tensors(model), folder)
-    result = {}
-    for key, sites in found.items():
-        place = external(sites[0].root, folder)
-        others = _other_readers(index, sites)
-        if place is not None and (place.location, place.offset) in overlaps:
-            others.append("a tensor stored in the same bytes")
-        result[key] = Spot(sites, place, tuple(others))
-    return result
-
-
-def merge(index: Index, key: str, update: Update, spot: Spot, folder: Path, norms: Norms) -> Patch | Addition | None:
-    """Change the weight of one target; what that writes outside the model, or None where the model holds the bytes."""
+def merge(index: Index, spot: Spot, folder: Path, norms: Norms) -> Patch | Addition | None:
+    """Change one weight; what that writes outside the model, or None where the model holds the bytes."""
     root = spot.sites[0].root
-    tiles = partial(_tiles, update.placed(spot.sites[0].placement), array(root, folder), norms)
+    values: Any = array(root, folder)
+    if spot.place is not None and all(update.tileable for update in spot.updates) and root.dims:
+        values = Rows(spot.place, root)
+    tiles = partial(_tiles, spot.updates, values, norms)
     if not spot.others:
         if spot.place is not None:
             return Patch(spot.place, tiles)
         _set(root, b"".join(tiles()))
         return None
-    copy = onnx.TensorProto(name=index.fresh(f"lora/{key}/weight"), dims=root.dims, data_type=root.data_type)
+    copy = onnx.TensorProto(name=index.fresh(f"lora/{spot.key}/weight"), dims=root.dims, data_type=root.data_type)
     if spot.place is None:
         copy.raw_data = b"".join(tiles())
     index.store(copy)
     for site in spot.sites:
-        _lead(index, key, site, copy.name)
+        _lead(index, spot.key, site, copy.name)
     return None if spot.place is None else Addition(index.graph.initializer[-1], spot.place.length, tiles)
 
 
-def _other_readers(index: Index, sites: tuple[Site, ...]) -> list[str]:
-    """What else reads the weight of these sites: nodes, graphs inside nodes, the model's outputs."""
-    own = {id(site.node) for site in sites} | {id(node) for site in sites for node in site.chain}
-    values = {sites[0].root_name} | {node.output[0] for site in sites for node in site.chain}
-    others = [n.name or n.op_type for v in values for n in index.consumers.get(v, ()) if id(n) not in own]
-    return others + sorted(values & index.outputs) + sorted(values & index.captured)
+def written_data(spot: Spot) -> Patch | Addition | None:
+    """What ``merge`` will write outside the model, without the values yet."""
+    if spot.place is None:
+        return None
+    return Addition(onnx.TensorProto(), spot.place.length, _nothing) if spot.others else Patch(spot.place, _nothing)
 
 
-def _tiles(update: Update, base: Array, norms: Norms) -> Iterator[memoryview]:
-    for tile in changed((update,), base, norms):
+def _tiles(updates: Sequence[Update], base: Array, norms: Norms) -> Iterator[memoryview]:
+    for tile in changed(updates, base, norms):
         yield np.ascontiguousarray(tile).reshape(-1).view(np.uint8).data
 
 
@@ -102,15 +71,14 @@ def _set(tensor: onnx.TensorProto, data: bytes) -> None:
 
 def _lead(index: Index, key: str, site: Site, value: str) -> None:
     """Make a site read ``value``, behind copies of the nodes that led to the shared weight."""
+    graph = site.scope.graph
+    assert graph is not None
     for node in site.chain:
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
         twin.name = twin.output[0] = index.fresh(f"lora/{key}/{node.op_type}")
         twin.input[0] = value
         value = twin.output[0]
-        index.graph.node.insert(_position(index, site.node), twin)
+        place = next(i for i, other in enumerate(graph.node) if other.output == site.node.output)
+        graph.node.insert(place, twin)
     site.node.input[site.position] = value
-
-
-def _position(index: Index, node: onnx.NodeProto) -> int:
-    return next(i for i, other in enumerate(index.graph.node) if other.output == node.output)

@@ -1,7 +1,8 @@
 """An ONNX file as it lies on disk: the graph in memory, its weights where they are.
 
 External data is never loaded: a tensor is a view of the mapped file. Paths in a model are a stranger's input, so
-they are checked as onnx ≥ 1.21 checks them: relative, inside the folder, no link (CVE-2026-27489), within the file.
+they are checked as onnx ≥ 1.21 checks them: relative, inside the folder, no link of any kind (CVE-2026-27489), within
+the file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["FLOATS", "External", "array", "external", "load", "onnx_dtype", "overlapping"]
+__all__ = ["FLOATS", "External", "Rows", "array", "external", "load", "onnx_dtype", "overlapping"]
 
 FLOATS: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "F32",
@@ -111,6 +112,24 @@ def array(tensor: onnx.TensorProto, folder: Path) -> Array:
     return np.memmap(place.path, dtype, "r", place.offset, tuple(tensor.dims))
 
 
+class Rows:
+    """The values of an external tensor, read where they are sliced: a mapping would cost a page fault for each page."""
+
+    def __init__(self, place: External, tensor: onnx.TensorProto) -> None:
+        self.place = place
+        self.shape = tuple(tensor.dims)
+        self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+
+    def __getitem__(self, rows: slice) -> Array:
+        start, stop, _ = rows.indices(self.shape[0])
+        row = math.prod(self.shape[1:])
+        offset, count = self.place.offset + start * row * self.dtype.itemsize, (stop - start) * row
+        values = np.fromfile(self.place.path, self.dtype, count, offset=offset)
+        if values.size < count:
+            raise OSError(f"the data file {self.place.location} became shorter while it was read")
+        return values.reshape(stop - start, *self.shape[1:])
+
+
 def overlapping(stored: Iterable[onnx.TensorProto], folder: Path) -> set[tuple[str, int]]:
     """(location, offset) of the external tensors that share bytes with another: to write to one changes the other."""
     places = [place for tensor in stored if (place := external(tensor, folder)) is not None and place.length]
@@ -162,4 +181,7 @@ def _checked(location: str, folder: Path, name: str) -> Path:
             where=name,
             fix="copy the file into the folder",
         )
+    if info.st_nlink > 1:  # onnx 1.23.2 and onnx_ir 1.1 refuse it; ONNX Runtime 1.32 does not
+        what = f"external data {location} has {info.st_nlink} names (hard links): onnx refuses it"
+        raise fault("LF-610", what, where=name, fix="copy the file, and give the copy its name")
     return path

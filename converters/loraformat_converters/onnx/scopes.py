@@ -22,19 +22,25 @@ class Scope:
     Attributes:
         where: what holds it, "" for the main graph.
         outer: the scope whose values it sees too; None for the main graph and for functions.
+        graph: the graph itself; None for functions, which are not rewritten.
         roots: name → stored tensor: dense initializers and the values of Constants. A sparse one has no data type.
         producers: value → the node that computes it.
         constant: values that depend on stored tensors only.
+        defined: every name that is given a meaning here.
+        outputs: names that leave the scope.
     """
 
     nodes: Sequence[onnx.NodeProto]
     where: str = ""
     outer: Scope | None = None
+    graph: onnx.GraphProto | None = None
     stored: Sequence[onnx.TensorProto] = ()
     sparse: Sequence[onnx.SparseTensorProto] = ()
     roots: dict[str, onnx.TensorProto] = field(default_factory=dict)
     producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
     constant: set[str] = field(default_factory=set)
+    defined: set[str] = field(default_factory=set)
+    outputs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for tensor in self.stored:
@@ -49,6 +55,7 @@ class Scope:
                 self._define(name)
                 self.producers[name] = node
             self._note(node)
+        self.defined |= self.roots.keys() | self.producers.keys()
 
     def _define(self, name: str) -> None:
         # ONNX Runtime takes the last of two initializers of one name and only warns: a change could miss the one in use.
@@ -67,8 +74,13 @@ class Scope:
         if inputs and not holds_graph and all(self.home(name, "constant") for name in inputs):
             self.constant |= {*node.output}
 
+    @property
+    def rewritable(self) -> bool:
+        """Whether it is no function's: a function sees nothing of the graph that calls it."""
+        return self.graph is not None and (self.outer is None or self.outer.rewritable)
+
     def home(self, name: str, kind: str) -> Scope | None:
-        """The nearest scope that has ``name`` among its ``roots``, ``producers`` or ``constant``."""
+        """The nearest scope that has ``name`` among its ``roots``, ``producers``, ``constant`` or ``defined``."""
         scope: Scope | None = self
         while scope is not None and name not in getattr(scope, kind):
             scope = scope.outer
@@ -80,7 +92,7 @@ def scopes(model: onnx.ModelProto) -> list[Scope]:
     main = _of_graph(model.graph, "", None)
     found, queue = [main], [main]
     for function in model.functions:
-        scope = Scope(function.node, f"function {function.name}")
+        scope = Scope(function.node, f"function {function.name}", defined={*function.input})
         found.append(scope)
         queue.append(scope)
     while queue:
@@ -107,7 +119,16 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _of_graph(graph: onnx.GraphProto, where: str, outer: Scope | None) -> Scope:
-    return Scope(graph.node, where, outer, graph.initializer, graph.sparse_initializer)
+    return Scope(
+        graph.node,
+        where,
+        outer,
+        graph,
+        graph.initializer,
+        graph.sparse_initializer,
+        defined={value.name for value in graph.input},
+        outputs=frozenset(value.name for value in graph.output),
+    )
 
 
 def _graphs(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat import progress
 from loraformat.atomic import write_file
 from loraformat.errors import fault
+from loraformat.patch import Patch as FilePatch
+from loraformat.patch import write_patched
 from loraformat_converters.onnx.model import External, external
 from loraformat_converters.onnx.scopes import tensors
 
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Addition", "Patch", "Storage"]
 
-_COPY = 8 << 20
 _PAGE = 4096
 
 
@@ -95,7 +97,16 @@ class Storage:
             for path in new:
                 path.unlink(missing_ok=True)
             raise
+        self._clear(writers.keys())
         return self.out.stat().st_size + self.data_bytes
+
+    def _clear(self, keep: Collection[str]) -> None:
+        """Delete the data files of an older output of this name, which nothing refers to any more."""
+        own = re.compile(rf"{re.escape(self.out.name)}\.[0-9a-f]{{8}}\.(\d+|new)\.data")
+        used = {place.name for place in self.places.values()} | set(keep)
+        for path in self.out.parent.glob(f"{glob.escape(self.out.name)}.*.data"):
+            if own.fullmatch(path.name) and path.name not in used:
+                path.unlink()
 
     def _relocate(self) -> None:
         for name, new in self.renamed.items():
@@ -109,17 +120,15 @@ class Storage:
             offset += _aligned(item.length)
 
     def _copier(self, name: str) -> Writer:
-        patches = sorted((p for p in self.patches if p.place.location == name), key=lambda p: p.place.offset)
+        patches = [
+            FilePatch(p.place.offset, p.place.end, p.place.length, p.tiles)
+            for p in self.patches
+            if p.place.location == name
+        ]
 
         def write(file: BinaryIO) -> None:
             with open(self.places[name], "rb") as source:
-                end = os.fstat(source.fileno()).st_size
-                for patch in patches:
-                    _copy(source, file, patch.place.offset - source.tell())
-                    for tile in patch.tiles():
-                        file.write(tile)
-                    source.seek(patch.place.end)
-                _copy(source, file, end - source.tell())
+                write_patched(file, source, patches)
 
         return write
 
@@ -133,15 +142,6 @@ class Storage:
 def _aligned(length: int) -> int:
     """Whole pages, so that the next tensor can be mapped."""
     return -(-length // _PAGE) * _PAGE
-
-
-def _copy(source: BinaryIO, file: BinaryIO, count: int) -> None:
-    while count > 0:
-        chunk = source.read(min(count, _COPY))
-        if not chunk:
-            raise OSError("the data file became shorter while it was copied")
-        progress.advance(file.write(chunk))
-        count -= len(chunk)
 
 
 def _serialized(model: onnx.ModelProto) -> bytes:

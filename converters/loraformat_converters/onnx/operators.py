@@ -1,0 +1,145 @@
+"""What each operator makes of its stored inputs: which axes are out, in and batch, and which vector is a bias.
+
+One table an idea: ``WEIGHTS`` says where an operator's matrix may stand, ``VECTORS`` where its vectors do, and
+``_MEANINGS`` what the axes of a matrix mean. A further operator is a line in each and a function here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from loraformat_converters.onnx import einsum
+from loraformat_converters.onnx.scopes import STANDARD
+
+__all__ = ["VECTORS", "WEIGHTS", "Meaning", "attribute", "meaning", "operator", "vector_axis"]
+
+WEIGHTS: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum"), (1, 0)),
+    **dict.fromkeys(("Conv", "ConvTranspose", "MatMulInteger", "ConvInteger"), (1,)),
+    **dict.fromkeys(("MatMulNBits", "FusedGemm", "FusedConv", "DynamicQuantizeMatMul"), (1,)),
+    "Gather": (0,),
+    "GatherBlockQuantized": (0,),
+    "QLinearMatMul": (3,),
+}
+"""Operator → the inputs that may be its weight, in the order in which they are looked at; the first stored one is it.
+
+Those that are not rewritten are listed too, to be refused by name.
+"""
+
+_BIAS = {2: "bias"}
+_SCALE = {1: "weight"}
+VECTORS: Mapping[str, Mapping[int, str]] = {
+    "Add": {0: "bias", 1: "bias"},
+    "Mul": {0: "weight", 1: "weight"},
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), _BIAS),
+    **dict.fromkeys(("LayerNormalization", "BatchNormalization"), _SCALE | _BIAS),
+    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), _SCALE | _BIAS),
+    **dict.fromkeys(("PRelu", "RMSNormalization", "SimplifiedLayerNormalization"), _SCALE),
+    "SkipLayerNormalization": {2: "weight", 3: "bias"},
+    "SkipSimplifiedLayerNormalization": {2: "weight"},
+}
+"""Operator → input → what a vector there is called in its module."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the axes of one operand are.
+
+    Attributes:
+        factor: what the operator multiplies x·W with.
+        natural: whether torch keeps the named parameter in these very axes.
+        refusal: why the operand cannot be changed; None if it can.
+    """
+
+    out: tuple[int, ...]
+    in_: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    factor: float = 1.0
+    natural: bool = False
+    refusal: str | None = None
+
+
+def operator(node: onnx.NodeProto) -> str:
+    """The operator with its domain: two domains may have operators of one name."""
+    return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+
+
+def meaning(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning:
+    """What the operand of ``shape`` at ``position`` is to the operator."""
+    if position in VECTORS.get(node.op_type, {}) and (axis := vector_axis(shape)) is not None:
+        return Meaning((axis,), tuple(a for a in range(len(shape)) if a != axis), natural=True)
+    rule = _MEANINGS.get(operator(node))
+    if rule is None:
+        return _refused(shape, f"{operator(node)} is not rewritten yet")
+    found = rule(node, position, shape)
+    return _refused(shape, found) if isinstance(found, str) else found
+
+
+def vector_axis(shape: tuple[int, ...]) -> int | None:
+    """The axis of a tensor that is a vector, such as [n] or [n, 1, 1]; None for what is none."""
+    long = [axis for axis, n in enumerate(shape) if n != 1]
+    return None if len(long) > 1 or not shape else (long or [0])[0]
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """An attribute's value, or ``default``."""
+    found = next((a for a in node.attribute if a.name == name), None)
+    return default if found is None else onnx.helper.get_attribute_value(found)
+
+
+def _refused(shape: tuple[int, ...], reason: str) -> Meaning:
+    return Meaning((0,), tuple(range(1, len(shape))), refusal=reason)
+
+
+def _matmul(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """MatMul, Gemm, FusedMatMul: [*batch, in, out] on the right, [*batch, out, in] on the left, or turned."""
+    side = "AB"[position]
+    if attribute(node, f"transBatch{side}", 0):
+        return f"transBatch{side} moves the batch axes of its weight"
+    last, before = len(shape) - 1, len(shape) - 2
+    turned = bool(attribute(node, f"trans{side}", 0))
+    out, in_ = (before, last) if turned == (position == 1) else (last, before)
+    return Meaning((out,), (in_,), tuple(range(before)), attribute(node, "alpha", 1.0))
+
+
+def _conv(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """[out, in, *kernel]."""
+    if (group := attribute(node, "group", 1)) != 1:
+        return f"a convolution of {group} groups: a pair A, B that sees every channel has no form in its weight"
+    return Meaning((0,), tuple(range(1, len(shape))), natural=True)
+
+
+def _conv_transpose(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """[in, out, *kernel]."""
+    if (group := attribute(node, "group", 1)) != 1:
+        return f"a convolution of {group} groups: a pair A, B that sees every channel has no form in its weight"
+    return Meaning((1,), (0, *range(2, len(shape))), natural=True)
+
+
+def _gather(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """A table [vocabulary, dim] of which rows are taken: the one-hot input is ``in``."""
+    if len(shape) != 2 or attribute(node, "axis", 0) != 0:
+        return f"it does not take rows of a table: axis {attribute(node, 'axis', 0)} of {list(shape)}"
+    return Meaning((1,), (0,), natural=True)
+
+
+def _einsum(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """By its letters: contracted with x → in, in the output only → out, in all three → batch."""
+    try:
+        letters = einsum.read(attribute(node, "equation", b"").decode(), position, len(shape))
+    except ValueError as error:
+        return str(error)
+    return Meaning(letters.out, letters.in_, letters.batch)
+
+
+_MEANINGS: Mapping[str, Callable[[onnx.NodeProto, int, tuple[int, ...]], Meaning | str]] = {
+    **dict.fromkeys(("MatMul", "Gemm", "com.microsoft.FusedMatMul"), _matmul),
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gather": _gather,
+    "Einsum": _einsum,
+}

@@ -1,0 +1,72 @@
+"""What keeps an update from being put into a graph: every reason, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from loraformat.errors import LoraFormatError, Problem
+
+if TYPE_CHECKING:
+    from loraformat.updates import Update
+    from loraformat_converters.onnx.index import Site
+    from loraformat_converters.onnx.spots import Change
+
+__all__ = ["obstacles"]
+
+
+_SCATTER = 11
+"""The first opset with ScatterND, without which rows of a weight cannot be set in the graph."""
+
+
+def obstacles(verb: str, changes: Mapping[tuple[Site, ...], Sequence[Change]], opset: int) -> Iterator[Problem]:
+    """At most one problem a change, the first that matters."""
+    owners: dict[int, tuple[Site, ...]] = {}
+    for sites, wanted in changes.items():
+        for change in wanted:
+            yield from list(_obstacle(change, sites))[:1]
+            if verb == "attach" and "rows" in change.update and opset < _SCATTER:
+                what = f"opset {opset} has no operator that sets rows of a weight (ScatterND is of opset {_SCATTER})"
+                yield Problem("LF-608", what, change.key, "merge it")
+        if any(owners.setdefault(site.number, sites) is not sites for site in sites):
+            what = f"two adapters change {sites[0].root_name}, one at some of its uses, one at others"
+            yield Problem("LF-609", what, wanted[0].key, "apply one after the other: merge, then merge into the result")
+
+
+def _obstacle(change: Change, sites: tuple[Site, ...]) -> Iterator[Problem]:
+    key, update, first = change.key, change.update, sites[0]
+    refused = next((site for site in sites if site.refusal), None)
+    if refused is not None:
+        yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key)
+    if len({(site.factor, site.placement) for site in sites}) > 1:
+        what = "its uses read the weight in two orientations, or scale it differently"
+        yield Problem("LF-608", what, key, "name the node that is meant: --names")
+    if update.op == "embedding" and first.operator != "Gather":
+        yield Problem("LF-608", f"an embedding's update cannot act on {first.operator}", key)
+    yield from _misfit(change, update, first)
+
+
+def _misfit(change: Change, update: Update, site: Site) -> Iterator[Problem]:
+    """Other sizes, or axes that cannot be turned into the graph's."""
+    matrix, wanted = update.matrix_shape(), site.placement.matrix_shape
+    if matrix is not None and not _covers(matrix, wanted):
+        what = f"the update gives [out, in] = {list(matrix)}, {site.node.name or site.operator} computes with {list(wanted)}"
+        yield Problem("LF-606", what, change.key, "is this the base that the adapter was trained on?")
+        return
+    try:
+        turned = change.turned(site.placement)
+    except LoraFormatError as error:
+        yield from error.problems
+        return
+    if "replace" in turned and turned["replace"].replace.shape != site.placement.shape:
+        new, old = list(turned["replace"].replace.shape), list(site.placement.shape)
+        what = f"the update resizes {old} to {new}; the shapes of a graph are fixed when it is exported"
+        yield Problem("LF-606", what, change.key, "resize the model's vocabulary first, then export it")
+
+
+def _covers(matrix: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Equal, but for batch sizes of 1 (shared by all)."""
+    sizes = zip(matrix, wanted, strict=False)
+    return len(matrix) == len(wanted) and all(
+        m == n or (m == 1 and i < len(wanted) - 2) for i, (m, n) in enumerate(sizes)
+    )

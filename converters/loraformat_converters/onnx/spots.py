@@ -1,0 +1,106 @@
+"""Spots: the weights that change, each with its uses, with what changes it, and with what else depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from loraformat.turned import turned
+from loraformat_converters.onnx.index import Index, Site
+from loraformat_converters.onnx.model import External, external, overlapping
+from loraformat_converters.onnx.scopes import tensors
+
+if TYPE_CHECKING:
+    from loraformat.axes import Placement
+    from loraformat.plan import Job
+    from loraformat.updates import Update
+
+__all__ = ["Change", "Spot", "every_change", "gathered", "spots"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one adapter does to one weight.
+
+    Attributes:
+        job: which adapter, by its place in the plan.
+        key: the target.
+        parameter: how the parameter lies that the adapter names; None where only the matrix matters.
+    """
+
+    job: int
+    key: str
+    update: Update
+    parameter: Placement | None = None
+
+    def turned(self, place: Placement) -> Update:
+        """The update in the axes of a tensor laid like ``place``."""
+        return turned(self.update, self.parameter or place, place)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """The weight of one target: its uses, its external bytes if it has any, and what else depends on it.
+
+    A weight that something else depends on is copied first, so that only the target changes.
+    """
+
+    sites: tuple[Site, ...]
+    changes: tuple[Change, ...]
+    place: External | None = None
+    others: tuple[str, ...] = field(default=())
+
+    @property
+    def key(self) -> str:
+        """What the first adapter calls it."""
+        return self.changes[0].key
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """What happens to the stored tensor, in its own axes, one after the other."""
+        return tuple(change.turned(self.sites[0].placement) for change in self.changes)
+
+
+def gathered(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
+    """Sites → what happens to their weight, in the order of the jobs."""
+    changes: dict[tuple[Site, ...], list[Change]] = {}
+    for number, job in enumerate(jobs):
+        for key, places in job.resolution.require().targets.items():
+            change = Change(number, key, job.adapter[key], places[0].parameter)
+            changes.setdefault(tuple(match.handle for match in places), []).append(change)
+    return changes
+
+
+def every_change(places: Iterable[Spot]) -> Iterator[Change]:
+    """The changes of all spots."""
+    return (change for spot in places for change in spot.changes)
+
+
+def spots(
+    model: onnx.ModelProto, index: Index, changes: Mapping[tuple[Site, ...], Sequence[Change]], folder: Path
+) -> list[Spot]:
+    """A spot for each set of sites that changes."""
+    overlaps = overlapping(tensors(model), folder)
+    found = []
+    for sites, wanted in changes.items():
+        place = external(sites[0].root, folder)
+        others = list(_others(index, sites))
+        if place is not None and (place.location, place.offset) in overlaps:
+            others.append("a tensor stored in the same bytes")
+        found.append(Spot(sites, tuple(wanted), place, tuple(dict.fromkeys(others))))
+    return found
+
+
+def _others(index: Index, sites: tuple[Site, ...]) -> Iterable[str]:
+    """What else reads the weight of these sites: nodes, in inner graphs too, and the outputs of graphs."""
+    own = {(id(site.node), site.position) for site in sites} | {(id(n), 0) for site in sites for n in site.chain}
+    for value in dict.fromkeys(value for site in sites for value in site.values):
+        for use in index.readers(value):
+            if (id(use.node), use.position) not in own:
+                yield use.node.name or use.node.op_type
+        if value.name in value.scope.outputs:
+            yield value.name

@@ -1,0 +1,64 @@
+"""The verbs that only a graph takes: giving back what was attached, writing functions out, proof by running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from loraformat.errors import fault
+
+if TYPE_CHECKING:
+    import os
+
+    from loraformat.adapter import Adapter
+    from loraformat.base import Base, Graph
+    from loraformat.plan import Outcome, Plan, Proof
+
+__all__ = ["detach", "extract", "inlined", "prove"]
+
+
+def detach(base: Base, out: str | os.PathLike[str], *, force: bool = False) -> Outcome:
+    """Write an attached model as it was before ``attach``.
+
+    Raises:
+        LoraFormatError: LF-608 no graph; LF-613 nothing is attached, or the model was changed since.
+    """
+    graph = _graph(base, "detach")
+    path = Path(out)
+    if path.exists() and path.resolve() == base.path.resolve():
+        raise fault("LF-703", f"{out} is the attached model itself", fix="write to another name")
+    return graph.detach(path, force=force)
+
+
+def extract(base: Base, name: str | None = None) -> Adapter:
+    """The adapter that is attached to a model, bit for bit; the one called ``name``, where there are several.
+
+    Raises:
+        LoraFormatError: LF-608 no graph; LF-613 nothing is attached, or it was changed; LF-705 no such name.
+    """
+    found = dict(_graph(base, "extract").extract())
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        what = f"{base.path} has {len(found)} adapters attached" if name is None else f"no adapter is called {name}"
+        raise fault("LF-705", what, fix=f"--name, one of {', '.join(found)}")
+    return found[name]
+
+
+def inlined(base: Base) -> Base:
+    """A graph with its local functions written out."""
+    return _graph(base, "inline").inlined()
+
+
+def prove(base: Base, plan: Plan, inputs: str | os.PathLike[str] | None = None) -> Proof:
+    """Run what a plan wrote against base and adapter put together in another way."""
+    return _graph(base, "prove").prove(plan, Path(inputs) if inputs else None)
+
+
+def _graph(base: Base, verb: str) -> Graph:
+    if verb not in base.verbs:
+        what = f"{base.path} is not one graph: there is nothing to {verb}"
+        raise fault(
+            "LF-608", what, fix="give one ONNX model; loraformat verify compares merged checkpoints and folders"
+        )
+    return cast("Graph", base)
