@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,7 @@ from loraformat.cli.proof import show_plan, show_proof
 
 if TYPE_CHECKING:
     from loraformat.base import Base
-    from loraformat.plan import Plan, Proof
+    from loraformat.plan import Plan
     from loraformat.resolve import Hints
     from loraformat.verbs.verify import Verdict
 
@@ -30,12 +31,9 @@ _plan_flag = click.option(
 _any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that was bound to other weights.")
 
 
-_VERIFY = "Run what was written, an ONNX model, or read it again, a checkpoint, against base and adapters."
-
-
 def _graph(function: F) -> F:
     """``--verify``, and ``--inputs`` and ``--inline``, which are asked of a graph only."""
-    verify = click.option("--verify", is_flag=True, help=_VERIFY)
+    verify = click.option("--verify", is_flag=True, help="Read the output again, and run it if it is a graph.")
     inputs = click.option("--inputs", type=click.Path(), help="With --verify: values for the model's inputs, .npz.")
     inline = click.option("--inline", is_flag=True, help="Write the model's local functions into its graph first.")
     return verify(inputs(inline(function)))
@@ -58,6 +56,8 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 
     Several adapters are applied one after the other; a number after the last colon weighs one.
     """
+    # The merge has threads of its own; OpenBLAS's would only wait for each other in products of rank 16.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _carry_out("merge", adapters, base, out, **options)
 
 
@@ -103,9 +103,8 @@ def _carry_out(
 ) -> None:
     from loraformat.atomic import check_free
     from loraformat.base import Options
-    from loraformat.verbs.graph import inlined
+    from loraformat.verbs.graph import inlined, prove
     from loraformat.verbs.merge import prepare
-    from loraformat.verbs.verify import Verdict
 
     if not plan_only:
         check_free(Path(out), force)
@@ -122,21 +121,18 @@ def _carry_out(
             click.echo(f"note: {note}", err=True)
     with progress_bar(verb, plan.writes, quiet=as_json):
         outcome = base.apply(plan, force=force)
-    checked = _check(base, plan, stated, inputs) if verify else None
-    show_proof(plan, outcome, checked, words, base_path, as_json)
-    if isinstance(checked, Verdict) and not as_json:
-        report(checked, out, as_json)
-    if checked is not None and not checked.holds:
+    verdict = _read_again(base, plan, stated) if verify else None
+    proof = prove(base, plan, inputs) if verify and "prove" in base.verbs else None
+    show_proof(plan, outcome, verdict, proof, words, base_path, as_json)
+    if verdict is not None and not as_json:
+        report(verdict, out, as_json)
+    if (verdict is not None and verdict.problems) or (proof is not None and not proof.holds):
         click.get_current_context().exit(1)
 
 
-def _check(base: Base, plan: Plan, stated: Hints, inputs: str | None) -> Proof | Verdict:
-    """A graph is run; whatever else is read again and compared."""
+def _read_again(base: Base, plan: Plan, stated: Hints) -> Verdict:
     from loraformat import registry
-    from loraformat.verbs.graph import prove
     from loraformat.verbs.verify import verify
 
-    if "prove" in base.verbs or inputs:
-        return prove(base, plan, inputs)
     given = [(job.adapter, 1.0) for job in plan.jobs]
     return verify(base, given, registry.open_base(plan.options.out), stated)

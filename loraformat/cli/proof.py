@@ -28,11 +28,17 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 
 
 def show_proof(
-    plan: Plan, outcome: Outcome, checked: Proof | Verdict | None, words: tuple[str, ...], base: str, as_json: bool
+    plan: Plan,
+    outcome: Outcome,
+    verdict: Verdict | None,
+    proof: Proof | None,
+    words: tuple[str, ...],
+    base: str,
+    as_json: bool,
 ) -> None:
     """``15/15 targets by node_name · ‖ΔW‖/‖W‖ 0.4–2.1 % · +0.7 MB · next: …``."""
     if as_json:
-        echo_json(_json(plan, outcome, checked))
+        echo_json(_json(plan, outcome, verdict, proof))
         return
     out = str(plan.options.out)
     if plan.verb == "merge":
@@ -42,7 +48,7 @@ def show_proof(
         following = f'onnxruntime.InferenceSession("{out}")'
     total = len({key for job in plan.jobs for key in job.adapter})
     found = f"{len(outcome.norms)}/{total} targets by {plan.rungs}"
-    change = _change(plan, outcome) + (f" · {checked}" if _ran(checked) else "")
+    change = _change(plan, outcome) + (f" · {proof}" if proof else "")
     grown = f"{outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
     click.echo(f"{out}: {found} · {change} · {grown} · next: {following}", err=True)
 
@@ -57,26 +63,15 @@ def _change(plan: Plan, outcome: Outcome) -> str:
     return f"‖ΔW‖/‖W‖ {ratios[0]:.2g}–{ratios[-1]:.2g} %" + (f" · rounding ≤ {lost * 100:.2g} % of ΔW" if lost else "")
 
 
-def _ran(checked: Proof | Verdict | None) -> bool:
-    """Whether it is a proof by running; what was compared tensor by tensor has a line of its own."""
-    from loraformat.plan import Proof
-
-    return isinstance(checked, Proof)
-
-
-def _json(plan: Plan, outcome: Outcome, checked: Proof | Verdict | None) -> dict[str, object]:
-    from loraformat.plan import Proof
-
+def _json(plan: Plan, outcome: Outcome, verdict: Verdict | None, proof: Proof | None) -> dict[str, object]:
     targets = {
         key: {"delta_norm": n.delta**0.5, "base_norm": n.base**0.5 or None, "rounding_loss": n.loss}
         for key, n in outcome.norms.items()
     }
     said: dict[str, object] = {"schema": 1, "verb": plan.verb, "out": str(plan.options.out)}
     said |= {"written": outcome.written, "targets": targets}
-    match checked:
-        case None:
-            return said
-        case Proof():
-            return said | {"proof": {"error": checked.error, "limit": checked.limit, "moved": checked.moved}}
-        case _:
-            return said | {"verified": verdict_json(checked)}
+    if verdict is not None:
+        said["verified"] = verdict_json(verdict)
+    if proof is not None:
+        said["proof"] = {"error": proof.error, "limit": proof.limit, "moved": proof.moved}
+    return said

@@ -45,11 +45,6 @@ class Verdict:
     untouched: int
     problems: list[Problem] = field(default_factory=list)
 
-    @property
-    def holds(self) -> bool:
-        """Whether nothing differs."""
-        return not self.problems
-
 
 @dataclass(slots=True)
 class _Touched:
@@ -70,11 +65,10 @@ def verify(
         adapter: one, or several with their weights, as they were merged.
     """
     hints = hints or Hints()
-    given = [one for _, one in weighed(adapter)]
     if "extract" in merged.verbs and (attached := cast("Graph", merged)).attached:
-        return _attached(base, given, attached)
+        return _attached(base, [one for _, one in weighed(adapter)], attached)
     weights: dict[str, _Touched] = {}
-    for one in given:
+    for _, one in weighed(adapter):
         _gather(base, one, merged, hints, weights)
     old, new = base.parameters(), merged.parameters()
     problems: list[Problem] = []
@@ -111,19 +105,19 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
     """An attached model is right where it holds the adapters bit for bit, and is the base without them."""
     if "extract" not in base.verbs:
         raise fault("LF-608", f"{base.path} is no graph, and {merged.path} is one with an adapter attached")
-    held, problems = merged.extract(), []
-    names, found = ", ".join(name for name, _ in held), [digest(adapter) for _, adapter in held]
-    if sorted(found) != sorted(wanted := [digest(adapter) for adapter in adapters]):
-        what = f"{names} ({', '.join(d[:12] for d in found)}) is attached, not {', '.join(d[:12] for d in wanted)}"
-        problems.append(Problem("LF-611", what, str(merged.path), "another version of it, or another strength"))
+    wanted, held = [digest(one) for one in adapters], merged.extract()
+    found, problems = [digest(one) for _, one in held], list[Problem]()
+    if found != wanted:
+        what = f"{len(held)} adapters are attached, of digest {', '.join(d[:12] for d in found)}"
+        fix = f"expected {', '.join(d[:12] for d in wanted)}: another version, another strength?"
+        problems.append(Problem("LF-611", what, str(merged.path), fix))
     before = merged.without()
     if before.identity != cast("Graph", base).identity:
         problems.append(Problem("LF-611", "without the adapter, the graph is not the base's", str(merged.path)))
     old, new = base.parameters(), before.parameters()
-    wrong = {n: _difference(base, old[n], before, new[n]) if n in new else "gone" for n in old}
-    problems += [Problem("LF-611", f"no target, and yet {why}", n) for n, why in wrong.items() if why]
-    same = [n for n, why in wrong.items() if not why]
-    return Verdict({key: 0.0 for adapter in adapters for key in adapter}, len(same), problems)
+    differ = {n: _difference(base, old[n], before, new[n]) if n in new else "gone" for n in old}
+    problems += [Problem("LF-611", f"no target, and yet {why}", n) for n, why in differ.items() if why]
+    return Verdict({key: 0.0 for one in adapters for key in one}, sum(not why for why in differ.values()), problems)
 
 
 def _compare(
