@@ -186,6 +186,15 @@ def test_a_sketch_beside_an_unplaced_target_says_nothing(tmp_path):
     assert refusal(two(normal(6, 8, seed=1), w.T), {"enc.q.weight": unplaced}, tmp_path).rule == "LF-602"
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 3), (5, 6)])
+def test_a_small_weight_is_not_recognised_by_a_sketch_that_many_have(shape, tmp_path):
+    w = normal(*shape)
+    made = graph("g (float[N,M] x) => (float[N,K] y) { y = MatMul(x, w) }", w=w.T)
+    assert refusal(made, {"enc.q.weight": sketched(w)}, tmp_path).rule == "LF-602"
+    base = checkpoint(tmp_path, **{"enc.q.weight": w})
+    assert resolve(made, {"enc.q.weight": shape}, tmp_path, base=base)[0] == {"enc.q.weight": {"w"}}
+
+
 # Zero weights, and vectors, which have no sketch.
 
 

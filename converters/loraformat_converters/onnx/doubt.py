@@ -15,6 +15,7 @@ import onnx
 from loraformat.errors import Problem
 from loraformat.resolve import Hints, Resolution
 from loraformat_converters.onnx.base import OnnxBase
+from loraformat_converters.onnx.fingerprint import own_sketch
 from loraformat_converters.onnx.index import Site
 from loraformat_converters.onnx.names import RUNGS, modules_of, parameter_of
 from loraformat_converters.onnx.part import Part
@@ -53,8 +54,7 @@ class Doubts:
         if self.packed:
             what = f"{self.model.file} has {len(self.packed)} packed weights without a module's name, such as {self.packed[0]}"
             return Problem("LF-603", what, key, "name what is meant, or use the part as it was before quantisation")
-        update = self.adapter[key]
-        if (update.sketch is not None and update.placement is not None) or key in self._compared:
+        if own_sketch(self.adapter[key]) is not None or key in self._compared:
             return None
         for names in self.names:
             if other := part.doubt(key, list(self.adapter), names, self.taken):

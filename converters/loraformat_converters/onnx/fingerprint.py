@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.container import numpy_dtype
 from loraformat.resolve import Hints, Match
-from loraformat.sketch import Recognised, cosine, recognise, sketch
+from loraformat.sketch import Recognised, cosine, recognise, sketch, telling
 from loraformat_converters.onnx.index import Site
 from loraformat_converters.onnx.model import FLOATS
 from loraformat_converters.onnx.values import Values, fingerprint
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Finder", "Sighting"]
+__all__ = ["Finder", "Sighting", "own_sketch"]
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Finder:
 
     def look(self, key: str, named: Sequence[Site] = ()) -> list[Sighting]:
         """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere."""
-        if _own_sketch(self.adapter[key]) is None and self.base is None:
+        if own_sketch(self.adapter[key]) is None and self.base is None:
             return []
         fit = self._of_shape(key)
         here, elsewhere = ([site for site in fit if (site in named) is there] for there in (True, False))
         equal = self._equal(key, here) or self._equal(key, elsewhere)
-        if equal and _own_sketch(self.adapter[key]) is None:  # a sketch of the same tensor would say it again
+        if equal and own_sketch(self.adapter[key]) is None:  # a sketch of the same tensor would say it again
             return [equal]
         alike = self._alike(key, here) or self._alike(key, elsewhere)
         return [sighting for sighting in (equal, alike) if sighting]
@@ -144,14 +144,15 @@ class Finder:
     def _sketch(self, key: str) -> Array | None:
         """The adapter's own; else that of the tensor in ``--base``. Beside an unplaced target it says nothing."""
         if key not in self._drawn:
-            own = _own_sketch(self.adapter[key])
-            found = self._weight(key) if own is None else None
-            self._drawn[key] = own if found is None or found[1] is None else sketch(found[0], found[1])
+            own = own_sketch(self.adapter[key])
+            weight, place = (self._weight(key) if own is None else None) or (None, None)
+            self._drawn[key] = own if weight is None or place is None or not telling(place) else sketch(weight, place)
         return self._drawn[key]
 
 
-def _own_sketch(update: Update) -> Array | None:
-    return update.sketch if update.placement is not None else None
+def own_sketch(update: Update) -> Array | None:
+    """The sketch that the adapter brings for a target, where it tells one weight from another."""
+    return update.sketch if update.placement is not None and telling(update.placement) else None
 
 
 def _matrix_shape(update: Update, match: Match | None) -> tuple[int, ...] | None:
