@@ -76,6 +76,23 @@ def test_an_encoder_and_its_decoders_compute_what_peft_computes(verb, t5, tmp_pa
 
 
 @pytest.mark.parametrize("verb", VERBS)
+def test_the_decoder_of_two_branches_computes_what_peft_computes(verb, tmp_path):
+    truth = load_file(GOLDEN / "t5" / "truth.safetensors")
+    VERBS[verb](lf.load(GOLDEN / "t5" / "adapter"), open_base(T5), tmp_path / "out")
+    hidden, _, _ = generated(tmp_path / "out", truth)
+    merged, tokens = tmp_path / "out" / "decoder_model_merged.onnx", truth["decoder_input_ids"]
+    common = {"encoder_hidden_states": hidden, "encoder_attention_mask": truth["attention_mask"]}
+    nothing = {
+        i.name: np.zeros([2, 3, 1, 6], np.float32) for i in session(merged).get_inputs() if i.name.startswith("past")
+    }
+    first = ran(merged, {**common, **nothing, "input_ids": tokens[:, :-1], "use_cache_branch": np.array([False])})
+    past = {k.replace("present", "past_key_values"): v for k, v in first.items() if k.startswith("present")}
+    step = ran(merged, {**common, **past, "input_ids": tokens[:, -1:], "use_cache_branch": np.array([True])})["logits"]
+    assert relative_error(first["logits"], truth["adapted.logits"][:, :-1]) <= 1e-5
+    assert relative_error(step, truth["adapted.logits"][:, -1:]) <= 1e-5
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_components_of_a_pipeline_compute_what_peft_computes(verb, tmp_path):
     truth = load_file(GOLDEN / "pipeline" / "truth.safetensors")
     feeds = truth | {"timestep": truth["timestep"].astype(np.float32)}

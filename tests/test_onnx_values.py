@@ -209,6 +209,37 @@ def test_a_zero_weight_is_recognised_by_nothing(tmp_path):
     assert refusal(two(zero.T, zero.T), {"enc.q.weight": (8, 6)}, tmp_path, base=base).rule == "LF-603"
 
 
+NORMS = """g (float[N,6] x) => (float[N,6] y)
+  { ["/a/norm/LayerNormalization"] h = LayerNormalization(x, s0, b0)
+    ["/b/norm/LayerNormalization"] y = LayerNormalization(h, s1, b1) }"""
+
+
+def vector(n=6):
+    return lf.Update((lf.Delta(normal(n), 1.0, "factor"),), lf.Placement((n,), (0,), ()))
+
+
+def test_equal_norms_are_told_apart_by_names_only(tmp_path):
+    ones, zeros = np.ones(6, np.float32), np.zeros(6, np.float32)
+    made = graph(NORMS, s0=ones, s1=ones, b0=zeros, b1=zeros)
+    base = checkpoint(tmp_path, **{"b.norm.weight": ones, "b.norm.bias": zeros})
+    targets = {"b.norm.weight": vector(), "b.norm.bias": vector()}
+    for hints in ({}, {"base": base}):
+        found, _, problems = resolve(made, targets, tmp_path, **hints)
+        assert (found, problems) == ({"b.norm.weight": {"s1"}, "b.norm.bias": {"b1"}}, [])
+    for node in made.graph.node:
+        node.name = ""
+    _, _, problems = resolve(made, targets, tmp_path, base=base)
+    assert {p.rule for p in problems} == {"LF-603"}
+
+
+def test_a_bias_without_a_name_is_found_by_its_equal_in_the_base(tmp_path):
+    w, bias = normal(8, 6), normal(8, seed=2)
+    made = graph("g (float[N,6] x) => (float[N,8] y) { h = MatMul(x, w)  y = Add(h, b) }", w=w.T, b=bias)
+    base = checkpoint(tmp_path, **{"q.weight": w, "q.bias": bias})
+    targets = {"q.weight": (8, 6), "q.bias": vector(8)}
+    assert resolve(made, targets, tmp_path, base=base)[0] == {"q.weight": {"w"}, "q.bias": {"b"}}
+
+
 # A name that means another weight than the adapter was bound to.
 
 

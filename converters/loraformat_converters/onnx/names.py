@@ -27,7 +27,7 @@ def names_of(site: Site, rung: str) -> str | None:
     """The module path (``initializer``: the parameter's name) that one witness gives, or None if it is silent."""
     if rung == "initializer":
         return own_copy(site.root_name) or site.root_name
-    if not site.known_operator:
+    if not (site.known_operator or site.vector):
         return None
     return _scope(site.node) if rung == "name_scopes" else _node_path(site.node)
 
