@@ -19,6 +19,7 @@ from loraformat.axes import Placement
 from loraformat.sketch import sketch
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.model import FLOATS, array
+from loraformat_converters.onnx.operators import meaning
 from loraformat_converters.onnx.scopes import STANDARD
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ class Values:
     def key(self, site: Site) -> Hashable:
         """The same for two sites that multiply by the same matrix."""
         direct = self._direct(site)
-        return (site.root_name, site.placement) if direct else (site.node.input[site.position], _laid(site, ()))
+        return (
+            (site.root_name, site.placement)
+            if direct
+            else (site.node.input[site.position], site.operand.out, site.operand.in_)
+        )
 
     def shape(self, site: Site) -> tuple[int, ...] | None:
         """The shape of the matrix, without reading it; None where it cannot be read."""
@@ -164,19 +169,6 @@ def _evaluated(node: onnx.NodeProto, inputs: Mapping[str, Array], opset: onnx.Op
 
 
 def _laid(site: Site, shape: tuple[int, ...]) -> Placement | None:
-    """How [out, in] lies in what the operator reads; None for an operator whose quantised weight is not read."""
-    node, rank = site.node, len(shape)
-    if node.domain not in STANDARD:
-        return None
-    match node.op_type, site.position, rank:
-        case "MatMul", 1, 0 | 2:
-            return Placement(shape, (1,), (0,))
-        case "Gemm", 1, 0 | 2:
-            turned = any(a.name == "transB" and a.i for a in node.attribute)
-            return Placement(shape, (0,), (1,)) if turned else Placement(shape, (1,), (0,))
-        case "Gather", 0, 0 | 2:
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-            return Placement(shape, (1,), (0,)) if axis == 0 else None
-        case "Conv", 1, _:
-            return Placement(shape, (0,), tuple(range(1, rank)))
-    return None
+    """How [out, in] lies in what the operator reads; None where its meaning is not known."""
+    means = meaning(site.node, site.position, shape)
+    return None if means.refusal else Placement(shape, means.out, means.in_, means.batch)
