@@ -59,6 +59,10 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
+        if cmd_name == "merge":
+            # It has threads of its own; OpenBLAS's would only wait for each other in products of rank 16. NumPy reads
+            # this when it is loaded, which the verb's module does.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         module = importlib.import_module(f"loraformat.cli.{_VERBS[cmd_name]}")
         command: click.Command = getattr(module, cmd_name if cmd_name != "init" else "init_")
         return command
