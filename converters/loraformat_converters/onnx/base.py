@@ -65,6 +65,7 @@ class OnnxBase:
         self.model = model or load(path)
         self.index = Index(self.model)
         self.values = Values(self.index, path.parent)
+        self._last: tuple[str, Array] = ("", np.empty(0))
 
     @cached_property
     def record(self) -> Record | None:
@@ -99,8 +100,9 @@ class OnnxBase:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """The values of a stored tensor, or a run of its rows."""
-        values = array(self.index.roots[name], self.path.parent)
-        return values if rows is None else values[slice(*rows)]
+        if name != self._last[0]:  # protobuf copies a tensor's bytes at each access: once is enough for all its runs
+            self._last = (name, array(self.index.roots[name], self.path.parent))
+        return self._last[1] if rows is None else self._last[1][slice(*rows)]
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor names and node names, which must agree."""
