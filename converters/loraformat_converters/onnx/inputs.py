@@ -56,7 +56,8 @@ def _value(value: onnx.ValueInfoProto, bounds: Mapping[str, int], sizes: dict[st
     shape: list[int] = []
     for d in kind.shape.dim:
         usual = _PIXELS if len(kind.shape.dim) > 3 and len(shape) > 1 else 2 + len(sizes)
-        shape.append(d.dim_value or sizes.setdefault(d.dim_param or f"{value.name}.{len(shape)}", usual))
+        symbol = d.dim_param or f"{value.name}.{len(shape)}"  # PaddlePaddle writes -1 for a size that is not known
+        shape.append(d.dim_value if d.dim_value > 0 else sizes.setdefault(symbol, usual))
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     if dtype == np.bool_:
         return np.ones(shape, dtype)

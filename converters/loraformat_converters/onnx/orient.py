@@ -47,11 +47,12 @@ def parameter_of(key: str, update: Update, site: Site, stated: str | None) -> Pl
 
 
 def _placed(update: Update, site: Site) -> Placement | None:
-    """What the file says; a vector of one axis needs no word."""
-    if update.placement is not None:
+    """What the file says; a vector needs no word, be it of one axis or, such as [1, n, 1, 1], as it is stored."""
+    if update.placement is not None or neutral(update) or not site.vector:
         return update.placement
-    size = math.prod(site.placement.shape)
-    return Placement((size,), (0,), ()) if site.vector and not neutral(update) else None
+    if _fits(update, site.placement.shape):
+        return site.placement
+    return Placement((math.prod(site.placement.shape),), (0,), ())
 
 
 def _stated(key: str, spec: str, root: Placement) -> Placement:
