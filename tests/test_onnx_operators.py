@@ -92,6 +92,10 @@ OPERATORS = {
         'g (int64[N,3] x) => (float[N,3,7] y) <float[9,7] w> { ["/m/q/Gather"] y = Gather(w, x) }',
         ("in,out", (9, 7), np.asarray),
     ),
+    "Gather with its axis counted from the end": (
+        'g (int64[N,3] x) => (float[N,3,7] y) <float[9,7] w> { ["/m/q/Gather"] y = Gather <axis = -2> (w, x) }',
+        ("in,out", (9, 7), np.asarray),
+    ),
     "Einsum of heads": (
         """g (float[N,T,5] x) => (float[N,T,3,7] y) <float[5,3,7] w>
            { ["/m/q/Einsum"] y = Einsum <equation = "abc,cde->abde"> (x, w) }""",

@@ -74,6 +74,12 @@ BODIES = {
     "Mul lies between its weight and it": """
         g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float s>
         { u = Mul(w, s)  v = Identity(u)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "Reshape lies between its weight and it": """
+        g (float[N,5] x) => (float[N,7] y) <float[35] w>
+        { s = Constant <value_ints = [5, 7]> ()  v = Reshape(w, s)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "Mul lies between its weight and it, which comes after a scale": """
+        g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[7] s>
+        { u = Mul(s, w)  ["/m/q/MatMul"] y = MatMul(x, u) }""",
     r"has perm \[0, 2\] of 2 axes": """
         g (float[N,5] x) => (float[N,7] y) <float[5,7] w>
         { ["t"] v = Transpose <perm = [0, 2]> (w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
@@ -91,7 +97,34 @@ BODIES = {
 def test_a_use_that_cannot_be_rewritten_is_refused_by_its_reason(verb, reason, text, tmp_path):
     said = refused(model(text), tmp_path, verb=verb, update=adapter({KEY: (6, 6)}))
     assert said.startswith("LF-608")
+    assert re.search(reason.partition(", which")[0], said), said
+
+
+OTHERS = {
+    r"Add takes it as it is, \[3, 5\]": """
+        g (float[N,3,5] x) => (float[N,3,5] y) <float[3,5] w> { ["/m/Add"] y = Add(x, w) }""",
+    "LSTM is not rewritten yet": """
+        g (float[T,N,5] x) => (float[T,1,N,4] y) <float[16,5] w, float[1,16,4] r>
+        { s = Constant <value_ints = [0]> ()  v = Unsqueeze(w, s)
+          ["/m/q/LSTM"] y = LSTM <hidden_size = 4> (x, v, r) }""",
+}
+"""Operators of no module's: the target names the tensor."""
+
+
+@both_verbs
+@pytest.mark.parametrize(("reason", "text"), OTHERS.items(), ids=OTHERS.keys())
+def test_a_tensor_that_another_operator_takes_is_refused_by_its_reason(verb, reason, text, tmp_path):
+    said = refused(model(text), tmp_path, verb=verb, names={KEY: "w"})
+    assert said.startswith("LF-608")
     assert re.search(reason, said), said
+
+
+def test_a_tensor_that_hides_another_of_its_name_is_a_fault_of_the_base(tmp_path):
+    made = model("""g (float[N,1] x, bool c) => (float[N,2] y) <float[1,2] w>
+      { ["choose"] y = If (c) <then_branch = a () => (float[N,2] p) <float[1,2] w = {0, 0}> { p = MatMul(x, w) },
+                               else_branch = e () => (float[N,2] r) { r = MatMul(x, w) }> }""")
+    with pytest.raises(LoraFormatError, match="LF-610  the value w hides one of the same name"):
+        open_base(save(made, tmp_path / "base.onnx"))
 
 
 @both_verbs
@@ -132,7 +165,11 @@ def test_a_weight_used_inside_a_function_is_refused(verb, how, tmp_path):
     made.opset_import.append(helper.make_opsetid("own", 1))
     said = refused(made, tmp_path, verb=verb)
     assert said.startswith("LF-608")
-    assert ("inside function Linear: give --inline" if constant else "own.Linear is not rewritten yet") in said
+    assert (
+        "inside function Linear: give --inline"
+        if constant
+        else "own.Linear is a function of the model's own: give --inline"
+    ) in said
 
 
 @both_verbs

@@ -9,9 +9,9 @@ import onnx
 
 from loraformat.axes import Placement
 from loraformat_converters.onnx.model import FLOATS
-from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, meaning, operator, vector_axis
+from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, Meaning, meaning, operator, refused, vector_axis
 from loraformat_converters.onnx.scopes import STANDARD, Scope, scopes
-from loraformat_converters.onnx.trace import Value, trace
+from loraformat_converters.onnx.trace import Trace, Value, trace
 
 __all__ = ["Index", "Site", "Use", "Value"]
 
@@ -66,7 +66,7 @@ class Site:
     @property
     def vector(self) -> bool:
         """Whether the parameter is a vector: a bias, or the scale of a norm."""
-        return self.position in VECTORS.get(self.node.op_type, {})
+        return self.position in VECTORS.get(self.node.op_type, {}) and vector_axis(self.operand.shape) is not None
 
     @property
     def known_operator(self) -> bool:
@@ -107,6 +107,7 @@ class Index:
         self.ir_version = model.ir_version
         self.opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
         self.scopes = scopes(model)
+        self._functions = {(function.domain, function.name) for function in model.functions}
         self.roots: dict[str, onnx.TensorProto] = {}
         self.taken: set[str] = set()
         self.sites: list[Site] = []
@@ -131,7 +132,7 @@ class Index:
         """The use of a weight as such, and of vectors; of any other operator, every matrix that it reads, to be refused."""
         if node.op_type in WEIGHTS:
             any(self._add_site(node, position, "weight", scope) for position in WEIGHTS[node.op_type])
-        if scope.constant.isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
+        if scope.constant.keys().isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
             for position, parameter in VECTORS.get(node.op_type, {}).items():
                 self._add_site(node, position, parameter, scope)
             if node.op_type not in WEIGHTS:
@@ -145,15 +146,14 @@ class Index:
             return False
         dims = tuple(found.root.dims)
         shape = tuple(dims[axis] for axis in found.axes)
-        if position in VECTORS.get(node.op_type, {}):
-            if not _is_vector(node, shape) or found.root.data_type not in FLOATS:
-                return False
-        elif len(shape) < 2:
+        means = _meaning(node, position, shape, found)
+        if means is None:
             return False
-        means = meaning(node, position, shape)
         operand = Placement(shape, means.out, means.in_, means.batch)
         out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (means.out, means.in_, means.batch))
         refusal = means.refusal or found.refusal or _dtype_refusal(found.root.data_type)
+        if (node.domain, node.op_type) in self._functions:
+            refusal = f"{operator(node)} is a function of the model's own: give --inline, which writes its body into the graph"
         if not scope.rewritable:
             refusal = f"it lies inside {scope.where}: give --inline, which writes the function's body into the graph"
         site = Site(
@@ -203,6 +203,23 @@ class Index:
 
 def _full_name(value: Value) -> str:
     return f"{value.scope.where}/{value.name}" if value.scope.where else value.name
+
+
+def _meaning(node: onnx.NodeProto, position: int, shape: tuple[int, ...], found: Trace) -> Meaning | None:
+    """What the operand is; None where it is no parameter: a number, a shape, indices."""
+    real = found.root.data_type in FLOATS
+    if position not in VECTORS.get(node.op_type, {}):
+        means = meaning(node, position, shape) if shape else None
+        if means is None or len(shape) > 1:
+            return means
+        # Of one axis as it is stored, and a matrix by what lies between.
+        return refused(shape, means.refusal or found.refusal) if real and found.refusal else None
+    if real and _is_vector(node, shape):
+        return meaning(node, position, shape)
+    several = real and sum(n != 1 for n in shape) > 1
+    return (
+        refused(shape, f"{operator(node)} takes it as it is, {list(shape)}: no matrix, no vector") if several else None
+    )
 
 
 def _is_vector(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:

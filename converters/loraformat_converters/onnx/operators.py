@@ -15,7 +15,7 @@ import onnx
 from loraformat_converters.onnx import einsum
 from loraformat_converters.onnx.scopes import STANDARD
 
-__all__ = ["VECTORS", "WEIGHTS", "Meaning", "attribute", "meaning", "operator", "vector_axis"]
+__all__ = ["VECTORS", "WEIGHTS", "Meaning", "attribute", "meaning", "operator", "refused", "vector_axis"]
 
 WEIGHTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum"), (1, 0)),
@@ -74,9 +74,9 @@ def meaning(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Mean
         return Meaning((axis,), tuple(a for a in range(len(shape)) if a != axis), natural=True)
     rule = _MEANINGS.get(operator(node))
     if rule is None:
-        return _refused(shape, f"{operator(node)} is not rewritten yet")
+        return refused(shape, f"{operator(node)} is not rewritten yet")
     found = rule(node, position, shape)
-    return _refused(shape, found) if isinstance(found, str) else found
+    return refused(shape, found) if isinstance(found, str) else found
 
 
 def vector_axis(shape: tuple[int, ...]) -> int | None:
@@ -91,7 +91,8 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return default if found is None else onnx.helper.get_attribute_value(found)
 
 
-def _refused(shape: tuple[int, ...], reason: str) -> Meaning:
+def refused(shape: tuple[int, ...], reason: str) -> Meaning:
+    """What an operand is that cannot be changed."""
     return Meaning((0,), tuple(range(1, len(shape))), refusal=reason)
 
 
@@ -122,7 +123,7 @@ def _conv_transpose(node: onnx.NodeProto, position: int, shape: tuple[int, ...])
 
 def _gather(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
     """A table [vocabulary, dim] of which rows are taken: the one-hot input is ``in``."""
-    if len(shape) != 2 or attribute(node, "axis", 0) != 0:
+    if len(shape) != 2 or attribute(node, "axis", 0) not in (0, -2):
         return f"it does not take rows of a table: axis {attribute(node, 'axis', 0)} of {list(shape)}"
     return Meaning((1,), (0,), natural=True)
 

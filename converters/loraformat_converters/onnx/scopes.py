@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ class Scope:
         graph: the graph itself; None for functions, which are not rewritten.
         roots: name → stored tensor: dense initializers and the values of Constants. A sparse one has no data type.
         producers: value → the node that computes it.
-        constant: values that depend on stored tensors only.
+        constant: value that depends on stored tensors only → how many values the largest of these tensors has.
         defined: every name that is given a meaning here.
         outputs: names that leave the scope.
     """
@@ -38,18 +39,19 @@ class Scope:
     sparse: Sequence[onnx.SparseTensorProto] = ()
     roots: dict[str, onnx.TensorProto] = field(default_factory=dict)
     producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
-    constant: set[str] = field(default_factory=set)
+    constant: dict[str, int] = field(default_factory=dict)
     defined: set[str] = field(default_factory=set)
     outputs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for tensor in self.stored:
             self._define(tensor.name)
+            self._hide_nothing(tensor.name)
             self.roots[tensor.name] = tensor
         for sparse in self.sparse:
             self._define(sparse.values.name)
             self.roots[sparse.values.name] = onnx.TensorProto(name=sparse.values.name, dims=sparse.dims)
-        self.constant |= self.roots.keys()
+        self.constant |= {name: math.prod(tensor.dims) for name, tensor in self.roots.items()}
         for node in self.nodes:
             for name in filter(None, node.output):
                 self._define(name)
@@ -62,22 +64,36 @@ class Scope:
         if name in self.roots or name in self.producers:
             raise fault("LF-610", f"the value {name} is defined twice", where=self.where, fix="onnx.checker says more")
 
+    def _hide_nothing(self, name: str) -> None:
+        # ONNX Runtime 1.32 then gives one operator the outer tensor, and another none at all.
+        if self.outer is not None and self.outer.home(name, "defined") is not None:
+            what = (
+                f"the value {name} hides one of the same name in a graph around it: which one counts, runtimes disagree"
+            )
+            raise fault("LF-610", what, where=self.where, fix="give one of them another name")
+
     def _note(self, node: onnx.NodeProto) -> None:
         if node.op_type == "Constant" and node.domain in STANDARD:
-            self.constant |= {*node.output}
-            for attribute in node.attribute:
-                if attribute.name == "value" and node.output:
-                    self.roots[node.output[0]] = attribute.t
+            stored = next((a.t for a in node.attribute if a.name == "value"), None)
+            self.constant |= dict.fromkeys(node.output, math.prod(stored.dims) if stored is not None else 0)
+            if stored is not None and node.output:
+                self.roots[node.output[0]] = stored
             return
         inputs = [name for name in node.input if name]
         holds_graph = any(a.HasField("g") or a.graphs for a in node.attribute)
-        if inputs and not holds_graph and all(self.home(name, "constant") for name in inputs):
-            self.constant |= {*node.output}
+        sizes = [self.size(name) for name in inputs]
+        if inputs and not holds_graph and None not in sizes:
+            self.constant |= dict.fromkeys(node.output, max(size or 0 for size in sizes))
 
     @property
     def rewritable(self) -> bool:
         """Whether it is no function's: a function sees nothing of the graph that calls it."""
         return self.graph is not None and (self.outer is None or self.outer.rewritable)
+
+    def size(self, name: str) -> int | None:
+        """Of a constant: how many values the largest tensor has that it is made of."""
+        home = self.home(name, "constant")
+        return None if home is None else home.constant[name]
 
     def home(self, name: str, kind: str) -> Scope | None:
         """The nearest scope that has ``name`` among its ``roots``, ``producers``, ``constant`` or ``defined``."""

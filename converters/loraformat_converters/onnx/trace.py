@@ -48,7 +48,7 @@ def trace(name: str, scope: Scope) -> Trace | None:
         if not node.input or not node.input[0]:
             return None
         chain.insert(0, node)
-        name = node.input[0]
+        name = _weight_of(node, home)
         found = home.home(name, "constant")
         if found is None:
             return None
@@ -65,3 +65,9 @@ def trace(name: str, scope: Scope) -> Trace | None:
                 return Trace(tuple(values), tuple(chain), axes, what)
             axes = tuple(axes[i] for i in perm)
     return Trace(tuple(values), tuple(chain), axes, None)
+
+
+def _weight_of(node: onnx.NodeProto, scope: Scope) -> str:
+    """Which input the weight is: the first; of scale and weight, whichever comes first, the larger."""
+    names = node.input if node.op_type in ("Mul", "Add") else node.input[:1]
+    return str(max(names, key=lambda name: scope.size(name) or 0))
