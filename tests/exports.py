@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 
 EXPORTERS = ("torchscript", "dynamo")
@@ -142,13 +142,17 @@ def _tokens() -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is built, what its adapter changes, how many targets that are, what it is fed; ``trained`` as it is."""
+    """How a model is built, what its adapter changes, how many targets that are, what it is fed; ``trained`` as it is.
+
+    ``lora`` is the configuration, ``method`` the class that it is of.
+    """
 
     build: Callable[[], torch.nn.Module]
     lora: Mapping[str, Any]
     targets: int
     inputs: Callable[[], dict[str, torch.Tensor]] = _tokens
     trained: bool = False
+    method: Callable[..., PeftConfig] = LoraConfig
 
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -235,9 +239,13 @@ class Export:
 
 def export(name: str, exporter: str, folder: Path) -> Export:
     """Build, export, and let PEFT adapt, save and compute."""
-    torch.set_num_threads(1)
     torch.manual_seed(sum(map(ord, name)))
-    recipe = RECIPES[name]
+    return made(RECIPES[name], exporter, folder)
+
+
+def made(recipe: Recipe, exporter: str, folder: Path) -> Export:
+    """The same of a recipe that has no name."""
+    torch.set_num_threads(1)
     model, inputs = recipe.build().eval(), recipe.inputs()
     if not recipe.trained:
         _randomise(model)
@@ -248,9 +256,8 @@ def export(name: str, exporter: str, folder: Path) -> Export:
         _save(getattr(model, "m", model), folder / "checkpoint")
         with torch.no_grad():
             base = model(**inputs).numpy()
-            adapted = get_peft_model(getattr(model, "m", model), LoraConfig(**recipe.lora)).eval()
-            _randomise(adapted, only="lora_", deviation=0.05 if recipe.trained else 0.25)
-            _randomise(adapted, only="modules_to_save")
+            adapted = get_peft_model(getattr(model, "m", model), recipe.method(**recipe.lora)).eval()
+            _randomise(adapted, deviation=0.05 if recipe.trained else 0.25)
             truth = model(**inputs).numpy()  # PEFT put its layers into the model itself
         # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -258,14 +265,14 @@ def export(name: str, exporter: str, folder: Path) -> Export:
     return Export(path, folder / "checkpoint", folder / "adapter", feeds, base, truth, recipe.targets)
 
 
-def _randomise(model: torch.nn.Module, only: str = "", deviation: float = 0.25) -> None:
-    """Normal values everywhere: fresh biases and B are zero, and zeros hide mistakes.
+def _randomise(model: torch.nn.Module, deviation: float = 0.25) -> None:
+    """Normal values in all that is trained: fresh biases and B are zero, and zeros hide mistakes.
 
     Beside trained weights they are smaller: a change that outweighs them makes attention chaotic, in float32 too.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if only in name:
+            if parameter.requires_grad:
                 parameter.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, deviation)
 
 

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from loraformat import Adapter, Hints, LoraFormatError, Update
 from loraformat.axes import Placement
-from loraformat.parts import Replace, Rows
+from loraformat.parts import Lora, Replace, Rows
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.merge import attach, merge
@@ -346,3 +346,15 @@ def test_what_a_caller_may_feed_stays_what_it_was(tmp_path):
     wanted = x @ (other + update[KEY].matrix().T)
     assert relative_error(running.run(["y"], {"x": x, "w": other})[0], wanted) <= 2e-6
     assert relative_error(run(tmp_path / "out.onnx")["y"], run(base)["y"]) > 0.1
+
+
+@both_verbs
+def test_a_stack_of_square_matrices_is_never_oriented_by_guess(verb, tmp_path):
+    draw = np.random.default_rng(3)
+    pair = (draw.standard_normal((3, *sizes)).astype(np.float32) for sizes in ((2, 6), (6, 2)))
+    stack = Adapter({KEY: Update((Lora(*pair, 3.0, "alpha/r"),))})
+    made = model('g (float[3,N,6] x) => (float[3,N,6] y) <float[3,6,6] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    said = refused(made, tmp_path, verb=verb, update=stack)
+    assert said.startswith("LF-604")
+    (axes,) = re.findall(rf"--axes '{KEY}=(\S+)'", said)
+    VERBS[verb](stack, open_base(tmp_path / "base.onnx"), tmp_path / "out.onnx", Hints(axes={KEY: axes}))

@@ -237,6 +237,8 @@ class Attachment:
             site.node.input[site.position] = name
 
     def _nodes(self, change: Change) -> Nodes:
+        if (stem := self.stems.get((change.job, change.key))) is not None:  # another tensor of the same target
+            return Nodes(self.index, f"{stem}/tied")
         stem = self.index.stem(change.key)
         self.stems[change.job, change.key] = stem
         return Nodes(self.index, stem)

@@ -38,6 +38,7 @@ from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
 from loraformat_converters.onnx.spots import Change, Spot, every_change, gathered, spots
 from loraformat_converters.onnx.store import Addition, Patch, Storage
+from loraformat_converters.onnx.tied import moves_along, partners
 from loraformat_converters.onnx.told import notes, prefixes, step
 from loraformat_converters.onnx.values import Values
 
@@ -122,9 +123,12 @@ class OnnxBase:
         found, unresolved, ambiguous = climb(self.index, adapter, hints, self.values, part)
         unresolved = [*problems, *unresolved]
         targets = {}
+        meant = {site.number for place in found.values() for site in place.sites}
         for key, place in found.items():
             try:
                 targets[key] = tuple(self._match(key, adapter[key], place, site, hints) for site in place.sites)
+                if moves_along(adapter[key]):
+                    targets[key] += partners(targets[key][0], self.index, meant, self.path.parent)
             except LoraFormatError as error:
                 unresolved += error.problems
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))

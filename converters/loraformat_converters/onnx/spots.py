@@ -17,6 +17,7 @@ from loraformat_converters.onnx.scopes import tensors
 if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.plan import Job
+    from loraformat.resolve import Match
     from loraformat.updates import Update
 
 __all__ = ["Change", "Spot", "every_change", "gathered", "spots"]
@@ -70,9 +71,18 @@ def gathered(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
     changes: dict[tuple[Site, ...], list[Change]] = {}
     for number, job in enumerate(jobs):
         for key, places in job.resolution.require().targets.items():
-            change = Change(number, key, job.adapter[key], places[0].parameter)
-            changes.setdefault(tuple(match.handle for match in places), []).append(change)
+            for alike in _alike(places):
+                change = Change(number, key, job.adapter[key], alike[0].parameter)
+                changes.setdefault(tuple(match.handle for match in alike), []).append(change)
     return changes
+
+
+def _alike(places: Sequence[Match]) -> list[list[Match]]:
+    """The places that are changed together: a table and the head that is tied to it are read in two ways."""
+    groups: dict[object, list[Match]] = {}
+    for match in places:
+        groups.setdefault(match.parameter, []).append(match)
+    return list(groups.values())
 
 
 def every_change(places: Iterable[Spot]) -> Iterator[Change]:
