@@ -11,6 +11,7 @@ from loraformat.registry import load, open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract
 from loraformat.verbs.merge import attach, merge
+from loraformat.verbs.verify import verify
 
 exports = pytest.importorskip("exports", reason="needs the peers: torch, transformers, peft, onnxscript")
 torch = pytest.importorskip("torch")
@@ -210,13 +211,18 @@ def test_the_changed_model_gives_the_outputs_of_peft(kind, exporter, adapted, tm
     if kind in NAMELESS:
         assert {problem.rule for problem in base.resolve(adapter, hints).unresolved} == {"LF-602"}
         hints = lf.Hints(base=open_base(given.checkpoint))
-    for verb in (merge, attach):
+    for verb in (attach, merge):
         out = tmp_path / f"{verb.__name__}.onnx"
         verb(adapter, base, out, hints)
         onnx.checker.check_model(out, full_check=True)
         for optimise in (True, False):
             found = session(out, optimise=optimise).run(["out"], dict(given.feeds))[0]
             assert relative_error(found, given.truth) <= 1e-5
-    assert lf.digest(extract(open_base(out))) == lf.digest(adapter)
-    detach(open_base(out), tmp_path / "detached.onnx")
+    if kind not in NAMELESS:
+        verdict = verify(base, adapter, open_base(tmp_path / "merge.onnx"))
+        assert (verdict.problems, verdict.touched.keys()) == ([], adapter.keys())
+    assert abs(out.stat().st_size - given.model.stat().st_size) < 1000  # merged in place, a tied tensor too
+    attached = open_base(tmp_path / "attach.onnx")
+    assert lf.digest(extract(attached)) == lf.digest(adapter)
+    detach(attached, tmp_path / "detached.onnx")
     assert open_base(tmp_path / "detached.onnx").identity == base.identity

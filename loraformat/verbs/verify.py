@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.base import Base, Graph, Parameter
+    from loraformat.resolve import Match
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -93,12 +94,19 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
-        pairs = ((places, old), (after.targets[key], new))
-        names = [list(dict.fromkeys(m.name_in(known) or m.weight for m in found)) for found, known in pairs]
-        for source, result in zip(*names, strict=False):
+        sources, results = (_named(found, known) for found, known in ((places, old), (after.targets[key], new)))
+        for (source, match), result in zip(sources.items(), results, strict=False):
             weight = weights.setdefault(source, _Touched(source, result))
             weight.keys.append(key)
-            weight.updates.append(placed[key])
+            weight.updates.append(match.turned(adapter[key]))
+
+
+def _named(places: Sequence[Match], known: Mapping[str, Parameter]) -> dict[str, Match]:
+    """Name of a stored tensor → the first of its places."""
+    named: dict[str, Match] = {}
+    for match in places:
+        named.setdefault(match.name_in(known) or match.weight, match)
+    return named
 
 
 def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:

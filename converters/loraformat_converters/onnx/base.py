@@ -36,7 +36,7 @@ from loraformat_converters.onnx.part import Part
 from loraformat_converters.onnx.prove import compare, tolerance
 from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
-from loraformat_converters.onnx.spots import Change, Spot, every_change, gathered, spots
+from loraformat_converters.onnx.spots import Change, Spot, by_tensor, every_change, gathered, spots
 from loraformat_converters.onnx.store import Addition, Patch, Storage
 from loraformat_converters.onnx.tied import moves_along, partners
 from loraformat_converters.onnx.told import notes, prefixes, step
@@ -148,7 +148,8 @@ class OnnxBase:
             problems.append(Problem("LF-608", "the model has an adapter attached already", str(self.path), fix))
         if problems:
             raise LoraFormatError(problems)
-        places = spots(self.model, self.index, changes, self.path.parent)
+        changed = by_tensor(changes) if verb == "merge" else changes
+        places = spots(self.model, self.index, changed, self.path.parent)
         data = [d for spot in places if (d := written_data(spot))] if verb == "merge" else []
         storage = Storage(self.model, self.path, options.out, data, _tag(jobs))
         said = (*prefixes(jobs), *notes(verb, places))

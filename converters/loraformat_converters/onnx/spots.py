@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraformat.resolve import Match
     from loraformat.updates import Update
 
-__all__ = ["Change", "Spot", "every_change", "gathered", "spots"]
+__all__ = ["Change", "Spot", "by_tensor", "every_change", "gathered", "spots"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,16 @@ def _alike(places: Sequence[Match]) -> list[list[Match]]:
     for match in places:
         groups.setdefault(match.parameter, []).append(match)
     return list(groups.values())
+
+
+def by_tensor(changes: Mapping[tuple[Site, ...], Sequence[Change]]) -> dict[tuple[Site, ...], Sequence[Change]]:
+    """The same with one entry where a target's uses read one tensor in two ways: a merge writes it once."""
+    found: dict[object, tuple[tuple[Site, ...], Sequence[Change]]] = {}
+    for sites, wanted in changes.items():
+        token = (sites[0].root_name, *((change.job, change.key) for change in wanted))
+        own, first = found.get(token, ((), wanted))
+        found[token] = ((*own, *sites), first)
+    return dict(found.values())
 
 
 def every_change(places: Iterable[Spot]) -> Iterator[Change]:
