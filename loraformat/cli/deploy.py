@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,8 +55,6 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 
     Several adapters are applied one after the other; a number after the last colon weighs one.
     """
-    # The merge has threads of its own; OpenBLAS's would only wait for each other in products of rank 16.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _carry_out("merge", adapters, base, out, **options)
 
 
