@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
-from threadpoolctl import threadpool_limits
-
 from loraformat import progress
+from loraformat.blas import one_blas_thread
 from loraformat.ranges import copy_range, start_writing, write_range
 
 __all__ = ["Patch", "patched_size", "write_patched"]
@@ -49,8 +48,7 @@ def write_patched(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) 
     pieces = list(_pieces(target, source, sorted(patches, key=lambda p: (p.start, p.stop))))
     pool = ThreadPoolExecutor(_WORKERS)
     try:
-        # BLAS's own threads would wait for each other in every product of rank 16: measured 30 times slower.
-        with threadpool_limits(1, "blas"):
+        with one_blas_thread():
             done, _ = wait([pool.submit(piece) for piece in pieces], return_when=FIRST_EXCEPTION)
         for piece in done:
             piece.result()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from loraformat import progress
-from loraformat.container import dtype_name
+from loraformat.container import dtype_name, numpy_dtype
 from loraformat.errors import fault
 from loraformat.parts import Delta, Loha, Lokr, Lora, Part
 from loraformat.products import single
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
+__all__ = ["Lazy", "Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
 
 _TILE = 1 << 18  # values: 1 MiB of float32, small enough for the cache and for malloc to reuse
 
@@ -67,6 +67,30 @@ class Norms:
     def loss(self) -> float:
         """‖W' − W − ΔW‖ / ‖ΔW‖: what of the change did not survive the storage dtype."""
         return math.sqrt(self.lost / self.delta) if self.delta else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A parameter of a base, read where it is sliced."""
+
+    base: Base
+    parameter: Parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return self.parameter.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return numpy_dtype(self.parameter.dtype)
+
+    def __getitem__(self, rows: slice | EllipsisType) -> Array:
+        if not isinstance(rows, slice):
+            return self.base.read(self.parameter.name)
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.base.read(self.parameter.name, (start, stop))
 
 
 def runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
 from loraformat.identity import digest
@@ -58,6 +59,7 @@ class _Touched:
     updates: list[Update] = field(default_factory=list)
 
 
+@one_blas_thread()
 def verify(
     base: Base, adapter: Adapter | Sequence[tuple[Adapter, float]], merged: Base, hints: Hints | None = None
 ) -> Verdict:
