@@ -23,7 +23,7 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 ORDER = (
     *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
-    *("identity", "locks", "atomic", "file"),
+    *("identity", "locks", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("source", "memory", "layout", "base", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
