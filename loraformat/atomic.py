@@ -72,6 +72,8 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / name, "x+b") as file:
                 writer(file)
+        for name in writers:  # at the end, when the disk has long begun with the first
+            with open(temporary / name, "r+b") as file:
                 _flush(file)
         for folder in {(temporary / name).parent for name in writers} | {temporary}:
             _sync(folder)

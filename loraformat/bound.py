@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, Problem
-from loraformat.identity import tensor_sha256
+from loraformat.identity import runs_sha256
 from loraformat.sketch import ACCEPT, cosine, sketch
+from loraformat.tiles import Lazy, read_runs
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
-    from loraformat.base import Base
+    from loraformat.base import Base, Parameter
     from loraformat.resolve import Match, Resolution
     from loraformat.updates import Update
 
@@ -24,16 +25,16 @@ def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
     for key, places in resolution.targets.items():
         for match in places:
             name = match.name_in(known)
-            if name is not None and (problem := _other(key, adapter[key], base, match, name)):
+            if name is not None and (problem := _other(key, adapter[key], base, match, known[name])):
                 problems.append(problem)
     if problems:
         raise LoraFormatError(problems)
 
 
-def _other(key: str, update: Update, base: Base, match: Match, name: str) -> Problem | None:
+def _other(key: str, update: Update, base: Base, match: Match, parameter: Parameter) -> Problem | None:
     """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
     if update.base_sha256 is not None and update.placement == match.placement:
-        found = tensor_sha256(base.read(name))
+        found = runs_sha256(tile for _, tile in read_runs(base, parameter))
         if found == update.base_sha256:
             return None
         what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
@@ -41,8 +42,7 @@ def _other(key: str, update: Update, base: Base, match: Match, name: str) -> Pro
     recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
     if update.sketch is None or update.placement is None or recognised or not update.sketch.any():
         return None
-    weight = base.read(name)
-    drawn = sketch(weight, match.placement) if weight.shape == match.placement.shape else None
+    drawn = sketch(Lazy(base, parameter), match.placement) if parameter.shape == match.placement.shape else None
     like = 0.0 if drawn is None else cosine(update.sketch, drawn)
     if like >= ACCEPT:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
 
-__all__ = ["digest", "tensor_sha256"]
+__all__ = ["digest", "runs_sha256", "tensor_sha256"]
 
 
 def digest(adapter: Adapter) -> str:
@@ -35,9 +36,17 @@ def digest(adapter: Adapter) -> str:
 
 def tensor_sha256(tensor: npt.NDArray[Any]) -> str:
     """SHA-256 of a tensor's row-major little-endian bytes."""
-    little = tensor.astype(tensor.dtype.newbyteorder("<")) if tensor.dtype.byteorder == ">" else tensor
-    progress.advance(tensor.nbytes)
-    return hashlib.sha256(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data).hexdigest()
+    return runs_sha256([tensor])
+
+
+def runs_sha256(runs: Iterable[npt.NDArray[Any]]) -> str:
+    """SHA-256 of a tensor's row-major little-endian bytes, which come in runs of its rows."""
+    total = hashlib.sha256()
+    for run in runs:
+        little = run.astype(run.dtype.newbyteorder("<")) if run.dtype.byteorder == ">" else run
+        total.update(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+        progress.advance(run.nbytes)
+    return total.hexdigest()
 
 
 def _role(tensor: npt.NDArray[Any]) -> dict[str, Any]:

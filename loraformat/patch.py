@@ -14,6 +14,7 @@ from functools import partial
 from typing import BinaryIO
 
 from loraformat import progress
+from loraformat.blas import one_blas_thread
 from loraformat.ranges import copy_range, start_writing, write_range
 
 __all__ = ["Patch", "patched_size", "write_patched"]
@@ -47,7 +48,8 @@ def write_patched(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) 
     pieces = list(_pieces(target, source, sorted(patches, key=lambda p: (p.start, p.stop))))
     pool = ThreadPoolExecutor(_WORKERS)
     try:
-        done, _ = wait([pool.submit(piece) for piece in pieces], return_when=FIRST_EXCEPTION)
+        with one_blas_thread():
+            done, _ = wait([pool.submit(piece) for piece in pieces], return_when=FIRST_EXCEPTION)
         for piece in done:
             piece.result()
     finally:

@@ -73,7 +73,9 @@ def detect(source: Source) -> tuple[Layout, str]:
 
 def _unclaimed(source: Source) -> LoraFormatError:
     what = f"no known layout claims {source.path}"
-    if source.file is None or source.file.suffix == ".safetensors":  # else it is no wonder that no tensors are found
+    if (
+        source.file is None or source.torch or source.file.suffix == ".safetensors"
+    ):  # else it is no wonder that no tensors are found
         what += f"; its first tensors: {', '.join(list(source.tensors)[:3]) or 'none'}"
     known = f"known layouts: {', '.join(layouts())}"
     return LoraFormatError([Problem("LF-501", what, fix=known), *_loaded("loraformat.layouts")[1]])

@@ -27,10 +27,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from loraformat.blas import one_blas_thread
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.axes import Placement
+    from loraformat.tiles import Tensor
 
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
@@ -50,16 +53,17 @@ _TILE = 1 << 18  # values: 2 MiB of float64
 Name = TypeVar("Name")
 
 
-def sketch(weight: Array, placement: Placement) -> F32 | None:
+@one_blas_thread()
+def sketch(weight: Tensor, placement: Placement) -> F32 | None:
     """The sketch of a base weight: float32 [64].
 
     Args:
-        weight: a tensor of ``placement.shape``, any float dtype; may be a view of a file, it is read in tiles.
+        weight: a tensor of ``placement.shape``, any float dtype; or what gives one where it is sliced: it is read in tiles.
 
     Returns:
         None for a weight of fewer than two axes, or with values that are not finite: it has no sketch.
     """
-    if weight.ndim < 2:
+    if len(weight.shape) < 2:
         return None
     *batch, out, in_ = placement.matrix_shape
     left, right = _signs("out", math.prod(batch) * out), _signs("in", in_)

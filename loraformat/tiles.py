@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from loraformat import progress
+from loraformat.container import dtype_name, numpy_dtype
+from loraformat.errors import fault
 from loraformat.parts import Delta, Loha, Lokr, Lora, Part
 from loraformat.products import single
 from loraformat.rounding import rounded, widened
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
+__all__ = ["Lazy", "Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
 
 _TILE = 1 << 18  # values: 1 MiB of float32, small enough for the cache and for malloc to reuse
 
@@ -38,27 +41,56 @@ class Tensor(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """As stored."""
 
-    def __getitem__(self, rows: slice, /) -> Array:
-        """A run of rows, in the stored dtype."""
+    def __getitem__(self, rows: slice | EllipsisType, /) -> Array:
+        """A run of rows, in the stored dtype; by ``...`` a scalar, which has none."""
 
 
 @dataclass(slots=True)
 class Norms:
-    """Sums of squares over one tensor: of W, of the wanted ΔW, and of what rounding to W's dtype lost."""
+    """Sums of squares over one tensor: of W, of the wanted ΔW, and of what rounding to W's dtype lost.
+
+    Attributes:
+        new: the tensor was added, or has another shape than W: there is no ΔW, and ``delta`` is of W'.
+    """
 
     base: float = 0.0
     delta: float = 0.0
     lost: float = 0.0
+    new: bool = False
 
     @property
-    def change(self) -> float:
-        """‖ΔW‖ / ‖W‖; infinite where W is zero."""
-        return math.sqrt(self.delta / self.base) if self.base else math.inf
+    def change(self) -> float | None:
+        """‖ΔW‖ / ‖W‖; None where W is zero or the tensor is new."""
+        return math.sqrt(self.delta / self.base) if self.base and not self.new else None
 
     @property
     def loss(self) -> float:
         """‖W' − W − ΔW‖ / ‖ΔW‖: what of the change did not survive the storage dtype."""
         return math.sqrt(self.lost / self.delta) if self.delta else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A parameter of a base, read where it is sliced."""
+
+    base: Base
+    parameter: Parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return self.parameter.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return numpy_dtype(self.parameter.dtype)
+
+    def __getitem__(self, rows: slice | EllipsisType) -> Array:
+        if not isinstance(rows, slice):
+            return self.base.read(self.parameter.name)
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.base.read(self.parameter.name, (start, stop))
 
 
 def runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -78,12 +110,15 @@ def changed(updates: Sequence[Update], base: Tensor, norms: Norms) -> Iterator[A
     """Runs of rows of W', each in the dtype of ``base``, in order; adds to ``norms`` as it goes.
 
     Args:
-        updates: placed in ``base``'s own axes; applied one after the other in float32, rounded once.
-        base: W, any float dtype.
+        updates: placed in ``base``'s own axes; applied one after the other in float32, rounded once. None: a copy.
+        base: W, any float dtype; of any dtype where the last update only replaces it.
+
+    Raises:
+        LoraFormatError: LF-606 an update for another shape; LF-611 a value beyond the range of the dtype; LF-612.
     """
     updates = [prepared(update) for update in updates]
-    if not all(update.tileable for update in updates):
-        yield _tile(updates, base[0 : base.shape[0]], None, norms)
+    if not base.shape or not all(update.tileable for update in updates):
+        yield _tile(updates, base[0 : base.shape[0]] if base.shape else base[...], None, norms)
         return
     for start, stop in runs(base.shape):
         yield _tile(updates, base[start:stop], (start, stop), norms)
@@ -94,60 +129,106 @@ def created(
 ) -> Iterator[Array]:
     """Runs of rows of a tensor that the first update replaces by one of another ``shape``, or adds where ``old`` is None."""
     updates = [prepared(update) for update in updates]
-    start: Array | None = None
-    if old is not None:
-        start = old[0:0] if old.shape else np.zeros((), old.dtype)
+    norms.new = True
+    none = None if old is None else old[0:0] if old.shape else np.zeros((), old.dtype)
     whole = not shape or not all(update.tileable for update in updates)
     for rows in [None] if whole else runs(shape):
-        value = start
-        for update in updates:
-            value = update.apply(value, rows)
-        assert value is not None
-        norms.delta += _square(value)
-        stored = rounded(value, dtype)
+        wanted = applied(updates, none, rows)
+        norms.delta += _square(wanted)
+        stored = rounded(wanted, dtype)
+        _check_range(stored, wanted)
         progress.advance(stored.nbytes)
         yield stored
 
 
 def prepared(update: Update) -> Update:
-    """The same update with what every tile would do again done once: factors in float32, other products whole."""
+    """The same update with what every tile would do again done once: factors in float32 with the scale in one of them,
+    other products whole.
+    """
     return replace(update, parts=tuple(_prepared(part) for part in update.parts))
 
 
 def _prepared(part: Part) -> Part:
     if isinstance(part, Lora) and part.mid is None:
-        return replace(part, lora_A=single(part.lora_A), lora_B=single(part.lora_B))
+        a, b = single(part.lora_A), single(part.lora_B)
+        if _keeps_digits(b, part.scale):
+            return replace(part, lora_A=a, lora_B=b * np.float32(part.scale), alpha=1.0, scale_rule="factor")
+        return replace(part, lora_A=a, lora_B=b)
     if isinstance(part, (Lora, Loha, Lokr)):  # no tile of these has a product of its own
         return Delta(Update((part,)).matrix())
     return part
 
 
-def applied(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None) -> Array:
-    """W' of a run of rows before rounding: float32; of a float64 base, W itself in float64 and ΔW in float32."""
-    if base.dtype == np.float64 and all(update.linear for update in updates):
-        wanted = base.copy()
-        for update in updates:
-            wanted += update.delta(rows=rows)
-        return wanted
-    wanted = widened(base)
+def _keeps_digits(factor: Array, scale: float) -> bool:
+    """Whether no value of scale · factor comes near the ends of float32, where the product itself may not be."""
+    sizes = np.abs(factor[factor != 0])
+    if not sizes.size:
+        return True
+    return float(sizes.min()) * abs(scale) >= 2.0**-100 and float(sizes.max()) * abs(scale) <= 2.0**100
+
+
+def applied(updates: Sequence[Update], base: Array | None, rows: tuple[int, int] | None) -> Array:
+    """W' of a run of rows before rounding: float32; of a float64 base, W itself in float64 and ΔW in float32.
+
+    What is only replaced is not computed with: it comes in its own dtype, so that a counter stays exact.
+    """
+    if updates[-1].replaces:
+        return updates[-1].replaced(base, rows)
+    if base is not None and all(update.linear for update in updates):
+        return (base if base.dtype == np.float64 else widened(base)) + _added(updates, base.shape, rows)
+    wanted = None if base is None else widened(base)
     for update in updates:
         wanted = update.apply(wanted, rows)
+    assert wanted is not None
     return wanted
 
 
+def _added(updates: Sequence[Update], shape: tuple[int, ...], rows: tuple[int, int] | None) -> Array:
+    """The sum of additive updates in a run of rows of that shape."""
+    total = updates[0].delta(rows=rows)
+    for update in updates[1:]:
+        total = total + update.delta(rows=rows)
+    if total.shape != shape:
+        raise fault("LF-606", f"the update gives {list(total.shape)}, the base tensor has {list(shape)}")
+    return total
+
+
+@np.errstate(over="ignore", invalid="ignore")  # told by _check_range
 def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
-    wanted = applied(updates, base, rows)
-    stored = rounded(wanted, base.dtype) if wanted.dtype == np.float32 else wanted
+    if not updates:
+        progress.advance(base.nbytes)
+        return base
     old = widened(base)
     norms.base += _square(old)
-    norms.delta += _square(np.subtract(wanted, old, out=old, casting="same_kind"))
-    if stored.dtype not in (np.float32, np.float64):
+    if all(update.linear for update in updates):
+        delta = _added(updates, base.shape, rows)
+        squares = _square(delta)
+        wanted = base + delta if base.dtype == np.float64 else np.add(old, delta, out=old)
+    else:
+        wanted = applied(updates, base, rows)
+        squares = _square(np.subtract(wanted, old, out=old, casting="same_kind"))
+    stored = rounded(wanted, base.dtype)
+    lost = 0.0
+    if stored.dtype != wanted.dtype:
         back = widened(stored)
-        norms.lost += _square(np.subtract(back, wanted, out=back))
+        lost = _square(np.subtract(back, wanted, out=back, casting="same_kind"))
+    if not math.isfinite(squares + lost):
+        _check_range(stored, base)
+    norms.delta += squares
+    norms.lost += lost
     progress.advance(stored.nbytes)
     return stored
 
 
+def _check_range(stored: Array, before: Array) -> None:
+    """LF-611 where the change made a finite value infinite."""
+    beyond = int(np.count_nonzero(~np.isfinite(stored) & np.isfinite(before)))
+    if beyond:
+        what = f"{beyond} values of W + ΔW are beyond the range of {dtype_name(stored.dtype)}"
+        raise fault("LF-611", what, fix="a lower weight, or a base of a wider type")
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def _square(values: Array) -> float:
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     return float(np.dot(flat, flat))

@@ -9,6 +9,7 @@ import numpy as np
 
 from loraformat.axes import Placement, Rows
 from loraformat.errors import fault
+from loraformat.magnitudes import kept_axes, norm, rescale
 from loraformat.parts import ADDITIVE, Additive, Magnitude, Part
 from loraformat.parts import Rows as RowsPart
 from loraformat.products import product, single
@@ -93,6 +94,11 @@ class Update:
             return float(abs(self["lora"].scale) * np.sqrt(max(0.0, np.sum((b.T @ b) * (a @ a.T)))))
         return float(np.linalg.norm(self.matrix()))
 
+    @property
+    def replaces(self) -> bool:
+        """Whether W' is ``replace`` itself, which is then converted and not computed with."""
+        return all(part.kind == "replace" for part in self.parts)
+
     def placed(self, placement: Placement) -> Update:
         """The same update with its placement known."""
         return replace(self, placement=placement)
@@ -135,30 +141,40 @@ class Update:
             value += self._added(rows)
         for part in self.parts:
             if isinstance(part, Magnitude):
-                value = _rescale(part, value, self.placement or _unplaced(), rows)
+                value = rescale(part, value, self.placement or _unplaced(), rows)
             elif isinstance(part, RowsPart):
                 _set_rows(part, value, rows)
+        return value
+
+    def replaced(self, base: Array | None, rows: tuple[int, int] | None = None) -> Array:
+        """What takes the place of W, or of a run of its rows, as it is stored; LF-602, LF-606 as ``apply``."""
+        part = self["replace"]
+        value: Array = part.replace if rows is None else part.replace[slice(*rows)]
+        if base is None and "add" not in part.allows:
+            raise fault("LF-602", "the update replaces a tensor that the base must have", fix="pass base")
+        if base is not None and base.shape != value.shape and "resize" not in part.allows:
+            raise fault("LF-606", f"the base tensor is {list(base.shape)}, its replacement {list(value.shape)}")
         return value
 
     def norms(self, base: Array | None) -> F32:
         """What the magnitude divides by, ‖V‖ + eps with V the sum before it, in the shape of ``magnitude``."""
         part, place = self["magnitude"], self.placement or _unplaced()
         before = replace(self, parts=tuple(p for p in self.parts if p.kind not in ("magnitude", "rows")))
-        kept = _kept_axes(part, place)
-        norm = _norm(part, before.apply(base), kept).reshape([place.shape[a] for a in sorted(kept)])
-        return norm.transpose([sorted(kept).index(a) for a in kept]).reshape(part.magnitude.shape)
+        kept = kept_axes(part, place)
+        length = norm(part, before.apply(base), kept).reshape([place.shape[a] for a in sorted(kept)])
+        return length.transpose([sorted(kept).index(a) for a in kept]).reshape(part.magnitude.shape)
 
     @property
     def tileable(self) -> bool:
         """Whether runs of rows of the base can be served alone: no norm runs over axis 0."""
         if "magnitude" not in self or self.placement is None:
             return True
-        return 0 in _kept_axes(self["magnitude"], self.placement)
+        return 0 in kept_axes(self["magnitude"], self.placement)
 
     def _start(self, base: Array | None, rows: tuple[int, int] | None) -> F32:
         """W, or what replaces it, as float32 of its own."""
         if "replace" in self:
-            return self._replaced(base, rows)
+            return np.array(self.replaced(base, rows), np.float32)
         if base is None:
             raise fault("LF-602", f"a {self.kind} update changes a tensor; it cannot add one", fix="pass base")
         if self.placement is not None:
@@ -169,15 +185,6 @@ class Update:
             raise fault("LF-606", why, fix="is this the base that the adapter was trained on?")
         return np.array(base, np.float32)
 
-    def _replaced(self, base: Array | None, rows: tuple[int, int] | None) -> F32:
-        part = self["replace"]
-        value = part.replace if rows is None else part.replace[slice(*rows)]
-        if base is None and "add" not in part.allows:
-            raise fault("LF-602", "the update replaces a tensor that the base must have", fix="pass base")
-        if base is not None and base.shape != value.shape and "resize" not in part.allows:
-            raise fault("LF-606", f"the base tensor is {list(base.shape)}, its replacement {list(value.shape)}")
-        return np.array(value, np.float32)
-
     def _added(self, rows: tuple[int, int] | None) -> F32:
         """The sum of the additive parts in the base tensor's shape, or a run of its rows."""
         place = self.placement or _unplaced()
@@ -187,11 +194,19 @@ class Update:
         return tile.placement.from_matrix(self._sum(tile))
 
     def _sum(self, tile: Rows | None) -> F32:
-        terms = (product(p, tile) * np.float32(p.scale) for p in self.additive)
+        terms = (_scaled(p, tile) for p in self.additive)
         total = next(terms)
         for term in terms:
             total = total + term
         return total
+
+
+def _scaled(part: Additive, tile: Rows | None) -> F32:
+    """scale · P, an array of its own."""
+    matrix = product(part, tile)
+    if part.kind == "lora":  # nobody else has it yet
+        return np.multiply(matrix, np.float32(part.scale), out=matrix) if part.scale != 1.0 else matrix
+    return matrix * np.float32(part.scale)
 
 
 def _no_part(kind: str) -> Any:
@@ -204,30 +219,6 @@ def _unplaced() -> Placement:
         "the update is unplaced: its file does not say how the matrix lies in the base tensor",
         fix="bind it to a base (loraformat bind FILE --base B) or say it (--axes PATTERN=out,in)",
     )
-
-
-def _kept_axes(part: Magnitude, place: Placement) -> tuple[int, ...]:
-    return (*place.batch, *place.out) if part.magnitude_axes is None else part.magnitude_axes
-
-
-def _rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int] | None) -> F32:
-    """magnitude · V / (‖V‖ + eps), V the tensor or a run of its rows."""
-    kept = _kept_axes(part, whole)
-    if rows and 0 not in kept:
-        raise fault("LF-612", "the norm of this magnitude runs over axis 0: a run of rows cannot be served alone")
-    norm = _norm(part, value, kept)
-    ascending = sorted(range(len(kept)), key=kept.__getitem__)
-    magnitude = single(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
-    magnitude = magnitude.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
-    return np.asarray((magnitude[slice(*rows)] if rows else magnitude) * (value / norm), np.float32)
-
-
-def _norm(part: Magnitude, value: F32, kept: tuple[int, ...]) -> F32:
-    over = tuple(a for a in range(value.ndim) if a not in kept)
-    norm = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
-    if not norm.all():
-        raise fault("LF-612", "a slice of the weight is zero: it has no direction that a magnitude could scale")
-    return np.asarray(norm, np.float32)
 
 
 def _set_rows(part: RowsPart, value: F32, rows: tuple[int, int] | None) -> None:

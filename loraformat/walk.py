@@ -8,7 +8,8 @@ from pathlib import Path
 
 __all__ = ["adapters_under"]
 
-_ENDING = ".safetensors"
+# By name alone, whatever is in them: a pickle can look like anything, and one that is passed over was not checked.
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def adapters_under(path: Path, markers: frozenset[str]) -> Iterator[Path]:
@@ -31,7 +32,7 @@ def adapters_under(path: Path, markers: frozenset[str]) -> Iterator[Path]:
         if any(entry.name in markers for entry in entries):
             here = [folder]
         else:
-            here = [folder / e.name for e in entries if e.name.endswith(_ENDING) and not os.path.isdir(e)]
+            here = [folder / e.name for e in entries if e.name.endswith(_ENDINGS) and not os.path.isdir(e)]
         found = found or bool(here)
         yield from here
         folders += [folder / entry.name for entry in reversed(inner)]

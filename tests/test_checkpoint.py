@@ -68,6 +68,11 @@ def faults(call, *args):
     return [(p.rule, p.where) for p in caught.value.problems]
 
 
+def merge(adapter, base, out):
+    lf.merge(adapter, lf.open_base(base), out)
+    return lf.open_base(out)
+
+
 def content(home):
     return {p.relative_to(home).as_posix(): p.read_bytes() for p in home.rglob("*") if p.is_file()}
 
@@ -259,6 +264,57 @@ def test_an_index_that_is_none_is_refused(text, base):
 def test_a_tensor_of_integers_is_no_target(base, tmp_path):
     adapter = lf.Adapter({"steps": lf.Update((lf.Delta(np.ones(4, np.float32)),), lf.Placement((4,), (0,), ()))})
     assert faults(plan, adapter, base, tmp_path / "out") == [("LF-608", "steps")]
+
+
+LARGE = np.array([2**24 + 1, 2**53 + 1, -(2**62) - 1, 3])
+
+
+def test_a_counter_that_is_replaced_is_exact(base, tmp_path):
+    adapter = lf.Adapter({"steps": lf.Update((lf.Replace(LARGE),))})
+    merged = merge(adapter, base, tmp_path / "out")
+    assert np.array_equal(load_file(tmp_path / "out" / SHARDS[1])["steps"], LARGE)
+    assert not lf.verify(lf.open_base(base), adapter, merged).problems
+    with open(tmp_path / "out" / SHARDS[1], "r+b") as file:  # off by one in 2^62: float32 would not see it
+        data = file.read()
+        place = data.index(LARGE.tobytes())
+        file.seek(place + 16)
+        file.write(np.int64(LARGE[2] + 1).tobytes())
+    (problem,) = lf.verify(lf.open_base(base), adapter, lf.open_base(tmp_path / "out")).problems
+    assert "1 of 4 values" in problem.what
+
+
+def test_what_replaces_a_counter_is_of_its_type_or_exact_in_it(base, tmp_path):
+    merge(lf.Adapter({"steps": lf.Update((lf.Replace(np.float32([1, 2, 3, 4])),))}), base, tmp_path / "out")
+    assert load_file(tmp_path / "out" / SHARDS[1])["steps"].tolist() == [1, 2, 3, 4]
+    half = lf.Adapter({"steps": lf.Update((lf.Replace(np.float32([1, 2, 3, 4.5])),))})
+    assert faults(plan, half, base, tmp_path / "other") == [("LF-608", "steps")]
+
+
+def test_a_tensor_without_axes_is_changed_by_what_it_was(tmp_path):
+    save_file({"scale": np.array(2.5, np.float32), "count": np.array(7)}, tmp_path / "base.safetensors")
+    delta = lf.Update((lf.Delta(np.float32([0.25])),), lf.Placement((), (), ()))
+    adapter = lf.Adapter({"scale": delta, "count": lf.Update((lf.Replace(np.array(2**60 + 1)),))})
+    outcome = lf.merge(adapter, lf.open_base(tmp_path / "base.safetensors"), tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert (merged["scale"].item(), merged["count"].item()) == (2.75, 2**60 + 1)
+    assert outcome.norms["scale"].change == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(np.float16, 70_000), (np.float32, 3e38), (BF16, 3e38)])
+def test_a_value_beyond_the_range_of_its_type_is_refused_and_nothing_written(dtype, size, base, tmp_path):
+    save_file({"w": np.full((4, 6), 0.75 * min(size, 3e38), np.float64).astype(dtype)}, base / SHARDS[0])
+    pair = lf.Lora(np.full((1, 6), 1.0, np.float32), np.full((4, 1), size, np.float32), 1.0, "factor")
+    adapter, only = lf.Adapter({"w": lf.Update((pair,))}), lf.open_base(base / SHARDS[0])
+    assert faults(lf.merge, adapter, only, tmp_path / "out.safetensors") == [("LF-611", "w")]
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_is_infinite_in_the_base_is_none_of_the_adapters_faults(tmp_path):
+    mask = np.float16([[-np.inf, 1], [0, np.nan]])
+    save_file({"w": mask}, tmp_path / "base.safetensors")
+    adapter = lf.Adapter({"w": lf.Update((lf.Delta(np.ones((2, 2), np.float32)),), lf.Placement.of((2, 2), "out,in"))})
+    lf.merge(adapter, lf.open_base(tmp_path / "base.safetensors"), tmp_path / "out.safetensors")
+    np.testing.assert_array_equal(load_file(tmp_path / "out.safetensors")["w"], mask + 1)
 
 
 def test_other_forms_of_the_weights_are_known_by_name():

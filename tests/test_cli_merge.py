@@ -1,6 +1,7 @@
 """merge and verify on the command line: folders, several adapters, strengths, the plan, the proof."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -67,6 +68,21 @@ def test_merge_verify_prints_one_json(run, home):
     told = run("merge", "10.safetensors", "--into", "base", "-o", "out", "--verify", "--json").json
     assert told["verified"]["valid"] is True
     assert set(told["verified"]["touched"]) == {"a.weight", "b.weight"}
+
+
+def test_the_proof_gives_a_share_only_of_what_was_there_before(run, tmp_path):
+    """Neither an added tensor nor a vocabulary of another size nor zeros can be changed by so many per cent."""
+    save_file({"a": draw(7, 5), "e": draw(9, 4), "zero": np.zeros(3, np.float32)}, tmp_path / "base.safetensors")
+    pair = lf.Lora(draw(2, 5), draw(7, 2), 2.0, "alpha/r")
+    new = {"e": lf.Replace(draw(11, 4), ("resize",)), "head": lf.Replace(draw(2, 4), ("add",))}
+    parts = {"a": pair, **new, "zero": lf.Replace(draw(3))}
+    place = {"a": lf.Placement.of((7, 5), "out,in")}
+    lf.save(lf.Adapter({k: lf.Update((p,), place.get(k)) for k, p in parts.items()}), tmp_path / "all.safetensors")
+    told = run("merge", "all.safetensors", "--into", "base.safetensors", "-o", "out.safetensors")
+    assert re.search(r"‖ΔW‖/‖W‖ (\S+)–\1 % · added or resized: 2 · zero before: 1 · ", told.err), told.err
+    lf.save(lf.Adapter({"head": lf.Update((new["head"],))}), tmp_path / "head.safetensors")
+    told = run("merge", "head.safetensors", "--into", "base.safetensors", "-o", "out2.safetensors")
+    assert "by name · added or resized: 1 · +0.0 MB" in told.err
 
 
 WRONG = {

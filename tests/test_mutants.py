@@ -274,9 +274,9 @@ def kernel_axes_are_reversed(patch):
 
 
 def dora_norms_run_over_the_outputs(patch):
-    patch.setattr(updates, "_kept_axes", lambda part, place: place.in_)
+    patch.setattr(updates, "kept_axes", lambda part, place: place.in_)
     patch.setattr(
-        updates, "_rescale", lambda part, value, place, rows: value / np.linalg.norm(value, axis=0) * value.shape[0]
+        updates, "rescale", lambda part, value, place, rows: value / np.linalg.norm(value, axis=0) * value.shape[0]
     )
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from mutations import damaged, edited, flipped, with_header, with_value
-from peft_goldens import adapter_of
+from mutations import cut, damaged, edited, flipped, spliced, with_header, with_value
+from peft_goldens import SUPPORTED, adapter_of, base_of
 from safetensors.numpy import save_file
 
 import loraformat as lf
@@ -103,6 +103,34 @@ def test_a_damaged_peft_folder_is_refused_or_read_correctly(start, tmp_path):
             survives(tmp_path / "in", tmp_path)
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
+
+
+def torch_damaged(data, draw):
+    """A few bits of the pickle, of the directory at the end or anywhere; a cut; a splice."""
+    if draw.random() < 0.3:
+        return (cut if draw.random() < 0.5 else spliced)(data, draw)
+    out, near = bytearray(data), min(len(data), 2000)
+    for _ in range(draw.integers(1, 9)):
+        place = (draw.integers(near), len(out) - 1 - draw.integers(near), draw.integers(len(out)))[draw.integers(3)]
+        out[place] ^= 1 << draw.integers(8)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("case", SUPPORTED)
+def test_a_damaged_adapter_of_any_kind_and_form_never_ends_a_validation(case, tmp_path):
+    """In a file of torch.save, as PEFT writes it on request, or in safetensors."""
+    golden, base = adapter_of(case), lf.open_base(base_of(case))
+    (source,) = golden.glob("adapter_model.*")
+    damage, seeds = (torch_damaged, 300) if source.suffix == ".bin" else (damaged, 12)
+    invalid = 0
+    for seed in range(seeds):
+        draw = np.random.default_rng(20_000 + seed)
+        (tmp_path / configs.FILE).write_bytes((golden / configs.FILE).read_bytes())
+        (tmp_path / source.name).write_bytes(damage(source.read_bytes(), draw))
+        result = lf.validate(tmp_path, base=base if seed % 2 else None)
+        assert "LF-713" not in {p.rule for p in result.problems}, f"seed {seed}: {result.problems}"
+        invalid += not result.valid
+    assert invalid
 
 
 def test_the_damage_is_neither_always_fatal_nor_never(native, tmp_path):

@@ -21,9 +21,9 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "names", "axes", "scale", "parts", "products", "updates", "turned", "adapter"),
+    *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
-    *("identity", "locks", "atomic", "file"),
+    *("identity", "locks", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("source", "memory", "layout", "base", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
@@ -35,7 +35,7 @@ ORDER = (
     *("cli", "cli.options", "cli.progress", "cli.adapters", "cli.validate", "cli.bases", "cli.info", "cli.layouts"),
     *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
 )
-THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich"}
+THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
 
 

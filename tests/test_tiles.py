@@ -1,4 +1,4 @@
-"""Rounding by bits, patched copies, and reading by runs of rows."""
+"""Widening by bits, patched copies, and reading by runs of rows."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
 import loraformat as lf
 from loraformat import patch, ranges, tiles
@@ -17,20 +18,18 @@ from loraformat.rounding import rounded, widened
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("lower", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-def test_every_upper_half_with_every_kind_of_lower_half_rounds_as_ml_dtypes_does(lower):
-    bits = (np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(lower)
-    values = bits.view(np.float32)
-    finite = values[~np.isnan(values)]
-    assert np.array_equal(rounded(finite, BF16).view(np.uint16), finite.astype(BF16).view(np.uint16))
-    assert np.array_equal(rounded(values, BF16).view(np.uint16), values.astype(BF16).view(np.uint16))
-
-
-def test_widening_is_exact_for_every_bfloat16():
-    stored = np.arange(1 << 16, dtype=np.uint16).view(BF16)
-    assert np.array_equal(widened(stored).view(np.uint32), stored.astype(np.float32).view(np.uint32))
-    assert widened(np.ones((2, 3), np.float16)).dtype == np.float32
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BF16], ids=str)
+def test_widening_is_exact_for_every_value_of_16_bits(dtype):
+    stored = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    finite = stored[np.isfinite(stored)]
+    for values in (stored, finite, finite.reshape(-1, 32)[::2, ::3], finite[7:8].reshape(())):
+        before = values.copy()
+        wide = widened(values)
+        assert wide.dtype == np.float32
+        np.testing.assert_array_equal(wide, values.astype(np.float32))
+        wide[...] = 0  # an array of its own
+        assert values.tobytes() == before.tobytes()
 
 
 def test_what_lies_beyond_the_range_becomes_infinite():
@@ -116,7 +115,30 @@ def test_a_source_that_became_shorter_is_an_error_and_no_crash(tmp_path):
         ranges.read_range(file, memoryview(bytearray(20)), 0)
 
 
+def test_no_other_threads_multiply_while_ours_do(tmp_path):
+    def counted():
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return [memoryview(b"x")]
+
+    seen = []
+    (tmp_path / "old").write_bytes(b"0")
+    with open(tmp_path / "old", "rb") as source, open(tmp_path / "new", "w+b") as target:
+        write_patched(target, source, [Patch(0, 1, 1, counted)])
+    assert set(seen) <= {1}
+
+
 # Runs of rows.
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "scale"), [(1e30, 1e-30, 1e-10), (1e-30, 1e30, 1e10), (1.0, 1e-44, 1e30), (1, 2, 0)]
+)
+def test_a_scale_is_folded_into_a_factor_only_where_no_digit_is_lost(a, b, scale):
+    draw = np.random.default_rng(0)
+    pair = [(np.float32(size) * draw.uniform(1, 2, s)).astype(np.float32) for size, s in ((a, (2, 6)), (b, (5, 2)))]
+    update = lf.Update((lf.Lora(*pair, scale, "factor"),), lf.Placement.of((5, 6), "out,in"))
+    wanted = scale * pair[1].astype(np.float64) @ pair[0].astype(np.float64)
+    np.testing.assert_allclose(tiles.prepared(update).delta(), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16, np.float64], ids=str)

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -75,6 +76,24 @@ def test_a_tensor_file_that_no_layout_claims_does_not_pass_in_silence(run, tmp_p
     assert [(r["path"], r["valid"]) for r in lines(told)] == [
         ("in/a.safetensors", True),
         ("in/base.safetensors", False),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.pth", "a.ckpt"])
+def test_what_torch_saved_is_found_in_a_folder_as_well(run, name, tmp_path):
+    shutil.copytree(adapter_of("bin"), tmp_path / "in/peft")
+    (tmp_path / "in/peft/training_args.bin").write_bytes(b"beside a PEFT adapter, and no part of it")
+    shutil.copy(adapter_of("bin") / "adapter_model.bin", tmp_path / "in" / name)
+    for protocol in (0, 2):  # the first of them has no first bytes of its own
+        (tmp_path / f"in/p{protocol}").mkdir()
+        (tmp_path / f"in/p{protocol}" / name).write_bytes(pickle.dumps(os.getcwd, protocol))
+    told = run("validate", "in", "--jsonl")
+    assert told.code == 1
+    assert [(r["path"], {p["rule"] for p in r["problems"]}) for r in lines(told)] == [
+        (f"in/{name}", {"LF-509"}),  # PEFT's tensors without the configuration that states the scale
+        (f"in/p0/{name}", {"LF-501"}),
+        (f"in/p2/{name}", {"LF-510"}),
+        ("in/peft", set()),
     ]
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loraformat.container import DTYPES, numpy_dtype
+from loraformat.errors import LoraFormatError
+from loraformat.shapes import FLOATS
 from loraformat.tiles import Norms, Tensor, changed, created
 
 if TYPE_CHECKING:
@@ -49,18 +53,28 @@ class Change:
         """Bytes of memory beyond a tile: where a norm runs over axis 0 the tensor is held whole, five times over."""
         return 0 if all(u.tileable for u in self.updates) else 20 * math.prod(self.shape)
 
+    def holds(self, update: Update) -> bool:
+        """Whether the dtype of storage is one to round to; of any other, whether what replaces the tensor is exact in it."""
+        if self.dtype in FLOATS and DTYPES[self.dtype] >= 2:
+            return True
+        if not update.replaces:
+            return False
+        new = update["replace"].replace
+        with np.errstate(all="ignore"):
+            return np.array_equal(new.astype(numpy_dtype(self.dtype)).astype(new.dtype), new)
+
     def tiles(self) -> Iterator[memoryview]:
         """The bytes, in order."""
-        if self.base is None or self.base.shape != self.shape or not self.shape:
+        if self.base is None or self.base.shape != self.shape:
             arrays = created(self.updates, self.shape, numpy_dtype(self.dtype), self.base, self.norms)
         else:
             arrays = changed(self.updates, self.base, self.norms)
-        for array in arrays:
-            yield raw(array)
+        try:
+            yield from map(raw, arrays)
+        except LoraFormatError as error:  # a tile does not know whose it is
+            raise LoraFormatError(replace(problem, where=self.name) for problem in error.problems) from None
 
 
 def raw(array: Array) -> memoryview:
     """The bytes of an array."""
-    import numpy as np
-
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import os
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from loraformat.checkpoint.safetensors import SafetensorsShard
 from loraformat.checkpoint.shard import Shard
 from loraformat.checkpoint.torch import TorchShard
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.folders import strange, walk
 from loraformat.pickled import is_torch
 
 __all__ = ["Files", "find", "is_weights", "json_object"]
@@ -156,19 +155,9 @@ def _inside(folder: Path, name: str) -> Path:
         raise fault("LF-610", "the index names a file outside the folder", where=ascii(name)[1:-1])
     if not path.exists():
         raise fault("LF-610", f"the file is not in {folder}", where=name, fix="the download is incomplete")
-    _check_link(folder, path, name)
+    if why := strange(folder, path):
+        raise fault("LF-610", why, where=name)
     return path
-
-
-def _check_link(folder: Path, path: Path, name: str) -> None:
-    real, home = path.resolve(), folder.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":  # huggingface_hub: <repo>/snapshots/<revision>/file → <repo>/blobs/<digest>
-        homes.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(h) for h in homes):
-        raise fault("LF-610", f"the file is a link that leaves {folder}", where=name)
-    if not stat.S_ISREG(real.stat().st_mode):
-        raise fault("LF-610", "neither a file nor a folder", where=name)
 
 
 def _others(folder: Path, taken: set[str]) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -176,17 +165,14 @@ def _others(folder: Path, taken: set[str]) -> tuple[dict[str, Path], tuple[str, 
     found: dict[str, Path] = {}
     left_out: list[str] = []
     problems: list[Problem] = []
-    for name in sorted(_walk(folder)):
+    for name in sorted(walk(folder)):
         if name in taken:
             continue
         if any(fits(name, pattern) for pattern in _OTHER_FORMS):
             left_out.append(name)
             continue
-        try:
-            _check_link(folder, folder / name, name)
-        except (LoraFormatError, OSError) as error:
-            said = error.problems if isinstance(error, LoraFormatError) else [Problem("LF-610", str(error), name)]
-            problems += said
+        if why := strange(folder, folder / name):
+            problems.append(Problem("LF-610", why, name))
         found[name] = folder / name
     if problems:
         raise LoraFormatError(problems)
@@ -197,14 +183,3 @@ def fits(name: str, pattern: str) -> bool:
     """Whether a path in the folder fits a pattern, component by component."""
     parts, wanted = name.split("/"), pattern.split("/")
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
-
-
-def _walk(folder: Path) -> Sequence[str]:
-    """Every file, relative to the folder; no folder whose name begins with a dot, and none behind a link."""
-    names: list[str] = []
-    for place, folders, files in os.walk(folder):
-        inner = Path(place).relative_to(folder)
-        linked = [name for name in folders if (Path(place) / name).is_symlink()]
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
-        names += [(inner / name).as_posix() for name in (*files, *linked)]
-    return names

@@ -16,7 +16,7 @@ from loraformat.checkpoint.folder import Files
 from loraformat.container import DTYPES, dtype_name
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.plan import Job, size
-from loraformat.shapes import FLOATS, shape_problems
+from loraformat.shapes import shape_problems
 
 if TYPE_CHECKING:
     from loraformat.resolve import Match
@@ -101,7 +101,7 @@ class Merge:
         return Change(name, info.dtype, info.shape if new is None else new.shape, shard.tensor(stored))
 
     def _fault(self, change: Change, earlier: Change | None, update: Update) -> tuple[str, str, str] | None:
-        if change.base is not None and (change.dtype not in FLOATS or DTYPES[change.dtype] < 2):
+        if change.base is not None and not change.holds(update):
             what = f"{change.name} is stored as {change.dtype}: a merge would round the change away"
             return "LF-608", what, "merge into the unquantised checkpoint, or attach the adapter at run time"
         old = change.base.shape if change.base is not None else change.shape

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from loraformat.checkpoint.change import Change
@@ -66,11 +67,14 @@ class Stored:
         """From a header entry."""
         return cls(file, start, info.shape, numpy_dtype(info.dtype))
 
-    def __getitem__(self, rows: slice) -> Array:
+    def __getitem__(self, rows: slice | EllipsisType) -> Array:
         import numpy as np
 
-        first, last, _ = rows.indices(self.shape[0])
-        out = np.empty((max(0, last - first), *self.shape[1:]), self.dtype)
-        start = self.start + first * math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape, first = self.shape, 0
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(shape[0])
+            shape = (max(0, last - first), *shape[1:])
+        out = np.empty(shape, self.dtype)
+        start = self.start + first * math.prod(shape[1:]) * self.dtype.itemsize
         read_range(self.file, out.reshape(-1).view(np.uint8).data, start)
         return out

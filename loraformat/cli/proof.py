@@ -58,9 +58,13 @@ def _change(plan: Plan, outcome: Outcome) -> str:
     if plan.verb != "merge":
         sizes = sorted(n.delta**0.5 for n in norms)
         return f"‖ΔW‖ {sizes[0]:.3g}–{sizes[-1]:.3g}"
-    ratios = sorted(n.change * 100 for n in norms)
+    ratios = sorted(n.change * 100 for n in norms if n.change is not None)
+    said = [f"‖ΔW‖/‖W‖ {ratios[0]:.2g}–{ratios[-1]:.2g} %"] if ratios else []
+    new, zero = sum(n.new for n in norms), sum(n.change is None and not n.new for n in norms)
+    said += [f"added or resized: {new}"] if new else []
+    said += [f"zero before: {zero}"] if zero else []
     lost = max(n.loss for n in norms)
-    return f"‖ΔW‖/‖W‖ {ratios[0]:.2g}–{ratios[-1]:.2g} %" + (f" · rounding ≤ {lost * 100:.2g} % of ΔW" if lost else "")
+    return " · ".join(said) + (f" · rounding ≤ {lost * 100:.2g} % of ΔW" if lost else "")
 
 
 def _json(plan: Plan, outcome: Outcome, verdict: Verdict | None, proof: Proof | None) -> dict[str, object]:

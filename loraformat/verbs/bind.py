@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraformat.errors import fault
-from loraformat.identity import tensor_sha256
+from loraformat.identity import runs_sha256
 from loraformat.resolve import Hints
 from loraformat.sketch import sketch
+from loraformat.tiles import Lazy, read_runs
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -43,8 +44,8 @@ def bind(adapter: Adapter, base: Base, hints: Hints | None = None, *, sketches: 
         match, *_ = resolution.targets[key]
         sha256 = drawn = None
         if match.weight in known:
-            weight = base.read(match.weight)
-            sha256 = tensor_sha256(weight)
+            weight = Lazy(base, known[match.weight])
+            sha256 = runs_sha256(tile for _, tile in read_runs(base, known[match.weight]))
             # A resized vocabulary is no longer the tensor that the placement describes: its sketch would mislead.
             drawn = sketch(weight, match.placement) if sketches and weight.shape == match.placement.shape else None
         bound[key] = replace(update, placement=match.placement, base_sha256=sha256, sketch=drawn)

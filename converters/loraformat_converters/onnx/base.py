@@ -16,6 +16,7 @@ import onnx
 from loraformat.atomic import check_free
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
+from loraformat.blas import one_blas_thread
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
 from loraformat.parts import roles_of
@@ -168,6 +169,7 @@ class OnnxBase:
         written = storage.write(force)
         return Outcome(norms, written, plan.options.out.stat().st_size - self.path.stat().st_size)
 
+    @one_blas_thread()
     def changed(self, plan: Plan) -> tuple[Storage, Mapping[str, Norms]]:
         """The changed copy, ready to be written, and the norms, which are known when it has been."""
         model = onnx.ModelProto()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat.atomic import check_free, write_folder
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.folders import files_in
 from loraformat.names import join
 from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution
@@ -22,7 +23,7 @@ from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.doubt import Model
 from loraformat_converters.onnx.model import external
 from loraformat_converters.onnx.part import parts
-from loraformat_converters.onnx.pipeline import components_of, files_in
+from loraformat_converters.onnx.pipeline import components_of
 from loraformat_converters.onnx.scopes import tensors
 from loraformat_converters.onnx.together import together
 

@@ -33,7 +33,7 @@ class Peft:
         """A configuration with ``peft_type``, or the key endings of PEFT in a bare file."""
         if config.has_type(source):
             return f"{config.FILE} has peft_type"
-        if source.file is None or source.file.suffix != ".safetensors":
+        if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
             return None
         if any(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in source.tensors):
             return "keys end with .lora_A.weight"

@@ -1,0 +1,45 @@
+"""Magnitudes: the direction of a sum, scaled to a length that was learnt (DoRA, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraformat.axes import Placement
+from loraformat.errors import fault
+from loraformat.parts import Magnitude
+from loraformat.products import single
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    F32 = npt.NDArray[np.float32]
+
+__all__ = ["kept_axes", "norm", "rescale"]
+
+
+def kept_axes(part: Magnitude, place: Placement) -> tuple[int, ...]:
+    """The axes of the base tensor that the norm does not run over."""
+    return (*place.batch, *place.out) if part.magnitude_axes is None else part.magnitude_axes
+
+
+def rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int] | None) -> F32:
+    """magnitude · V / (‖V‖ + eps), V the tensor or a run of its rows."""
+    kept = kept_axes(part, whole)
+    if rows and 0 not in kept:
+        raise fault("LF-612", "the norm of this magnitude runs over axis 0: a run of rows cannot be served alone")
+    length = norm(part, value, kept)
+    ascending = sorted(range(len(kept)), key=kept.__getitem__)
+    magnitude = single(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
+    magnitude = magnitude.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
+    return np.asarray((magnitude[slice(*rows)] if rows else magnitude) * (value / length), np.float32)
+
+
+def norm(part: Magnitude, value: F32, kept: tuple[int, ...]) -> F32:
+    """‖V‖ + eps, the other axes of size 1; LF-612 where it is zero."""
+    over = tuple(a for a in range(value.ndim) if a not in kept)
+    length = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
+    if not length.all():
+        raise fault("LF-612", "a slice of the weight is zero: it has no direction that a magnitude could scale")
+    return np.asarray(length, np.float32)
