@@ -172,8 +172,10 @@ def test_what_was_nearly_right_is_named(run, mistake, tmp_path):
 
 
 def test_every_verb_has_its_line_in_the_overview(run):
-    assert main._SAYS.keys() == main._VERBS.keys()
-    assert all(f"  {name}" in run("-h").out for name in main._VERBS)
+    told = run("-h").out
+    assert all(
+        re.search(rf"^  {name} +{re.escape(says)}$", told, re.MULTILINE) for name, (_, says) in main._VERBS.items()
+    )
 
 
 @pytest.mark.parametrize("verb", main._VERBS)
