@@ -146,7 +146,7 @@ def report(verdict: Verdict, merged: str) -> None:
         click.echo(line)
     worst = max(verdict.touched.values(), default=0.0)
     word = "differs" if verdict.problems else "equals base + adapter"
-    touched = f"{len(verdict.touched)} touched, relative distance ≤ {worst:.1e}"
+    touched = f"{len(verdict.touched)} touched, relative distance ≤ {f'{worst:.1e}' if worst else 0}"
     click.echo(f"{merged}: {word} · {touched} · {verdict.untouched} others bit-identical", err=True)
 
 
