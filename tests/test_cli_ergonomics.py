@@ -203,7 +203,9 @@ def test_ctrl_c_ends_with_a_word_and_leaves_nothing(tmp_path):
     pair = [np.ones(shape, np.float32) for shape in ((2, 9000), (4000, 2))]
     update = lf.Update((lf.Lora(*pair, 1.0, "factor"),), lf.Placement((4000, 9000), (0,), (1,)))
     lf.save(lf.Adapter({"x.weight": update}), tmp_path / "a.safetensors")
-    slow = "import time, loraformat.progress as p; p.advance = lambda n: time.sleep(0.2); "  # in all longer than we wait
+    # A shell's background job ignores SIGINT, and so would its children. In all the sleep is longer than we wait.
+    slow = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    slow += "import time, loraformat.progress as p; p.advance = lambda n: time.sleep(0.2); "
     words = ["merge", "a.safetensors", "--into", "base.safetensors", "-o", "m.safetensors"]
     with subprocess.Popen(
         [sys.executable, "-c", slow + MAIN, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -20,6 +20,5 @@ def test_the_examples_of_a_module_give_what_they_show(name):
 
 
 def test_there_are_examples():
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    found = [t for name in MODULES for t in finder.find(importlib.import_module(name)) if t.examples]
-    assert len(found) >= 15
+    tests = (t for name in MODULES for t in doctest.DocTestFinder().find(importlib.import_module(name)))
+    assert sum(bool(test.examples) for test in tests) >= 15
