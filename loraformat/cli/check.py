@@ -9,7 +9,7 @@ import click
 
 from loraformat.cli.adapters import open_both
 from loraformat.cli.options import hints, json_flag, mapping, origin, strength
-from loraformat.cli.printing import echo_json, lines_of, printable, starred, warn
+from loraformat.cli.printing import alike, echo_json, lines_of, printable, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,13 +68,9 @@ def _print(resolution: Resolution) -> None:
     for line in lines_of(failed):
         click.echo(line)
     several = len({match.file for places in resolution.targets.values() for match in places}) > 1
-    alike: dict[str, list[str]] = {}
-    for key, places in resolution.targets.items():
-        for match in places:
-            text = _place(key, match, match.file if several else "")
-            alike.setdefault(starred(text), []).append(text)
-    for text, texts in alike.items():
-        click.echo(f"{len(texts)} × {text}" if len(texts) > 1 else texts[0])
+    found = [(key, match) for key, places in resolution.targets.items() for match in places]
+    for text in alike(_place(key, match, match.file if several else "") for key, match in found):
+        click.echo(text)
     total = len(resolution.targets) + len({problem.where for problem in failed} - resolution.targets.keys())
     by = f" by {resolution.rungs}" if resolution.targets else ""
     click.echo(f"{len(resolution.targets)}/{total} targets{by}", err=True)

@@ -13,7 +13,7 @@ import click
 from loraformat.cli.adapters import open_both
 from loraformat.cli.check import report
 from loraformat.cli.options import Choice, force, hints, json_flag, mapping, origin, strength
-from loraformat.cli.printing import command, echo_json, warn
+from loraformat.cli.printing import alike, command, echo_json, warn
 from loraformat.cli.progress import progress_bar
 from loraformat.cli.proof import json_of, show_plan, show_proof
 
@@ -136,7 +136,7 @@ def _carry_out(asked: _Asked) -> None:
         return
     if not asked.as_json:
         warn(gathered.warnings)
-        for note in plan.notes:
+        for note in alike(plan.notes):
             click.echo(f"note: {note}", err=True)
     with progress_bar(asked.verb, plan.writes, quiet=asked.as_json):
         outcome = base.apply(plan, force=asked.force)

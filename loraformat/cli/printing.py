@@ -14,7 +14,7 @@ import click
 
 from loraformat.errors import Problem
 
-__all__ = ["command", "counted", "echo_json", "echo_line", "lines_of", "printable", "starred", "table", "warn"]
+__all__ = ["alike", "command", "counted", "echo_json", "echo_line", "lines_of", "printable", "starred", "table", "warn"]
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(\.\d+)?(e[+-]?\d+)?(?![A-Za-z0-9])")
 _SHOWN = 3
@@ -66,9 +66,22 @@ def command(*words: str) -> str:
     return shlex.join(("loraformat", *words))
 
 
+def alike(texts: Iterable[str]) -> Iterator[str]:
+    """Texts that differ only in their numbers as one.
+
+    >>> list(alike(["h.0.q is tied", "h.1.q is tied", "1 file is copied"]))
+    ['2 × h.*.q is tied', '1 file is copied']
+    """
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(starred(text), []).append(text)
+    for text, group in groups.items():
+        yield f"{len(group)} × {text}" if len(group) > 1 else group[0]
+
+
 def lines_of(problems: Iterable[Problem]) -> list[str]:
     """Problems for a terminal, those of one kind told once, with the first of the other places."""
-    return [_told(group) for group in _alike(list(problems))]
+    return [_told(group) for group in _kinds(list(problems))]
 
 
 def warn(problems: Iterable[Problem]) -> None:
@@ -84,7 +97,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _alike(problems: Sequence[Problem]) -> list[list[Problem]]:
+def _kinds(problems: Sequence[Problem]) -> list[list[Problem]]:
     """One text at many places; or one fault of a weight that every layer has, with the layer's own numbers."""
     texts = Counter(map(_text, problems))
     groups: dict[tuple[str, ...], list[Problem]] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraformat.cli.check import verdict_json
-from loraformat.cli.printing import echo_json
+from loraformat.cli.printing import alike, echo_json
 from loraformat.plan import size
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         echo_json(plan.as_json())
         return
-    for line in (*plan.steps, *(f"note: {note}" for note in plan.notes)):
+    for line in (*plan.steps, *(f"note: {note}" for note in alike(plan.notes))):
         click.echo(line)
     click.echo(f"reads {size(plan.reads)}, writes {size(plan.writes)} to {plan.options.out}, memory {size(plan.peak)}")
 
