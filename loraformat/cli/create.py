@@ -117,7 +117,7 @@ def convert(
     from loraformat.verbs.convert import target_layout
 
     _, why = target_layout(destination, to_layout)
-    adapter, warnings, found, to = run(
+    done = run(
         source,
         destination,
         from_layout=from_layout,
@@ -127,7 +127,8 @@ def convert(
         hints=hints(names, axes),
         force=force,
     )
-    _proof(adapter, destination, f"{found.name} → {to.name} ({why})", as_json, command("info", destination), warnings)
+    what = f"{done.source.name} → {done.destination.name} ({why})"
+    _proof(done.adapter, destination, what, as_json, command("info", destination), done.warnings)
 
 
 @click.command()

@@ -46,7 +46,7 @@ def extract(model: str, out: str, name: str | None, to_layout: str | None, force
     from loraformat.verbs.graph import extract as run
 
     layout, _ = target_layout(out, to_layout)
-    adapter = run(registry.open_base(model), name)
+    adapter = run(registry.open_base(model), name=name)
     save(adapter, out, layout, force=force)
     if as_json:
         echo_json({"schema": 1, "verb": "extract", "out": out, "digest": digest(adapter), "targets": len(adapter)})
