@@ -205,7 +205,7 @@ def test_ctrl_c_ends_with_a_word_and_leaves_nothing(tmp_path):
     lf.save(lf.Adapter({"x.weight": update}), tmp_path / "a.safetensors")
     # A shell's background job ignores SIGINT, and so would its children. In all the sleep is longer than we wait.
     slow = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    slow += "import time, loraformat.progress as p; p.advance = lambda n: time.sleep(0.2); "
+    slow += "import time, loraformat.progress as p; p.advance = lambda n: time.sleep(1); "
     words = ["merge", "a.safetensors", "--into", "base.safetensors", "-o", "m.safetensors"]
     with subprocess.Popen(
         [sys.executable, "-c", slow + MAIN, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -214,7 +214,7 @@ def test_ctrl_c_ends_with_a_word_and_leaves_nothing(tmp_path):
         while not list(tmp_path.glob(".m.safetensors.*")) and time.monotonic() < deadline:
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (130, b"")
     assert err.decode().strip() == "interrupted"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
