@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough for the tests; an index that offers one may be given in PIP_EXTRA_INDEX_URL.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
 # The JavaScript that `info --how js` prints is run where node and npm are.
 NODE := $(if $(shell command -v npm),node_modules/onnxruntime-node)
 
@@ -19,11 +21,11 @@ demo: $(CORE)
 	$(BIN)/python examples/minilm/demo.py
 
 test: $(TEST) $(NODE)
-	$(BIN)/python -m pytest -q -m "not peer and not slow"
-	$(BIN)/python -m pytest -q -m "peer or slow"
+	$(PYTEST) -m "not peer and not slow"
+	$(PYTEST) --dist loadfile -m "peer or slow"
 
 fast: $(TEST)
-	$(BIN)/python -m pytest -q -m "not peer and not slow"
+	$(PYTEST) -m "not peer and not slow"
 
 lint: $(LINT)
 	$(BIN)/ruff check .

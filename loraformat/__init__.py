@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
     from loraformat.verbs.convert import convert
-    from loraformat.verbs.graph import detach
+    from loraformat.verbs.graph import detach, extract
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
@@ -54,6 +54,7 @@ __all__ = [
     "convert",
     "detach",
     "digest",
+    "extract",
     "from_tensors",
     "init",
     "load",
@@ -69,8 +70,8 @@ _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
     **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
+    **dict.fromkeys(("detach", "extract"), "verbs.graph"),
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),
-    "detach": "verbs.graph",
     "Adapter": "adapter",
     "Placement": "axes",
     "Hints": "resolve",

@@ -7,9 +7,11 @@ the two whatever the key looks like. In a model of several components the key be
 
 from __future__ import annotations
 
+import heapq
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 __all__ = ["NAME_SPACES", "ROLES", "join", "key_fault", "name_space_fault", "nearest", "split", "split_role"]
 
@@ -86,11 +88,27 @@ def split_role(tensor: str) -> tuple[str, str]:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like ``name``, best first: for "did you mean"."""
+    """The names most like ``name``, best first: for "did you mean".
+
+    >>> nearest("layers.1.qroj", [f"layers.{i}.{leaf}" for i in range(100) for leaf in ("q_proj", "o_proj")], 1)
+    ['layers.1.q_proj']
+    """
     import difflib  # slow to import, and needed only when something is wrong
 
     pool = list(names)
-    if len(pool) > 2000:  # difflib is quadratic: keep those that share the last component
-        tail = name.rpartition(".")[0].rpartition(".")[2] or name
-        pool = [n for n in pool if tail in n][:2000]
+    if (
+        len(pool) > _COMPARED
+    ):  # a letter by letter comparison takes 0.3 ms: of 300 names with each of 200, half a minute
+        own = _pairs(name)
+        likeness = {other: len(own & pairs) / (len(own) + len(pairs)) for other in pool if (pairs := _pairs(other))}
+        pool = heapq.nlargest(_COMPARED, likeness, key=likeness.__getitem__)
     return difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
+
+
+_COMPARED = 16
+
+
+@lru_cache(1 << 16)
+def _pairs(name: str) -> frozenset[str]:
+    """Letters beside each other: two names that share many are perhaps alike."""
+    return frozenset(name[i : i + 2] for i in range(len(name) - 1))

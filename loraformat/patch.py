@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from threading import Event
 from typing import BinaryIO
 
 from loraformat import progress
@@ -45,7 +46,8 @@ def write_patched(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) 
         OSError: the source became shorter, or the target cannot be written.
         ValueError: patches overlap, or the tiles of one have not its length.
     """
-    pieces = list(_pieces(target, source, sorted(patches, key=lambda p: (p.start, p.stop))))
+    over = Event()
+    pieces = list(_pieces(target, source, sorted(patches, key=lambda p: (p.start, p.stop)), over))
     pool = ThreadPoolExecutor(_WORKERS)
     try:
         with one_blas_thread():
@@ -53,34 +55,39 @@ def write_patched(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) 
         for piece in done:
             piece.result()
     finally:
+        over.set()  # who presses Ctrl-C does not wait for gigabytes
         pool.shutdown(cancel_futures=True)
 
 
-def _pieces(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) -> Iterator[Callable[[], None]]:
-    """What is to be done, each at its own place in the target."""
+def _pieces(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch], over: Event) -> Iterator[Callable[[], None]]:
+    """What is to be done, each at its own place in the target, until it is ``over``."""
     position = offset = 0
     for patch in patches:
         if patch.start < position:
             raise ValueError(f"two patches overlap at byte {patch.start}")
-        yield partial(_copy, source, position, target, offset, patch.start - position)
+        yield partial(_copy, source, position, target, offset, patch.start - position, over)
         offset += patch.start - position
-        yield partial(_replace, target, offset, patch)
+        yield partial(_replace, target, offset, patch, over)
         position, offset = patch.stop, offset + patch.length
     size = os.fstat(source.fileno()).st_size
-    yield partial(_copy, source, position, target, offset, size - position)
+    yield partial(_copy, source, position, target, offset, size - position, over)
 
 
-def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, length: int) -> None:
+def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, length: int, over: Event) -> None:
     for begin in range(0, length, _WRITEBACK):
+        if over.is_set():
+            return
         count = min(_WRITEBACK, length - begin)
         copy_range(source, start + begin, target, offset + begin, count)
         start_writing(target, offset + begin, count)
         progress.advance(count)
 
 
-def _replace(target: BinaryIO, offset: int, patch: Patch) -> None:
+def _replace(target: BinaryIO, offset: int, patch: Patch, over: Event) -> None:
     written = asked = 0
     for tile in patch.tiles():
+        if over.is_set():
+            return
         write_range(target, tile, offset + written)
         written += len(tile)
         if written - asked >= _WRITEBACK:

@@ -72,13 +72,13 @@ def detect(source: Source) -> tuple[Layout, str]:
 
 
 def _unclaimed(source: Source) -> LoraFormatError:
-    what = f"no known layout claims {source.path}"
-    if (
-        source.file is None or source.torch or source.file.suffix == ".safetensors"
-    ):  # else it is no wonder that no tensors are found
+    what, fix = f"no known layout claims {source.path}", f"known layouts: {', '.join(layouts())}"
+    if source.file is None or source.torch or source.file.suffix == ".safetensors":  # else no tensors are no wonder
         what += f"; its first tensors: {', '.join(list(source.tensors)[:3]) or 'none'}"
-    known = f"known layouts: {', '.join(layouts())}"
-    return LoraFormatError([Problem("LF-501", what, fix=known), *_loaded("loraformat.layouts")[1]])
+    else:
+        bases = [kind.describes for kind in _loaded("loraformat.bases")[0].values() if kind.recognises(source.path)]
+        fix = f"it looks like a base, not an adapter: {bases[0]}" if bases else fix
+    return LoraFormatError([Problem("LF-501", what, fix=fix), *_loaded("loraformat.layouts")[1]])
 
 
 def read(

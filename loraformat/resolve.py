@@ -79,9 +79,13 @@ class Resolution:
 
     def require(self) -> Resolution:
         """Itself, if every target is resolved; LoraFormatError with all that are not."""
-        if problems := [*self.unresolved, *self.ambiguous]:
-            raise LoraFormatError(problems)
-        return self
+        problems = [*self.unresolved, *self.ambiguous]
+        if not problems:
+            return self
+        if len(problems) > 1 and not self.targets and all(p.rule == "LF-602" for p in problems):
+            what = f"none of the adapter's {len(problems)} targets is found: is this the base that it was trained on?"
+            problems.insert(0, Problem("LF-602", what))
+        raise LoraFormatError(problems)
 
     @property
     def rungs(self) -> str:

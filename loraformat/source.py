@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.container import Container
 from loraformat.errors import LoraFormatError, fault
+from loraformat.names import nearest
 from loraformat.pickled import is_torch
 
 if TYPE_CHECKING:
@@ -108,8 +109,19 @@ def not_found(path: str) -> LoraFormatError:
         return fault("LF-701", f"{path} is a link to {os.readlink(path)}, which does not exist")
     folder, _, name = path.rpartition("/")
     hub = "://" in path or (name and folder and "/" not in folder and not os.path.exists(folder))
-    fix = "a path on this machine is meant; from a hub, download it first" if hub else ""
+    if hub:
+        fix = "a path on this machine is meant; from a hub, download it first"
+    else:
+        close = nearest(name, _names_in(folder or "."), 1)
+        fix = f"did you mean {path.removesuffix(name)}{close[0]}?" if close else ""
     return fault("LF-701", f"no such file or folder: {path}", fix=fix)
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _tensor_file(folder: Path) -> Path | None:

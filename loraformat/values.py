@@ -67,7 +67,7 @@ def value_problems(adapter: Adapter) -> Iterator[Problem]:
         if not finite:
             yield Problem("LF-312", "the tensor holds NaN or what is no finite float32", where, "the training diverged")
         elif zero and kind in ADDITIVE:
-            what = "every value is zero: the target does not change (fresh, or never trained)"
+            what = "every value is zero: this part changes nothing (fresh, or never trained)"
             yield Problem("LF-313", what, where, severity="warning")
     for key, update in adapter.items():
         if update.sketch is not None and not np.isfinite(update.sketch).all():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -126,3 +127,48 @@ def test_a_value_that_verify_would_miss_in_a_sum_is_found(run, home):
     told = run("verify", "--base", "base", "--adapter", "10.safetensors", "--merged", "out")
     assert told.code == 1
     assert "1 of 35 values" in told.out
+
+
+# What is printed to go on with.
+
+
+def following(told):
+    """The words of the command after ``next:``."""
+    words = shlex.split(told.err.rpartition("next: ")[2])
+    assert words.pop(0) == "loraformat"
+    return words
+
+
+def test_the_command_that_a_success_ends_with_is_asked_as_the_merge_was_and_works(run, home):
+    (home / "10.safetensors").rename(home / "my adapter.safetensors")
+    (home / "map.json").write_text(json.dumps({"a.weight": "a.weight"}))
+    strength = ["--only", "a", "--scale", "a.weight=3", "--axes", "a=out,in", "--names", "map.json"]
+    told = run("merge", "my adapter.safetensors:-0.5", "--into", "base", "-o", "out", *strength)
+    words = following(told)
+    assert words[0] == "verify"
+    assert "'my adapter.safetensors:-0.5'" in told.err
+    assert run(*words).code == 0
+    words.remove("--scale")
+    words.remove("a.weight=3")
+    assert run(*words).code == 1
+
+
+def test_what_was_verified_is_not_said_to_be_verified_next(run, home):
+    words = following(run("merge", "10.safetensors", "--into", "base", "-o", "out", "--verify"))
+    assert words == ["info", "out"]
+    assert run(*words).code == 0
+
+
+def test_a_merge_that_does_not_verify_ends_without_what_comes_next(run, home, monkeypatch):
+    from loraformat.cli import deploy
+    from loraformat.verbs.verify import Verdict
+
+    monkeypatch.setattr(deploy, "_read_again", lambda *a: Verdict({"a.weight": 1.0}, 0, [lf.Problem("LF-611", "off")]))
+    told = run("merge", "10.safetensors", "--into", "base", "-o", "out", "--verify")
+    assert (told.code, "next:" in told.err) == (1, False)
+
+
+def test_json_has_what_a_person_is_told_of_a_merge(run, home):
+    told = run("merge", "10.safetensors", "--into", "base", "-o", "out", "--verify", "--json")
+    assert (told.code, told.err) == (0, "")
+    assert list(told.json) == ["schema", "verb", "out", "written", "targets", "notes", "warnings", "verified"]

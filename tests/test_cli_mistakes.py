@@ -27,6 +27,7 @@ WRONG = {
     "unknown option": (["info", GPT2, "--jason"], 2, "No such option"),
     "missing argument": (["info"], 2, "Missing argument"),
     "missing file": (["info", "nothing-here"], 1, "LF-701  no such file or folder: nothing-here"),
+    "nearly a file": (["info", f"{GPT2[:-1]}"], 1, f"did you mean {GPT2}?"),
     "a name on a hub": (["info", "meta-llama/Llama"], 1, "from a hub, download it first"),
     "a base on a hub": (["merge", GPT2, "--into", "https://hub.example/x", "-o", "m.safetensors"], 1, "from a hub, download it first"),
     "the configuration for the adapter": (["info", f"{GPT2}/adapter_config.json"], 1, f"name the folder that it lies in: {GPT2}"),
@@ -36,7 +37,7 @@ WRONG = {
     "a checkpoint as adapter": (["convert", LINEAR_BASE, "o.safetensors"], 1, "LF-501  no known layout claims"),
     "adapter and base swapped": (["merge", LINEAR_BASE, "--into", LINEAR, "-o", "m.safetensors"], 1, "are adapter and base swapped?"),
     "swapped for resolve": (["resolve", LINEAR_BASE, "--in", LINEAR], 1, "are adapter and base swapped?"),
-    "another model's base": (["merge", LINEAR, "--into", BASE, "-o", "m.safetensors"], 1, "LF-602"),
+    "another model's base": (["merge", LINEAR, "--into", BASE, "-o", "m.safetensors"], 1, "LF-602  none of the adapter's 4 targets is found"),
     "unknown layout to": (["convert", GPT2, "out.safetensors", "--to", "peff"], 2, 'unknown layout "peff".  Known: native, peft.  Did you mean "peft"?'),
     "unknown layout from": (["convert", GPT2, "out.safetensors", "--from", "natve"], 2, 'Did you mean "native"?'),
     "a layout that cannot be guessed": (["convert", GPT2, "out.bin"], 2, "which layout is out.bin?"),
@@ -106,6 +107,13 @@ def test_a_missing_extra_names_what_to_install(run, monkeypatch, tmp_path):
         assert (told.code, told.out) == (1, "")
         assert told.err.startswith("LF-704  reading m.onnx needs the onnx package")
         assert "pip install 'loraformat[onnx]'" in told.err
+
+
+def test_a_model_for_an_adapter_is_told_to_be_a_base(run, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    told = run("validate", "m.onnx")
+    assert (told.code, told.err) == (1, "")
+    assert "it looks like a base, not an adapter: ONNX model" in told.out
 
 
 def test_one_fault_of_many_targets_is_told_once(run, tmp_path):
@@ -211,7 +219,7 @@ def test_an_adapter_that_changes_nothing_is_told_and_merged(run, tmp_path):
     assert run("init", BASE, "-t", "c_fc", "-r", "4", "-a", "8", "-o", "i.safetensors").code == 0
     told = run("merge", "i.safetensors", "--into", BASE, "-o", "m.safetensors")
     assert told.code == 0
-    assert "2 of 2 targets of i.safetensors have a factor that is all zero: they change nothing" in told.err
+    assert "2 of 2 targets of i.safetensors have a part that is all zero: it changes nothing" in told.err
     assert load_file(tmp_path / "m.safetensors").keys() == load_file(f"{BASE}/model.safetensors").keys()
 
 

@@ -86,7 +86,7 @@ def test_the_python_code_runs_the_demos_minilm(run, tmp_path):
 
 def test_the_python_code_runs_an_attached_model(run, attached, tmp_path):
     code = printed(run, attached, "python")
-    assert "# Attached: default (branch, 1 targets), always on." in code
+    assert "# Attached: default (branch, 1 target), always on." in code
     assert run_python(code, tmp_path) == [["y", "float32 (1, 8, 5)"]]
 
 

@@ -100,8 +100,13 @@ def test_an_attached_adapter_is_told_by_name_digest_and_targets(run, tmp_path):
     assert run("info", "out.onnx", "--json").json["attached"] == [
         {"name": "style", "mode": "branch", "digest": lf.digest(made), "targets": ["w"]}
     ]
-    assert f"attached: style (branch, 1 targets, digest {lf.digest(made)[:12]})" in run("info", "out.onnx").out
-    assert "# Attached: style (branch, 1 targets), always on." in run("info", "out.onnx", "--how", "python").out
+    assert f"attached: style (branch, 1 target, digest {lf.digest(made)[:12]})" in run("info", "out.onnx").out
+    assert [(row["operator"], row["uses"]) for row in run("info", "out.onnx", "--json").json["weights"]] == [
+        ("MatMul", 1)
+    ]
+    weights = run("info", "out.onnx", "--json").json["weights"]
+    assert [(row["operator"], row["uses"]) for row in weights] == [("MatMul", 1)]
+    assert "# Attached: style (branch, 1 target), always on." in run("info", "out.onnx", "--how", "python").out
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "3", '{"name": 5, "targets": 7}', '{"targets": {"a": 1}}'])

@@ -122,7 +122,7 @@ def test_an_adapter_may_have_one_prefix_more_for_all(tmp_path):
 def test_a_prefix_is_told_by_the_plan(tmp_path):
     base = open_base(save(chain("/q/MatMul"), tmp_path / "base.onnx"))
     plan = prepare("merge", [("default", adapter({"decoder.q.weight": (6, 6)}))], base, Options(tmp_path / "out.onnx"))
-    assert plan.notes == ("prefix: the graph's names are the adapter's without decoder.",)
+    assert plan.notes == ("prefix: the graph's names are the adapter's without decoder. in front",)
 
 
 def test_a_prefix_that_does_not_serve_all_targets_serves_none(tmp_path):
@@ -135,7 +135,7 @@ def test_two_prefixes_that_serve_all_are_a_choice_that_nobody_made(tmp_path):
     made = chain("/encoder/layers.0/q/MatMul", "/decoder/layers.0/q/MatMul")
     problem = refusal(made, ["layers.0.q.weight"], tmp_path)
     assert problem.rule == "LF-603"
-    assert "with decoder., with encoder." in problem.what
+    assert "with decoder. in front, with encoder. in front" in problem.what
 
 
 @pytest.mark.parametrize(

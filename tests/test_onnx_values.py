@@ -367,7 +367,7 @@ def test_the_base_is_given_on_the_command_line(run, tmp_path):
     save(two(normal(6, 8, seed=1), w.T), tmp_path / "base.onnx")
     lf.save(adapter({"enc.q.weight": (8, 6)}), tmp_path / "a.safetensors")
     assert run("resolve", "a.safetensors", "--in", "base.onnx").code == 1
-    assert "1 resolved by fingerprint" in run("resolve", "a.safetensors", "--in", "base.onnx", "--base", source).err
+    assert "1/1 targets by fingerprint" in run("resolve", "a.safetensors", "--in", "base.onnx", "--base", source).err
     assert run("attach", "a.safetensors", "--to", "base.onnx", "-o", "out.onnx").code == 1
     assert run("attach", "a.safetensors", "--to", "base.onnx", "-o", "out.onnx", "--base", source).code == 0
     told = run("merge", "a.safetensors", "--into", "base.onnx", "-o", "m.onnx", "--base", source)

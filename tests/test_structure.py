@@ -32,7 +32,17 @@ ORDER = (
     *("sketch", "bound"),
     *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.graph", "verbs.verify", "verbs.convert"),
     *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
-    *("cli", "cli.options", "cli.progress", "cli.adapters", "cli.validate", "cli.bases", "cli.info", "cli.layouts"),
+    *(
+        "cli",
+        "cli.options",
+        "cli.printing",
+        "cli.progress",
+        "cli.adapters",
+        "cli.validate",
+        "cli.bases",
+        "cli.info",
+        "cli.layouts",
+    ),
     *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}

@@ -1,11 +1,12 @@
 """The demo: an adapter trained with PEFT runs inside a model that somebody else exported, and gives PEFT's numbers.
 
 No torch, no PEFT: the adapter, the task and PEFT's outputs lie beside this file (README.md says how they were made).
-Every command is printed as a person would type it. Exits 1 if the proof fails.
+Every command is printed as a person would type it. Exits 1 if a command or the proof fails.
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import importlib.metadata
 import json
@@ -42,18 +43,22 @@ def main() -> int:
     SHORT[str(base)] = "$BASE"
 
     adapter, merged, attached = OUT / "minilm.lora.safetensors", OUT / "merged.onnx", OUT / "attached.onnx"
+    detached, extracted = OUT / "detached.onnx", OUT / "extracted.lora.safetensors"
     run("loraformat", "convert", HERE / "adapter", adapter, "--force")
     run("loraformat", "validate", adapter)
     run("loraformat", "merge", adapter, "--into", base, "-o", merged, "--force")
-    run("loraformat", "attach", adapter, "--to", base, "-o", attached, "--force")
     run("loraformat", "verify", "--base", base, "--adapter", adapter, "--merged", merged)
+    run("loraformat", "attach", adapter, "--to", base, "-o", attached, "--verify", "--force")
+    run("loraformat", "detach", attached, "-o", detached, "--force")
+    run("loraformat", "extract", attached, "-o", extracted, "--force")
+    given_back = all([same(detached, base), same(extracted, adapter)])
 
     files = {"base": base, "merged": merged, "attached": attached}
     answers = {name: Encoder(path, arrays) for name, path in files.items()}
     show_answers(task, answers)
-    proved = prove(arrays, answers)
+    proved = prove(arrays, answers) and given_back
     verdict = "PROVED" if proved else "NOT PROVED"
-    say(f"\n{time.perf_counter() - started:.0f} s in all. {verdict}: the same numbers as PEFT.")
+    say(f"\n{time.perf_counter() - started:.0f} s in all. {verdict}: the same numbers as PEFT, and the way back.")
     return 0 if proved else 1
 
 
@@ -104,6 +109,13 @@ def run(*command: str | Path) -> None:
     say(f"  ({time.perf_counter() - begin:.1f} s)")
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def same(found: Path, wanted: Path) -> bool:
+    """Print whether two files are equal, byte for byte."""
+    equal = filecmp.cmp(found, wanted, shallow=False)
+    say(f"  {found} {'is' if equal else 'IS NOT'} {short(str(wanted))}, byte for byte")
+    return equal
 
 
 def show_answers(task: dict[str, Any], answers: dict[str, Encoder]) -> None:

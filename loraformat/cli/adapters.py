@@ -126,5 +126,5 @@ def _check_values(adapter: Adapter, path: str) -> None:
     if errors := [p for p in found if p.severity == "error"]:
         raise LoraFormatError(errors)
     if zero := len({p.where.rpartition(".")[0] for p in found}):
-        text = f"note: {zero} of {len(adapter)} targets of {path} have a factor that is all zero: they change nothing"
+        text = f"note: {zero} of {len(adapter)} targets of {path} have a part that is all zero: it changes nothing"
         click.echo(text, err=True)

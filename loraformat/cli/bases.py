@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loraformat.cli.options import table
+from loraformat.cli.printing import counted, table
 from loraformat.plan import size
 
 __all__ = ["base_lines"]
@@ -66,7 +66,7 @@ def _onnx(path: str, found: Mapping[str, Any]) -> Iterator[str]:
         )
     for entry in found["attached"]:
         digest = f", digest {entry['digest'][:12]}" if entry["digest"] else ""
-        yield f"attached: {entry['name']} ({entry['mode']}, {len(entry['targets'])} targets{digest})"
+        yield f"attached: {entry['name']} ({entry['mode']}, {counted(len(entry['targets']), 'target')}{digest})"
     yield f"next: loraformat info {path} --how python"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from loraformat.cli.adapters import open_both
-from loraformat.cli.options import echo_json, hints, json_flag, mapping, origin, printable, shown, strength, warn
+from loraformat.cli.options import hints, json_flag, mapping, origin, strength
+from loraformat.cli.printing import alike, echo_json, lines_of, printable, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,34 +63,24 @@ def resolve(
 
 
 def _print(resolution: Resolution) -> None:
-    """Failures first; targets that differ only in their numbers in one line."""
-    failures: dict[tuple[str, str], list[Problem]] = {}
-    for problem in [*resolution.unresolved, *resolution.ambiguous]:
-        failures.setdefault((problem.rule, _starred(problem.where)), []).append(problem)
-    for alike in failures.values():
-        click.echo(shown(alike[0]))
-        if more := alike[1:]:
-            click.echo(f"        and {len(more)} more like it: {', '.join(printable(p.where) for p in more[:3])}…")
+    """Failures first; targets that differ only in their numbers as one."""
+    failed = [*resolution.unresolved, *resolution.ambiguous]
+    for line in lines_of(failed):
+        click.echo(line)
     several = len({match.file for places in resolution.targets.values() for match in places}) > 1
-    lines: dict[str, list[str]] = {}
-    for key, places in resolution.targets.items():
-        for match in places:
-            line = _line(key, match, match.file if several else "")
-            lines.setdefault(_starred(line), []).append(line)
-    for starred, lines_alike in lines.items():
-        click.echo(printable(f"{len(lines_alike)} × {starred}" if lines_alike[1:] else lines_alike[0]))
-    failed = len({p.where for p in [*resolution.unresolved, *resolution.ambiguous]})
-    click.echo(f"{len(resolution.targets)} resolved by {resolution.rungs or 'nothing'}, {failed} not", err=True)
+    found = [(key, match) for key, places in resolution.targets.items() for match in places]
+    for text in alike(_place(key, match, match.file if several else "") for key, match in found):
+        click.echo(text)
+    total = len(resolution.targets) + len({problem.where for problem in failed} - resolution.targets.keys())
+    by = f" by {resolution.rungs}" if resolution.targets else ""
+    click.echo(f"{len(resolution.targets)}/{total} targets{by}", err=True)
 
 
-def _line(key: str, match: Match, file: str) -> str:
+def _place(key: str, match: Match, file: str) -> str:
+    """A target, where it lies, and what says so, a line each."""
     where = f"{match.node} ({match.weight})" if match.node else match.weight
-    return f"{key} → {f'{file}: ' if file else ''}{where} [{match.placement.spec}]  by {'; '.join(match.evidence)}"
-
-
-def _starred(text: str) -> str:
-    """The text with every number as ``*``: what the layers of a model have in common."""
-    return re.sub(r"(?<![A-Za-z0-9])\d+(\.\d+)?(?![A-Za-z0-9])", "*", text)
+    place = f"→ {f'{file}: ' if file else ''}{where} [{match.placement.spec}]"
+    return "\n    ".join(map(printable, (key, place, f"by {'; '.join(match.evidence)}")))
 
 
 def _write_stub(path: Path, base: Base, failed: Sequence[Problem]) -> None:
@@ -120,7 +110,9 @@ def _write_stub(path: Path, base: Base, failed: Sequence[Problem]) -> None:
 @strength
 @mapping
 @json_flag
+@click.pass_context
 def verify(
+    ctx: click.Context,
     base: str,
     adapters: tuple[str, ...],
     merged: str,
@@ -136,25 +128,22 @@ def verify(
 
     opened, gathered = open_both(adapters, base, only, scale)
     given = [(adapter, 1.0) for _, adapter in gathered.adapters]
-    report(run(opened, given, registry.open_base(merged), hints(names, axes)), merged, as_json)
-
-
-def report(verdict: Verdict, merged: str, as_json: bool) -> None:
-    """Print what was compared; ends the command with 1 if something differs."""
+    verdict = run(opened, given, registry.open_base(merged), hints(names, axes))
     if as_json:
         echo_json({"schema": 1, **verdict_json(verdict)})
     else:
-        for problem in verdict.problems:
-            click.echo(shown(problem))
-        worst = max(verdict.touched.values(), default=0.0)
-        word = "differs" if verdict.problems else "equals base + adapter"
-        click.echo(
-            f"{merged}: {word} · {len(verdict.touched)} touched, relative distance ≤ {worst:.1e} · "
-            f"{verdict.untouched} others bit-identical",
-            err=True,
-        )
-    if verdict.problems:
-        click.get_current_context().exit(1)
+        report(verdict, merged)
+    ctx.exit(1 if verdict.problems else 0)
+
+
+def report(verdict: Verdict, merged: str) -> None:
+    """What differs, and what was compared."""
+    for line in lines_of(verdict.problems):
+        click.echo(line)
+    worst = max(verdict.touched.values(), default=0.0)
+    word = "differs" if verdict.problems else "equals base + adapter"
+    touched = f"{len(verdict.touched)} touched, relative distance ≤ {f'{worst:.1e}' if worst else 0}"
+    click.echo(f"{merged}: {word} · {touched} · {verdict.untouched} others bit-identical", err=True)
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from loraformat.cli.options import Choice, complete_layout, echo_json, force, hints, json_flag, mapping, warn
+from loraformat.cli.options import Choice, complete_layout, force, hints, json_flag, mapping
+from loraformat.cli.printing import command, counted, echo_json, warn
 from loraformat.cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraformat.adapter import Adapter
+    from loraformat.errors import Problem
     from loraformat.scale import ScaleRule
 
 __all__ = ["bind", "convert", "init_"]
@@ -70,7 +74,7 @@ def init_(
         hints=hints(names, axes),
     )
     save(adapter, out, layout, force=force)
-    _proof(adapter, out, f"ΔW = 0, seed {seed}", as_json, f"loraformat info {out}")
+    _proof(adapter, out, f"ΔW = 0, seed {seed}", as_json, command("info", out))
 
 
 @click.command()
@@ -113,7 +117,7 @@ def convert(
     from loraformat.verbs.convert import target_layout
 
     _, why = target_layout(destination, to_layout)
-    adapter, warnings, found, to = run(
+    done = run(
         source,
         destination,
         from_layout=from_layout,
@@ -123,9 +127,8 @@ def convert(
         hints=hints(names, axes),
         force=force,
     )
-    warn(warnings)
-    nothing = f"{found.name} → {to.name} ({why})"
-    _proof(adapter, destination, nothing, as_json, f"loraformat info {destination}")
+    what = f"{done.source.name} → {done.destination.name} ({why})"
+    _proof(done.adapter, destination, what, as_json, command("info", destination), done.warnings)
 
 
 @click.command()
@@ -152,23 +155,27 @@ def bind(
     from loraformat.verbs.convert import save, target_layout
 
     reading, _, _ = registry.read(file)
-    warn(reading.warnings)
     with progress_bar("bind", None, quiet=as_json):
         bound = run(reading.adapter, registry.open_base(base), hints(names, axes), sketches=not no_sketch)
     destination = out or file
     save(bound, destination, target_layout(destination, "native")[0], force=force)
-    _proof(bound, destination, f"bound to {base}", as_json, f"loraformat merge {destination} --into {base} -o OUT")
+    following = command("merge", destination, "--into", base, "-o", "OUT")
+    _proof(bound, destination, f"bound to {base}", as_json, following, reading.warnings)
 
 
-def _proof(adapter: Adapter, out: str, what: str, as_json: bool, following: str) -> None:
-    """The last line of a success: what was written, in numbers, and what comes next."""
+def _proof(
+    adapter: Adapter, out: str, what: str, as_json: bool, following: str, warnings: Sequence[Problem] = ()
+) -> None:
+    """The last line of a success: what was written, in numbers, and what comes next; before it, what the reader warns of."""
     from loraformat.identity import digest
 
     placed = sum(update.placement is not None for update in adapter.values())
     scales = sorted({update.scale for update in adapter.values() if update.scale is not None})
     if as_json:
-        echo_json({"schema": 1, "out": out, "digest": digest(adapter), "targets": len(adapter), "placed": placed})
+        said = {"schema": 1, "out": out, "digest": digest(adapter), "targets": len(adapter), "placed": placed}
+        echo_json({**said, "warnings": [problem.as_json() for problem in warnings]})
         return
+    warn(warnings)
     span = f"{scales[0]:.4g}–{scales[-1]:.4g}" if len(scales) > 1 else "".join(f"{s:.4g}" for s in scales)
-    said = f"{len(adapter)} targets, {placed} placed · scale {span} · digest {digest(adapter)[:12]}"
-    click.echo(f"{out}: {what} · {said} · next: {following}", err=True)
+    held = f"{counted(len(adapter), 'target')}, {placed} placed · scale {span} · digest {digest(adapter)[:12]}"
+    click.echo(f"{out}: {what} · {held} · next: {following}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,9 +11,10 @@ import click
 
 from loraformat.cli.adapters import open_both
 from loraformat.cli.check import report
-from loraformat.cli.options import Choice, force, hints, json_flag, mapping, origin, strength, warn
+from loraformat.cli.options import Choice, force, hints, json_flag, mapping, origin, strength
+from loraformat.cli.printing import alike, command, echo_json, warn
 from loraformat.cli.progress import progress_bar
-from loraformat.cli.proof import show_plan, show_proof
+from loraformat.cli.proof import json_of, show_plan, show_proof
 
 if TYPE_CHECKING:
     from loraformat.base import Base
@@ -55,7 +57,7 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 
     Several adapters are applied one after the other; a number after the last colon weighs one.
     """
-    _carry_out("merge", adapters, base, out, **options)
+    _carry_out(_Asked(verb="merge", words=adapters, base=base, out=out, **options))
 
 
 @click.command()
@@ -74,57 +76,77 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 @json_flag
 def attach(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
     """Write an ONNX model that runs the branch s·B·A·x beside each target; its own weights are not touched."""
-    _carry_out("attach", adapters, base, out, **options)
+    _carry_out(_Asked(verb="attach", words=adapters, base=base, out=out, **options))
 
 
-def _carry_out(
-    verb: str,
-    words: tuple[str, ...],
-    base_path: str,
-    out: str,
-    *,
-    only: tuple[str, ...],
-    scale: tuple[str, ...],
-    names: str | None,
-    axes: tuple[str, ...],
-    origin: str | None,
-    plan_only: bool,
-    any_base: bool,
-    force: bool,
-    as_json: bool,
-    verify: bool,
-    inputs: str | None,
-    inline: bool,
-    mode: str = "branch",
-    prefold: bool = False,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """The command line, an option a field."""
+
+    verb: str
+    words: tuple[str, ...]
+    base: str
+    out: str
+    only: tuple[str, ...]
+    scale: tuple[str, ...]
+    names: str | None
+    axes: tuple[str, ...]
+    origin: str | None
+    plan_only: bool
+    any_base: bool
+    force: bool
+    as_json: bool
+    verify: bool
+    inputs: str | None
+    inline: bool
+    mode: str = "branch"
+    prefold: bool = False
+
+    def following(self, base: Base) -> str:
+        """What a person does next: compare the output, if that was not asked for already, else look at it."""
+        from loraformat.base import Runnable
+
+        # The verb verify is told of neither --base nor --inline: it would not find what they made known.
+        if self.verb == "merge" and not (self.verify or self.origin or self.inline):
+            stated = {"--adapter": self.words, "--only": self.only, "--scale": self.scale, "--axes": self.axes}
+            stated["--names"] = (self.names,) if self.names else ()
+            said = [word for flag, values in stated.items() for value in values for word in (flag, value)]
+            return command("verify", "--base", self.base, *said, "--merged", self.out)
+        return command("info", self.out, *(("--how", "python") if isinstance(base, Runnable) else ()))
+
+
+def _carry_out(asked: _Asked) -> None:
     from loraformat.atomic import check_free
     from loraformat.base import Options
     from loraformat.verbs.graph import inlined, prove
     from loraformat.verbs.merge import prepare
 
-    if not plan_only:
-        check_free(Path(out), force)
-    base, gathered = open_both(words, base_path, only, scale)
-    base = inlined(base) if inline else base
-    stated, how = hints(names, axes, origin), Options(Path(out), mode, prefold)
-    plan = prepare(verb, gathered.adapters, base, how, stated, any_base=any_base)
-    if plan_only:
-        show_plan(plan, as_json)
+    if not asked.plan_only:
+        check_free(Path(asked.out), asked.force)
+    base, gathered = open_both(asked.words, asked.base, asked.only, asked.scale)
+    base = inlined(base) if asked.inline else base
+    stated = hints(asked.names, asked.axes, asked.origin)
+    how = Options(Path(asked.out), asked.mode, asked.prefold)
+    plan = prepare(asked.verb, gathered.adapters, base, how, stated, any_base=asked.any_base)
+    if asked.plan_only:
+        show_plan(plan, asked.as_json)
         return
-    if not as_json:
+    if not asked.as_json:
         warn(gathered.warnings)
-        for note in plan.notes:
+        for note in alike(plan.notes):
             click.echo(f"note: {note}", err=True)
-    with progress_bar(verb, plan.writes, quiet=as_json):
-        outcome = base.apply(plan, force=force)
-    verdict = _read_again(base, plan, stated) if verify else None
-    proof = prove(base, plan, inputs) if verify and "prove" in base.verbs else None
-    show_proof(plan, outcome, verdict, proof, words, base_path, as_json)
-    if verdict is not None and not as_json:
-        report(verdict, out, as_json)
-    if (verdict is not None and verdict.problems) or (proof is not None and not proof.holds):
-        click.get_current_context().exit(1)
+    with progress_bar(asked.verb, plan.writes, quiet=asked.as_json):
+        outcome = base.apply(plan, force=asked.force)
+    verdict = _read_again(base, plan, stated) if asked.verify else None
+    proof = prove(base, plan, asked.inputs) if asked.verify and "prove" in base.verbs else None
+    holds = not (verdict is not None and verdict.problems) and (proof is None or proof.holds)
+    if asked.as_json:
+        echo_json(json_of(plan, outcome, verdict, proof, gathered.warnings))
+    else:
+        if verdict is not None:
+            report(verdict, asked.out)
+        show_proof(plan, outcome, proof, asked.following(base) if holds else "")
+    click.get_current_context().exit(0 if holds else 1)
 
 
 def _read_again(base: Base, plan: Plan, stated: Hints) -> Verdict:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from loraformat.cli.options import echo_json, force, json_flag
+from loraformat.cli.options import force, json_flag
+from loraformat.cli.printing import command, counted, echo_json
 
 __all__ = ["detach", "extract"]
 
@@ -25,7 +26,7 @@ def detach(model: str, out: str, force: bool, as_json: bool) -> None:
         echo_json({"schema": 1, "verb": "detach", "out": out, "written": outcome.written})
         return
     told = f"what {model} was before attach · {outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
-    click.echo(f'{out}: {told} · next: onnxruntime.InferenceSession("{out}")', err=True)
+    click.echo(f"{out}: {told} · next: {command('info', out)}", err=True)
 
 
 @click.command()
@@ -45,10 +46,10 @@ def extract(model: str, out: str, name: str | None, to_layout: str | None, force
     from loraformat.verbs.graph import extract as run
 
     layout, _ = target_layout(out, to_layout)
-    adapter = run(registry.open_base(model), name)
+    adapter = run(registry.open_base(model), name=name)
     save(adapter, out, layout, force=force)
     if as_json:
         echo_json({"schema": 1, "verb": "extract", "out": out, "digest": digest(adapter), "targets": len(adapter)})
         return
-    told = f"{len(adapter)} targets as they were attached · digest {digest(adapter)[:12]}"
-    click.echo(f"{out}: {told} · next: loraformat info {out}", err=True)
+    told = f"{counted(len(adapter), 'target')} as they were attached · digest {digest(adapter)[:12]}"
+    click.echo(f"{out}: {told} · next: {command('info', out)}", err=True)

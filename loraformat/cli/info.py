@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraformat.cli.options import Choice, complete_layout, echo_json, json_flag, printable, shown
+from loraformat.cli.options import Choice, complete_layout, json_flag
+from loraformat.cli.printing import counted, echo_json, lines_of, printable, table
 from loraformat.errors import LoraFormatError, fault
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def info(path: str, layout: str | None, how: str | None, as_json: bool) -> None:
     from loraformat import registry
 
     if how:
-        _show_how(registry.open_base(path), how)
+        _show_how(registry.open_base(path), how, as_json)
         return
     try:
         reading, found, evidence = registry.read(path, layout)
@@ -58,13 +59,17 @@ def info(path: str, layout: str | None, how: str | None, as_json: bool) -> None:
         click.echo(line)
 
 
-def _show_how(base: Base, language: str) -> None:
+def _show_how(base: Base, language: str, as_json: bool) -> None:
     from loraformat.base import Runnable
 
     if not isinstance(base, Runnable):
         fix = "--how is for one ONNX model, such as FOLDER/decoder_model.onnx; a checkpoint is run by its own framework"
         raise fault("LF-705", f"{base.path} is nothing that a runtime runs as it is", fix=fix)
-    click.echo(base.how(language), nl=False)
+    code = base.how(language)
+    if as_json:
+        echo_json({"schema": 1, "path": str(base.path), "language": language, "code": code})
+    else:
+        click.echo(code, nl=False)
 
 
 def _base(path: str, error: LoraFormatError) -> Base:
@@ -163,14 +168,14 @@ def _lines(adapter: Adapter, reading: Reading) -> list[str]:
         matrix = update.matrix_shape()
         row = (re.sub(r"\d+", "*", key), update.kind, _rank(update), _dims(matrix), dtypes, placed)
         groups.setdefault(row, []).append(key)
-    table: list[tuple[str, ...]] = [("target", "kind", "rank, scale", "[out, in]", "dtype", "axes", "")]
-    table += [(*row, f"×{len(keys)}" if len(keys) > 1 else "") for row, keys in groups.items()]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    rows: list[tuple[str, ...]] = [("target", "kind", "rank, scale", "[out, in]", "dtype", "axes", "")]
+    rows += [(*row, f"×{len(keys)}" if len(keys) > 1 else "") for row, keys in groups.items()]
     name = adapter.base_model.get("name")
     of = f" · base {name}" if isinstance(name, str) else ""
-    head = f"{_count(len(adapter))} · {size(total)} · names: {adapter.names}{of}"
-    return [head, "", *lines, *map(shown, reading.warnings)]
+    bound = sum(update.base_sha256 is not None or update.sketch is not None for update in adapter.values())
+    to = f" · {bound} bound to their weights" if bound else ""
+    head = f"{counted(len(adapter), 'target')} · {size(total)} · names: {adapter.names}{of}{to}"
+    return [head, "", *table(rows), *lines_of(reading.warnings)]
 
 
 def _rank(update: Any) -> str:
@@ -185,7 +190,3 @@ def _rank(update: Any) -> str:
 
 def _dims(matrix: tuple[int, ...] | None) -> str:
     return "×".join(map(str, matrix)) if matrix else "–"
-
-
-def _count(number: int) -> str:
-    return f"{number} target{'' if number == 1 else 's'}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from loraformat.cli.options import echo_json, json_flag, table
+from loraformat.cli.options import json_flag
+from loraformat.cli.printing import echo_json, table
 
 __all__ = ["layouts"]
 

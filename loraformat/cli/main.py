@@ -18,36 +18,24 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 _VERBS = {
-    "init": "create",
-    "validate": "validate",
-    "info": "info",
-    "layouts": "layouts",
-    "convert": "create",
-    "bind": "create",
-    "resolve": "check",
-    "merge": "deploy",
-    "attach": "deploy",
-    "detach": "graph",
-    "extract": "graph",
-    "verify": "check",
-    "completion": "completion",
+    "init": ("create", "make a fresh adapter for a base: ΔW = 0"),
+    "validate": ("validate", "check adapters: every shape, scale and value"),
+    "info": ("info", "say what a file is: adapter, checkpoint or ONNX model"),
+    "layouts": ("layouts", "list the layouts that can be read and written"),
+    "convert": ("create", "write an adapter in another layout"),
+    "bind": ("create", "write into an adapter what its base says"),
+    "resolve": ("check", "say where every target lies in a base, and by which evidence"),
+    "merge": ("deploy", "write a base with adapters added to its weights"),
+    "attach": ("deploy", "write an ONNX model that runs adapters beside its weights"),
+    "detach": ("graph", "write an attached model as it was before"),
+    "extract": ("graph", "write the adapter that is attached to a model"),
+    "verify": ("check", "check that a merged base is base + adapter"),
+    "completion": ("completion", "print the completion script of a shell"),
 }
-# What the overview says of a verb: its module is not imported for one line of text.
-_SAYS = {
-    "init": "make a fresh adapter for a base: ΔW = 0",
-    "validate": "check adapters: every shape, scale and value",
-    "info": "say what a file is: adapter, checkpoint or ONNX model",
-    "layouts": "list the layouts that can be read and written",
-    "convert": "write an adapter in another layout",
-    "bind": "write into an adapter what its base says",
-    "resolve": "say where every target lies in a base, and by which evidence",
-    "merge": "write a base with adapters added to its weights",
-    "attach": "write an ONNX model that runs adapters beside its weights",
-    "detach": "write an attached model as it was before",
-    "extract": "write the adapter that is attached to a model",
-    "verify": "check that a merged base is base + adapter",
-    "completion": "print the completion script of a shell",
-}
+"""Verb → (module, what the overview says of it): no module is imported for one line of text."""
+
+_SHOWN = 20
+"""Lines of problems; --json has them all."""
 
 
 class _Verbs(click.Group):
@@ -59,11 +47,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        if cmd_name == "merge":
-            # It has threads of its own; OpenBLAS's would only wait for each other in products of rank 16. NumPy reads
-            # this when it is loaded, which the verb's module does.
-            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        module = importlib.import_module(f"loraformat.cli.{_VERBS[cmd_name]}")
+        module = importlib.import_module(f"loraformat.cli.{_VERBS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name if cmd_name != "init" else "init_")
         return command
 
@@ -80,12 +64,12 @@ class _Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, _SAYS.get(name, "")) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, says) for name, (_, says) in _VERBS.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
-        verbs = [CompletionItem(name, help=_SAYS.get(name)) for name in _VERBS if name.startswith(incomplete)]
+        verbs = [CompletionItem(name, help=says) for name, (_, says) in _VERBS.items() if name.startswith(incomplete)]
         return verbs if not incomplete.startswith("-") else super().shell_complete(ctx, incomplete)
 
 
@@ -132,15 +116,14 @@ def main() -> None:
 
 
 def _fail(error: LoraFormatError, colour: bool | None) -> None:
-    from loraformat.cli.options import echo_json, echo_line, shown, together
+    from loraformat.cli.printing import echo_json, echo_line, lines_of
 
     if "--json" in sys.argv or "--jsonl" in sys.argv:
         echo = echo_json if "--json" in sys.argv else echo_line
         echo({"schema": 1, "problems": [p.as_json() for p in error.problems]})
     else:
-        problems = together(error.problems)
-        first = problems[:20]
-        click.echo("\n".join(map(shown, first)), err=True, color=colour)
-        if len(problems) > len(first):
-            click.echo(f"… and {len(problems) - len(first)} more (--json lists all)", err=True)
+        lines = lines_of(error.problems)
+        click.echo("\n".join(lines[:_SHOWN]), err=True, color=colour)
+        if (more := len(lines) - _SHOWN) > 0:
+            click.echo(f"… and {more} more (--json lists all)", err=True)
     sys.exit(2 if all(p.rule == "LF-705" for p in error.problems) else 1)

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from loraformat import canonical
-from loraformat.errors import Problem, fault
+from loraformat.errors import fault
 from loraformat.resolve import Hints
 
 __all__ = [
     "Choice",
     "complete_layout",
-    "echo_json",
-    "echo_line",
     "force",
     "hints",
     "json_flag",
     "mapping",
     "origin",
-    "printable",
-    "shown",
     "strength",
-    "table",
-    "warn",
 ]
 
 _SPEC = re.compile(r"\s*(out|in|batch)\d*\s*(,\s*(out|in|batch)\d*\s*)*")
@@ -105,60 +97,3 @@ def _names(path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise fault("LF-705", f"{path} must map target names to names of the base")
     return value
-
-
-def echo_json(value: Any) -> None:
-    """JSON on stdout, for people and programs: two spaces, keys as given."""
-    _echo(value, indent=2)
-
-
-def echo_line(value: Any) -> None:
-    """JSON on one line of stdout, there at once."""
-    _echo(value, indent=None)
-
-
-def _echo(value: Any, indent: int | None) -> None:
-    """Beyond ASCII only where stdout takes all of Unicode: its own escapes are not those of JSON."""
-    import json
-
-    spelled = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-    click.echo(json.dumps(value, indent=indent, ensure_ascii=not spelled, allow_nan=False))
-
-
-def printable(text: str) -> str:
-    """A stranger's text on one line of a terminal: its control characters are shown, not obeyed."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def shown(problem: Problem) -> str:
-    """A problem for a terminal; none of its fields can begin a line of its own. click takes the colour off a pipe."""
-    what, where, fix = map(printable, (problem.what, problem.where, problem.fix))
-    text = str(replace(problem, what=what, where=where, fix=fix))
-    colour = "red" if problem.severity == "error" else "yellow"
-    return click.style(problem.rule, fg=colour) + text.removeprefix(problem.rule)
-
-
-def together(problems: Iterable[Problem]) -> list[Problem]:
-    """For a person: those that differ in nothing but the place as one, with the first places."""
-    alike: dict[tuple[str, ...], list[Problem]] = {}
-    for problem in problems:
-        alike.setdefault((problem.rule, problem.severity, problem.what, problem.fix), []).append(problem)
-    return [replace(group[0], where=_places([p.where for p in group])) for group in alike.values()]
-
-
-def _places(places: list[str]) -> str:
-    shown, rest = (places, 0) if len(places) <= 3 else (places[:2], len(places) - 2)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows of equal length as lines, every column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def warn(problems: Iterable[Problem]) -> None:
-    """Warnings on stderr."""
-    for problem in together(problems):
-        click.echo(shown(problem), err=True)

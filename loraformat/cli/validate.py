@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from loraformat.cli.options import complete_layout, echo_json, echo_line, json_flag, printable, shown, together
+from loraformat.cli.options import complete_layout, json_flag
+from loraformat.cli.printing import counted, echo_json, echo_line, lines_of, printable
 from loraformat.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ def validate(
         registry.layout(layout)
     base = registry.open_base(base_path) if base_path else None
     options = {"layout": layout, "base": base, "limits": Limits(max_bytes, max_rank, max_targets), "strict": strict}
-    results, entries, valid = _results(paths, options, as_lines or as_json), [], True
-    for result in results:
-        valid = valid and result.valid
+    entries, count, valid = [], 0, 0
+    for result in _results(paths, options, as_lines or as_json):
+        count, valid = count + 1, valid + result.valid
         if as_lines:
             echo_line({"schema": 1, **result.as_json()})
         elif as_json:
@@ -82,7 +83,9 @@ def validate(
             _print(result)
     if as_json:
         echo_json({"schema": 1, "files": entries})
-    ctx.exit(0 if valid else 1)
+    if count > 1 and not (as_lines or as_json):
+        click.echo(f"{valid} of {count} adapters are valid", err=True)
+    ctx.exit(0 if valid == count else 1)
 
 
 def _results(paths: tuple[str, ...], options: dict[str, Any], quiet: bool) -> Iterator[Validation]:
@@ -125,11 +128,8 @@ def _copy(source: BinaryIO, file: BinaryIO, limit: int | None) -> None:
 
 
 def _print(result: Validation) -> None:
-    number = result.targets
-    said = (
-        f"  {result.layout} ({result.evidence}), {number} target{'' if number == 1 else 's'}" if result.layout else ""
-    )
+    said = f"  {result.layout} ({result.evidence}), {counted(result.targets, 'target')}" if result.targets else ""
     verdict = click.style("valid", fg="green") if result.valid else click.style("INVALID", fg="red", bold=True)
     click.echo(f"{verdict}  {printable(result.path)}{printable(said)}")
-    for problem in together(result.problems):
-        click.echo("  " + shown(problem).replace("\n", "\n  "))
+    for line in lines_of(result.problems):
+        click.echo("  " + line.replace("\n", "\n  "))

@@ -49,7 +49,8 @@ def check_round_trip(layout: Layout, adapter: Adapter, folder: Path) -> Adapter:
         assert again[key].kind == update.kind, key
         assert again[key].scale == update.scale, (key, again[key].scale, update.scale)
         if update.additive:
-            np.testing.assert_array_equal(again[key].matrix(), update.matrix(), err_msg=key)
+            # equal but for the order of sums: factors that lie otherwise in memory are multiplied otherwise
+            assert relative_error(again[key].matrix(), update.matrix()) <= 1e-6, key
     return again
 
 

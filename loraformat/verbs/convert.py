@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraformat import registry
 from loraformat.atomic import write_file, write_folder
-from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.errors import Problem, fault
 from loraformat.layout import Layout, ReadOptions
 from loraformat.resolve import Hints
 from loraformat.verbs.bind import bind
@@ -17,7 +17,16 @@ from loraformat.verbs.bind import bind
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
 
-__all__ = ["convert", "save", "target_layout"]
+__all__ = ["Converted", "convert", "save", "target_layout"]
+
+
+class Converted(NamedTuple):
+    """What was converted: the adapter, what its reader warns of, the layout that it had and the one that it has now."""
+
+    adapter: Adapter
+    warnings: list[Problem]
+    source: Layout
+    destination: Layout
 
 
 def convert(
@@ -30,10 +39,14 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     hints: Hints | None = None,
     force: bool = False,
-) -> tuple[Adapter, list[Problem], Layout, Layout]:
-    """Read ``source``, bind it to ``base`` if given, write ``destination``; (adapter, warnings, from, to).
+) -> Converted:
+    """Read ``source``, bind it to ``base`` if given, write ``destination``. ΔW stays the same.
 
-    The base also tells the reader shapes that the source leaves open.
+    Args:
+        from_layout, to_layout: by their names; else the source's is told by its content, the destination's by its name.
+        options: what the source does not say, such as alpha.
+        base: a path; it also tells the reader shapes that the source leaves open.
+        hints: what is known of the base.
 
     Raises:
         LoraFormatError: LF-5xx the source, LF-508 what the target cannot carry, LF-7xx the output.
@@ -46,14 +59,10 @@ def convert(
     adapter = reading.adapter
     if opened is not None:
         adapter = bind(adapter, opened, hints)
-    elif (
-        hints
-        and (problems := [Problem("LF-705", "names and axes are stated for a base", fix="give --base")])
-        and (hints.names or hints.axes)
-    ):
-        raise LoraFormatError(problems)
+    elif hints and (hints.names or hints.axes):
+        raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
     save(adapter, destination, to, force=force)
-    return adapter, reading.warnings, layout, to
+    return Converted(adapter, reading.warnings, layout, to)
 
 
 def save(adapter: Adapter, destination: str | os.PathLike[str], layout: Layout, *, force: bool = False) -> None:

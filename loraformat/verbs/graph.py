@@ -30,7 +30,7 @@ def detach(base: Base, out: str | os.PathLike[str], *, force: bool = False) -> O
     return graph.detach(path, force=force)
 
 
-def extract(base: Base, name: str | None = None) -> Adapter:
+def extract(base: Base, *, name: str | None = None) -> Adapter:
     """The adapter that is attached to a model, bit for bit; the one called ``name``, where there are several.
 
     Raises:

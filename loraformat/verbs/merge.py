@@ -57,6 +57,7 @@ def merge(
     out: str | os.PathLike[str],
     hints: Hints | None = None,
     *,
+    any_base: bool = False,
     force: bool = False,
 ) -> Outcome:
     """Write ``base`` with W + ΔW in the place of W, in W's own dtype and orientation.
@@ -64,12 +65,36 @@ def merge(
     Args:
         adapter: one, or several with their weights, applied one after the other.
         out: a file; of a base that is a folder, a folder.
+        any_base: apply an adapter that was bound to other weights.
+        force: replace ``out`` if it exists.
+
+    Returns:
+        Per target ‖W‖, ‖ΔW‖ and what rounding lost of it; the bytes written.
+
+    Raises:
+        LoraFormatError: LF-602 … LF-609 a target is not found, not placed or does not fit; LF-702, LF-703 the output.
     """
-    return base.apply(prepare("merge", weighed(adapter), base, Options(Path(out)), hints), force=force)
+    plan = prepare("merge", weighed(adapter), base, Options(Path(out)), hints, any_base=any_base)
+    return base.apply(plan, force=force)
 
 
 def attach(
-    adapter: Adapter, base: Base, out: str | os.PathLike[str], hints: Hints | None = None, *, force: bool = False
+    adapter: Adapter | Sequence[tuple[Adapter, float]],
+    base: Base,
+    out: str | os.PathLike[str],
+    hints: Hints | None = None,
+    *,
+    prefold: bool = False,
+    any_base: bool = False,
+    force: bool = False,
 ) -> Outcome:
-    """Write ``base`` with the branch s·B·A·x beside each target; the base's weights are not touched."""
-    return base.apply(prepare("attach", [("default", adapter)], base, Options(Path(out)), hints), force=force)
+    """Write ``base``, an ONNX model, with the branch s·B·A·x beside each target; its own weights are not touched.
+
+    Args:
+        prefold: store what a runtime that optimises would compute once, for one that does not.
+
+    The other arguments and the errors are those of ``merge``; LF-608 the base is no graph.
+    """
+    options = Options(Path(out), prefold=prefold)
+    plan = prepare("attach", weighed(adapter), base, options, hints, any_base=any_base)
+    return base.apply(plan, force=force)

@@ -147,10 +147,11 @@ def _compare(
     relative = math.sqrt(square / whole) if whole else math.sqrt(square)
     if not wrong:
         return relative, ""
-    told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded once; relative distance {relative:.2g}"
+    told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded once, relative distance {relative:.2g}"
     if before is None or before.shape != after.shape or len(updates) != 1 or not updates[0].linear:
         return relative, told
-    return relative, told + _cause(base, before, merged, after, updates[0], square)
+    cause = _cause(base, before, merged, after, updates[0], square)
+    return relative, f"{cause}: {told}" if cause else told
 
 
 def _expected(
@@ -185,7 +186,7 @@ def _cause(base: Base, before: Parameter, merged: Base, after: Parameter, update
         for words, guess in _suspects(update, value.astype(np.float64), rows, turned):
             sums[words] = sums.get(words, 0.0) + _square(guess - got)
     words = min(sums, key=sums.__getitem__, default="")
-    return f": {words}" if words and sums[words] < 0.04 * square else ""
+    return words if words and sums[words] < 0.04 * square else ""
 
 
 def _turned(update: Update) -> Array | None:

@@ -37,7 +37,7 @@ def align(wanted: Collection[str], known: Iterable[str]) -> Alignment:
     >>> align(["enc.q", "enc.k"], ["m.enc.q", "m.enc.k", "m.head"]).names
     {'enc.q': 'm.enc.q', 'enc.k': 'm.enc.k'}
     >>> align(["q"], ["encoder.q", "decoder.q"]).rivals
-    ('with decoder.', 'with encoder.')
+    ('with decoder. in front', 'with encoder. in front')
     """
     names = set(known)
     if any(name in names for name in wanted):
@@ -66,7 +66,7 @@ def under(prefix: Prefix, wanted: Iterable[str], names: Collection[str]) -> Alig
 
 def told(more: str, less: str) -> str:
     """A rule in words."""
-    return f"with {more}" if more else f"without {less}" if less else ""
+    return f"with {more} in front" if more else f"without {less} in front" if less else ""
 
 
 def _rule(wanted: str, name: str, layered: bool) -> Prefix | None:

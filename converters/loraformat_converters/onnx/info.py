@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ from loraformat import canonical
 from loraformat.errors import LoraFormatError
 from loraformat_converters.onnx.index import Index
 from loraformat_converters.onnx.model import FLOATS, external
+from loraformat_converters.onnx.record import ATTACHED
 from loraformat_converters.onnx.scopes import tensors
 
-__all__ = ["RECORD_PREFIX", "describe", "values_of"]
-
-RECORD_PREFIX = "loraformat."
-"""Every metadata_props key of ours begins so."""
+__all__ = ["describe", "values_of"]
 
 _OPERATORS_SHOWN = 3
 
@@ -25,6 +23,7 @@ _OPERATORS_SHOWN = 3
 def describe(model: onnx.ModelProto, index: Index, path: Path) -> dict[str, Any]:
     """kind, bytes, ir_version, opsets, producer, inputs, outputs, weights, external, attached."""
     stored = {t.name for t in model.graph.initializer}
+    records = list(_records(model))
     return {
         "kind": "onnx",
         "bytes": path.stat().st_size,
@@ -33,9 +32,9 @@ def describe(model: onnx.ModelProto, index: Index, path: Path) -> dict[str, Any]
         "producer": " ".join(filter(None, (model.producer_name, model.producer_version))) or None,
         "inputs": [{**v, "optional": v["name"] in stored} for v in values_of(model.graph.input)],
         "outputs": list(values_of(model.graph.output)),
-        "weights": _weights(index),
+        "weights": _weights(index, records),
         "external": _external(model, path.parent),
-        "attached": list(_attached(model)),
+        "attached": [_entry(record) for record in records],
     }
 
 
@@ -68,10 +67,13 @@ def _dtype(kind: int) -> str:
         return f"type {kind}"
 
 
-def _weights(index: Index) -> list[dict[str, Any]]:
-    """Uses of weights, one row for an operator and a reason: ``refused`` is null where the weight can be changed."""
+def _weights(index: Index, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Uses of the base's weights, one row for an operator and a reason: ``refused`` is null where one can be changed."""
     rows: dict[tuple[str, str | None], dict[str, Any]] = {}
+    stems = tuple(f"{stem}/" for record in records for stem in _targets(record).values() if isinstance(stem, str))
     for site in index.sites:
+        if site.node.name.startswith(stems):
+            continue  # of an attached adapter
         if not site.known_operator and site.root.data_type not in FLOATS:
             continue  # a constant of shapes or indices, not a weight
         domain = f"{site.node.domain}." if site.node.domain not in ("", "ai.onnx") else ""
@@ -109,21 +111,26 @@ def _size_of(tensor: onnx.TensorProto, folder: Path) -> int | None:
     return place.path.stat().st_size if place else None
 
 
-def _attached(model: onnx.ModelProto) -> Iterator[dict[str, Any]]:
-    """name, mode, digest and targets of what was attached, from the record that ``attach`` leaves."""
+def _records(model: onnx.ModelProto) -> Iterator[dict[str, Any]]:
+    """What ``attach`` wrote, an entry an adapter. A stranger may have edited it: what is not of its type is not said."""
     for prop in model.metadata_props:
-        if not prop.key.startswith(f"{RECORD_PREFIX}attached"):
+        if prop.key != ATTACHED:
             continue
         try:
             record = canonical.loads(prop.value)
         except ValueError:
             record = None
         for entry in record if isinstance(record, list) else [record]:
-            yield _entry(entry if isinstance(entry, dict) else {})
+            yield entry if isinstance(entry, dict) else {}
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A stranger may have edited the record: what is not of its type counts as not said."""
-    targets = record.get("targets")
+    """name, mode, digest and targets of what was attached."""
     words = {name: record[name] if isinstance(record.get(name), str) else None for name in ("name", "mode", "digest")}
-    return {**words, "targets": sorted(targets) if isinstance(targets, dict | list) else []}
+    return {**words, "targets": sorted(_targets(record))}
+
+
+def _targets(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Target → below what name its nodes and tensors lie."""
+    targets = record.get("targets")
+    return targets if isinstance(targets, dict) else {}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Record", "base_sha256"]
+__all__ = ["ATTACHED", "Record", "base_sha256"]
 
 ATTACHED = "loraformat.attached"
 """metadata_props key: a list of what was attached, so that it can be told, checked and taken out again."""
@@ -50,7 +50,7 @@ class Record:
     """The record of an attached model.
 
     Attributes:
-        adapters: of each adapter: name, mode, digest, targets (key → below what its tensors are named), the dtypes of
+        attached: of each adapter: name, mode, digest, targets (key → below what its tensors are named), the dtypes of
             those tensors, and the metadata that its file would hold.
         base: ``sha256`` of the model before, and ``values``: those that stand in the place of a value of the model.
     """

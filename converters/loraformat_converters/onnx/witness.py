@@ -68,10 +68,13 @@ class Names:
             if rivals := self.aligned[rung].rivals:
                 what = f"{rung} fits in {len(rivals)} ways: {', '.join(rivals)}"
                 return fault("LF-603", what, where=key, fix=map_stub(key))
-        spoken = ", ".join(f"{len(table)} {rung}" for rung, table in self.tables.items() if table)
+        spoken = ", ".join(f"{len(table)} {rung}s" for rung, table in self.tables.items() if table)
         close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
         what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
-        return fault("LF-602", f"{what}; nearest: {', '.join(close) or 'none'}", where=key, fix=map_stub(key))
+        if close:
+            return fault("LF-602", f"{what}; nearest: {', '.join(close)}", where=key, fix=map_stub(key))
+        fix = f"{map_stub(key)}; or find it by its values: --base CHECKPOINT, or an adapter bound to one (loraformat bind)"
+        return fault("LF-602", f"{what}; nothing is like it", where=key, fix=fix)
 
     def _by_user(self, key: str) -> list[Witness]:
         """What the user named: a node, or what any rung calls a tensor or module; an error if nothing goes by that name."""

@@ -133,7 +133,8 @@ def _notes(description: Mapping[str, Any]) -> Sequence[str]:
     notes = []
     for entry in description["attached"]:
         state = "always on" if entry["mode"] == "branch" else "fed at run time: zeros leave it off"
-        notes.append(f"Attached: {entry['name']} ({entry['mode']}, {len(entry['targets'])} targets), {state}.")
+        count = len(entry["targets"])
+        notes.append(f"Attached: {entry['name']} ({entry['mode']}, {count} target{'s' * (count != 1)}), {state}.")
     optional = [entry["name"] for entry in description["inputs"] if entry["optional"]]
     if optional:
         notes.append(

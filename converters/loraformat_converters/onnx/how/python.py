@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from loraformat_converters.onnx.how.call import Call, Feed
 
 __all__ = ["code"]
@@ -19,14 +21,19 @@ def code(call: Call) -> str:
     call.types("Python", _TYPES)
     lines = ["import numpy as np", "import onnxruntime as ort", ""]
     lines += [f"# {note}" for note in call.notes]
-    lines += [f'session = ort.InferenceSession({str(call.path)!r}, providers=["CPUExecutionProvider"])']
+    lines += [f'session = ort.InferenceSession({_text(str(call.path))}, providers=["CPUExecutionProvider"])']
     if call.sizes:
         lines += ["", "# Free sizes: put your own."]
         lines += [f"{name} = {value}" for name, value in call.sizes.items()]
-    lines += ["", "feeds = {", *(f"    {feed.name!r}: {_array(feed)}," for feed in call.feeds), "}"]
-    lines += [f"outputs = session.run({list(call.outputs)!r}, feeds)"]
-    lines += [f"for name, value in zip({list(call.outputs)!r}, outputs):", "    print(name, value.dtype, value.shape)"]
+    lines += ["", "feeds = {", *(f"    {_text(feed.name)}: {_array(feed)}," for feed in call.feeds), "}"]
+    lines += [f"names = [{', '.join(map(_text, call.outputs))}]"]
+    lines += ["for name, value in zip(names, session.run(names, feeds)):", "    print(name, value.dtype, value.shape)"]
     return "\n".join(lines) + "\n"
+
+
+def _text(text: str) -> str:
+    """A string of JSON is one of Python, if nothing beyond ASCII is escaped."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _array(feed: Feed) -> str:

@@ -1,0 +1,40 @@
+"""The pages beside the README tell the truth too: links lead somewhere, tables are those of the code."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from loraformat.cli.main import _VERBS
+from loraformat_converters.onnx import record
+from loraformat_converters.onnx.branches import FORMS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "examples/minilm/README.md", *DOCS.glob("*.md"), *(ROOT / "spec").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_link_leads_to_a_file_and_to_a_heading_in_it(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, heading = target.partition("#")
+        if "://" in name:
+            continue
+        found = (page.parent / name) if name else page
+        assert found.exists(), target
+        titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        spelled = [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles]
+        assert not heading or heading in spelled, target
+
+
+def test_the_page_of_errors_is_the_table_of_rules():
+    assert (DOCS / "errors.md").read_text(encoding="utf-8") == runpy.run_path(str(DOCS / "errors.py"))["page"]()
+
+
+def test_the_page_of_graphs_names_every_operator_that_has_a_branch_and_what_the_code_calls_things():
+    text = (DOCS / "onnx.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"`([^`\n]+)`", text)) | {"MatMul"}
+    assert {name.rpartition(".")[2] for name in FORMS} <= said
+    assert {record.ATTACHED, record.BASE, "detach", "extract"} <= said
+    assert {word for word in said if word in _VERBS or word.startswith("--")} >= {"--inline", "--plan", "--verify"}
