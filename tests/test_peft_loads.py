@@ -4,7 +4,6 @@ The adapters are made from the model alone, without a configuration that PEFT wr
 """
 
 import importlib.util
-import sys
 import warnings
 from dataclasses import replace
 
@@ -158,16 +157,13 @@ def test_peft_reads_the_ranks_and_scales_that_the_model_has(torch, model, tmp_pa
 def made(torch):
     """Case → how its golden was made; the model it was trained on, filled again with the same numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONHASHSEED", "0")  # without it the script starts itself again
-        spec = importlib.util.spec_from_file_location("make", HERE / "make.py")
-        make = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "make", make)
-        spec.loader.exec_module(make)
-    cases = {case.name: case for case in make.cases()}
+        patch.syspath_prepend(HERE)
+        models, made_of = importlib.import_module("models"), importlib.import_module("cases")
+    cases = {case.name: case for case in made_of.cases()}
 
     def model(name):
         whole = cases[name].model()
-        make.fill_base(whole, make.Rng(name))
+        models.fill_base(whole, models.Rng(name))
         return whole.to(cases[name].dtype).eval()
 
     return model
