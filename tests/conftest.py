@@ -7,6 +7,11 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run; a slow machine is no failure.
+settings.register_profile("here", deadline=None, derandomize=True, max_examples=150)
+settings.load_profile("here")
 
 
 def pytest_sessionfinish(session):

@@ -210,7 +210,7 @@ def test_values_of_another_byte_order_are_refused(path):
     assert "big-endian" in refusal(path)
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_read_and_never_anything_else(tmp_path_factory, data):
     whole = bytearray(BIN.read_bytes())

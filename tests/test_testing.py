@@ -108,7 +108,7 @@ def test_a_layout_that_refuses_says_so_by_its_rule_and_leaves_nothing(tmp_path):
 
 
 @given(strategies.adapters())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 def test_every_adapter_of_the_strategy_can_be_written(adapter):
     text, tensors = file.check(adapter)
     assert isinstance(tensors, Mapping)
@@ -116,7 +116,7 @@ def test_every_adapter_of_the_strategy_can_be_written(adapter):
 
 
 @given(strategies.placements(), strategies.keys())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_every_placement_of_the_strategy_is_one(placement, key):
     assert placement.fault() is None
     tensor = np.arange(np.prod(placement.shape)).reshape(placement.shape)

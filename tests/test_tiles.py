@@ -51,7 +51,7 @@ def patched(tmp_path, old, pieces):
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_patched_copy_is_the_file_with_its_pieces_exchanged(kernel, tmp_path_factory, data):
     old = data.draw(st.binary(max_size=200))

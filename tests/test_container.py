@@ -1,0 +1,78 @@
+"""The container's bytes: those of the reference serializer, and read again what was written."""
+
+import io
+import math
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraformat import container
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
+FLAVOURS = {
+    "F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4",
+    "U16": "u2", "U8": "u1", "BOOL": "?", "C64": "c8", "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+# The names that safetensors' own serializer takes (0.8: the Rust enum's, in lower case and without E4M3's fn).
+THEIRS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"}
+TENSORS = st.dictionaries(
+    TEXTS.filter(lambda name: name != "__metadata__"),
+    st.tuples(st.sampled_from(sorted(FLAVOURS)), st.lists(st.integers(0, 4), max_size=3), st.integers(0, 2**32)),
+    max_size=6,
+)
+
+
+def tensor(flavour, shape, seed):
+    dtype = np.dtype(FLAVOURS[flavour])
+    data = np.random.default_rng(seed).bytes(dtype.itemsize * math.prod(shape))
+    data = bytes(b & 1 for b in data) if flavour == "BOOL" else data
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def written(tensors, metadata):
+    file = io.BytesIO()
+    container.write(file, tensors, metadata)
+    return file.getvalue()
+
+
+@given(TENSORS, st.dictionaries(TEXTS, TEXTS, max_size=1))
+def test_a_file_has_the_bytes_of_the_reference_serializer(flavours, metadata):
+    tensors = {name: tensor(*flavour) for name, flavour in flavours.items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=THEIRS.get(flavours[name][0], t.dtype.name),
+            shape=t.shape,
+            data_ptr=t.ctypes.data,
+            data_len=t.nbytes,
+        )
+        for name, t in tensors.items()
+    }
+    assert written(tensors, metadata) == bytes(safetensors.serialize(specs, metadata or None))
+
+
+@given(TENSORS)
+def test_a_file_read_again_holds_the_same_tensors(tmp_path_factory, flavours):
+    tensors = {name: tensor(*flavour) for name, flavour in flavours.items()}
+    path = tmp_path_factory.getbasetemp() / "again.safetensors"
+    path.write_bytes(written(tensors, {}))
+    found = container.Container(path)
+    assert found.keys() == tensors.keys()
+    for name, wanted in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (wanted.dtype, wanted.shape)
+        assert found[name].tobytes() == wanted.tobytes()
+
+
+def test_every_dtype_of_the_container_is_tried():
+    assert FLAVOURS.keys() == container.DTYPES.keys()
+
+
+def test_a_tensor_of_the_other_byte_order_or_of_strides_is_written_as_its_values():
+    values = np.arange(12, dtype="<f4").reshape(3, 4)
+    wanted = written({"a": values}, {})
+    assert written({"a": values.astype(">f4")}, {}) == wanted
+    assert written({"a": np.asfortranarray(values)}, {}) == wanted
+    assert written({"a": np.repeat(values, 2, axis=1)[:, ::2]}, {}) == wanted
