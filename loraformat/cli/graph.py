@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from loraformat.cli.options import echo_json, force, json_flag
@@ -10,8 +12,8 @@ __all__ = ["detach", "extract"]
 
 
 @click.command()
-@click.argument("model", metavar="MODEL.onnx")
-@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
+@click.argument("model", metavar="MODEL")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; of a folder of models, a folder.")
 @force
 @json_flag
 def detach(model: str, out: str, force: bool, as_json: bool) -> None:
@@ -25,11 +27,12 @@ def detach(model: str, out: str, force: bool, as_json: bool) -> None:
         echo_json({"schema": 1, "verb": "detach", "out": out, "written": outcome.written})
         return
     told = f"what {model} was before attach · {outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
-    click.echo(f'{out}: {told} · next: onnxruntime.InferenceSession("{out}")', err=True)
+    run_it = f'onnxruntime.InferenceSession("{out}")' if Path(out).is_file() else f"loraformat info {out}"
+    click.echo(f"{out}: {told} · next: {run_it}", err=True)
 
 
 @click.command()
-@click.argument("model", metavar="MODEL.onnx")
+@click.argument("model", metavar="MODEL")
 @click.option(
     "-o", "--out", required=True, metavar="OUT", help="The adapter to write: a file (.safetensors) or a folder (PEFT)."
 )
