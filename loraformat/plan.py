@@ -18,11 +18,15 @@ __all__ = ["Job", "Outcome", "Plan", "Proof", "size"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter and the places of its targets; ``name`` is what it is called where it stays apart (``attach``)."""
+    """One adapter and the places of its targets; ``name`` is what it is called where it stays apart (``attach``).
+
+    Of a share of an adapter whose keys name components, ``components`` are all of these.
+    """
 
     adapter: Adapter
     resolution: Resolution
     name: str = "default"
+    components: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,9 @@ from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.sketch import sketch
 from loraformat.testing import relative_error
+from loraformat.verbs.graph import extract
 from loraformat.verbs.merge import attach, merge, prepare
+from loraformat.verbs.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden" / "onnx"
 T5 = GOLDEN / "t5" / "model"
@@ -104,6 +106,41 @@ def test_the_components_of_a_pipeline_compute_what_peft_computes(verb, tmp_path)
         assert relative_error(noise, truth[f"{wanted}.noise"]) <= 1e-5
         assert relative_error(hidden, truth[f"{wanted}.hidden"]) <= 1e-5
     assert relative_error(truth["base.noise"], truth["adapted.noise"]) > 1e-2
+
+
+@pytest.mark.parametrize("case", ["t5", "pipeline"])
+def test_what_is_attached_to_a_folder_comes_out_again(case, run, tmp_path):
+    base = T5 if case == "t5" else PIPELINE
+    given = lf.load(GOLDEN / "t5" / "adapter") if case == "t5" else whole("pipeline", "unet", "text_encoder")
+    lf.save(given, tmp_path / "a.safetensors")
+    told = run("attach", "mine=a.safetensors", "--to", base, "-o", "attached", "--verify")
+    assert told.code == 0, told.err
+    opened = open_base(tmp_path / "attached")
+    assert opened.attached == ["mine"]
+    assert lf.digest(extract(opened)) == lf.digest(given)
+    assert run("verify", "--base", base, "--adapter", "a.safetensors", "--merged", "attached").code == 0
+    assert run("extract", "attached", "-o", "again.safetensors").code == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert run("detach", "attached", "-o", "detached").code == 0
+    files = {p.relative_to(base): p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    assert {
+        p.relative_to(tmp_path / "detached"): p.read_bytes() for p in (tmp_path / "detached").rglob("*") if p.is_file()
+    } == files
+    with pytest.raises(lf.LoraFormatError, match="LF-613"):
+        extract(open_base(base))
+
+
+def test_another_adapter_than_the_attached_one_is_told(t5, tmp_path):
+    given = lf.load(GOLDEN / "t5" / "adapter")
+    attach(given, open_base(t5), tmp_path / "out")
+    fewer = lf.Adapter(dict(list(given.items())[1:]))
+    assert {p.rule for p in verify(open_base(t5), fewer, open_base(tmp_path / "out")).problems} == {"LF-611"}
+
+
+def test_a_merged_folder_is_proved_by_running(run, t5):
+    told = run("merge", GOLDEN / "t5" / "adapter", "--into", t5, "-o", "merged", "--verify")
+    assert told.code == 0, told.err
+    assert "max rel err" in told.err
 
 
 def test_what_no_target_is_in_is_copied_byte_for_byte(tmp_path):

@@ -11,8 +11,8 @@ __all__ = ["detach", "extract"]
 
 
 @click.command()
-@click.argument("model", metavar="MODEL.onnx")
-@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
+@click.argument("model", metavar="MODEL")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; of a folder of models, a folder.")
 @force
 @json_flag
 def detach(model: str, out: str, force: bool, as_json: bool) -> None:
@@ -30,7 +30,7 @@ def detach(model: str, out: str, force: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model", metavar="MODEL.onnx")
+@click.argument("model", metavar="MODEL")
 @click.option(
     "-o", "--out", required=True, metavar="OUT", help="The adapter to write: a file (.safetensors) or a folder (PEFT)."
 )

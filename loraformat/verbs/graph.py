@@ -57,8 +57,8 @@ def prove(base: Base, plan: Plan, inputs: str | os.PathLike[str] | None = None) 
 
 def _graph(base: Base, verb: str) -> Graph:
     if verb not in base.verbs:
-        what = f"{base.path} is not one graph: there is nothing to {verb}"
+        what = f"{base.path} is no graph: there is nothing to {verb}"
         raise fault(
-            "LF-608", what, fix="give one ONNX model; loraformat verify compares merged checkpoints and folders"
+            "LF-608", what, fix="give an ONNX model, or a folder of them; loraformat verify compares checkpoints"
         )
     return cast("Graph", base)

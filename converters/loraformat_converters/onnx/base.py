@@ -223,9 +223,12 @@ class OnnxBase:
     def detach(self, out: Path, *, force: bool = False) -> Outcome:
         """Write the model as it was before ``attach``; LF-613 where nothing is attached or the model was changed."""
         check_free(out, force)
-        model = self._detached()
-        written = Storage(model, self.path, out, [], self.identity[:8]).write(force)
+        written = self.detached(out).write(force)
         return Outcome(written=written, grown=out.stat().st_size - self.path.stat().st_size)
+
+    def detached(self, out: Path) -> Storage:
+        """The model as it was before ``attach``, ready to be written."""
+        return Storage(self._detached(), self.path, out, [], self.identity[:8])
 
     def extract(self) -> list[tuple[str, Adapter]]:
         """(name, adapter) of everything that is attached, bit for bit."""

@@ -6,8 +6,11 @@ graphs over the same weights: a target belongs to every part that has its module
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from loraformat.atomic import check_free, write_folder
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.folders import files_in
 from loraformat.names import join
-from loraformat.plan import Job, Outcome, Plan
+from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.doubt import Model
@@ -25,6 +28,8 @@ from loraformat_converters.onnx.model import external
 from loraformat_converters.onnx.part import parts
 from loraformat_converters.onnx.pipeline import components_of
 from loraformat_converters.onnx.scopes import tensors
+from loraformat_converters.onnx.shares import share, whole
+from loraformat_converters.onnx.store import Storage
 from loraformat_converters.onnx.together import together
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ __all__ = ["OnnxFolder"]
 class OnnxFolder:
     """An opened folder. ``components``: name → its models; the name is None in a folder that has none."""
 
-    verbs = frozenset({"merge", "attach"})
+    verbs = frozenset({"merge", "attach", "detach", "extract", "prove"})
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,12 +126,11 @@ class OnnxFolder:
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """The plans of the parts that change; the other files are copied."""
-        if self.path.resolve() in (options.out.resolve(), *options.out.resolve().parents):
-            raise fault("LF-703", f"{options.out} lies in the base's own folder", fix="write beside it")
+        _check_apart(self.path, options.out)
         plans: dict[str, Plan] = {}
         problems: list[Problem] = []
         for file, model in self.models.items():
-            own = [share for job in jobs if (share := _share(job, file)).adapter.targets]
+            own = [part for job in jobs if (part := share(job, file)).adapter.targets]
             try:
                 if own:
                     plans[file] = model.base.plan(verb, own, replace(options, out=options.out / file))
@@ -146,18 +150,66 @@ class OnnxFolder:
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the whole folder, or nothing."""
         check_free(plan.options.out, force)
-        plans: Mapping[str, Plan] = plan.state
-        writers: dict[str, Writer] = {name: partial(_copy, self.path / name) for name in self._rest(plans)}
-        found: dict[str, Mapping[str, Norms]] = {}
-        for file, own in plans.items():
-            storage, norms = self.models[file].base.changed(own)
+        changed = {file: self.models[file].base.changed(own) for file, own in plan.state.items()}
+        found = {file: norms for file, (_, norms) in changed.items()}
+        storages = {file: storage for file, (storage, _) in changed.items()}
+        return self._write(plan.options.out, storages, _by_key(plan, found), force)
+
+    def _write(self, out: Path, storages: Mapping[str, Storage], norms: Mapping[str, Norms], force: bool) -> Outcome:
+        """The changed models, and the rest as it is."""
+        writers: dict[str, Writer] = {name: partial(_copy, self.path / name) for name in self._rest(storages)}
+        for file, storage in storages.items():
             inside = Path(file).parent
             writers |= {(inside / name).as_posix(): writer for name, writer in storage.writers().items()}
-            found[file] = norms
-        write_folder(plan.options.out, dict(sorted(writers.items())), force=force)
-        total = sum((plan.options.out / name).stat().st_size for name in writers)
+        write_folder(out, dict(sorted(writers.items())), force=force)
+        total = sum((out / name).stat().st_size for name in writers)
         before = sum((self.path / name).stat().st_size for name in self.files)
-        return Outcome(_by_key(plan, found), total, total - before)
+        return Outcome(norms, total, total - before)
+
+    # What is attached.
+
+    @property
+    def attached(self) -> list[str]:
+        """The names of the adapters that are attached, in any of the files."""
+        return list(dict.fromkeys(name for model in self.models.values() for name in model.base.attached))
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the graphs by the files' names."""
+        graphs = {file: model.base.identity for file, model in self.models.items()}
+        return hashlib.sha256(json.dumps(graphs, sort_keys=True).encode()).hexdigest()
+
+    def extract(self) -> list[tuple[str, Adapter]]:
+        """(name, adapter) of everything that is attached, put together of what the files hold, bit for bit."""
+        held = ((c, model.base) for c, models in self.components.items() for model in models if model.base.attached)
+        found = whole(held)
+        if not found:
+            raise fault("LF-613", f"{self.path} has nothing attached by loraformat", fix="is this the attached folder?")
+        return found
+
+    def without(self) -> OnnxFolder:
+        """The models as they were before ``attach``, in memory."""
+        before = copy(self)
+        before.components = {name: [_before(model) for model in models] for name, models in self.components.items()}
+        before.models = {model.file: model for models in before.components.values() for model in models}
+        return before
+
+    def detach(self, out: Path, *, force: bool = False) -> Outcome:
+        """Write the folder as it was before ``attach``; LF-613 where nothing is attached or a model was changed."""
+        check_free(out, force)
+        _check_apart(self.path, out)
+        self.extract()
+        storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.attached}
+        return self._write(out, storages, {}, force)
+
+    def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
+        """The worst of what running each changed model proves."""
+        proofs = [
+            replace(proof, output=f"{file}: {proof.output}")
+            for file, own in plan.state.items()
+            for proof in [self.models[file].base.prove(own, inputs)]
+        ]
+        return max(proofs, key=lambda proof: proof.error / proof.limit)
 
     def _rest(self, plans: Iterable[str]) -> list[str]:
         """What is copied as it is: not the models that change, nor data that only they refer to."""
@@ -173,6 +225,15 @@ class OnnxFolder:
         return {(Path(file).parent / place.location).as_posix() for place in places if place is not None}
 
 
+def _check_apart(base: Path, out: Path) -> None:
+    if base.resolve() in (out.resolve(), *out.resolve().parents):
+        raise fault("LF-703", f"{out} lies in the base's own folder", fix="write beside it")
+
+
+def _before(model: Model) -> Model:
+    return replace(model, base=model.base.without()) if model.base.attached else model
+
+
 def _within(hints: Hints, component: str | None) -> Hints:
     """The hints for the keys of one component, without its name."""
     if component is None:
@@ -181,20 +242,6 @@ def _within(hints: Hints, component: str | None) -> Hints:
     names = {key.removeprefix(prefix): name for key, name in hints.names.items() if key.startswith(prefix)}
     axes = {pattern.removeprefix(prefix): spec for pattern, spec in hints.axes.items()}
     return Hints(names, axes)
-
-
-def _share(job: Job, file: str) -> Job:
-    """What of a job lies in one file, by the keys that the file's own resolution has."""
-    found = {k: here for k, places in job.resolution.targets.items() if (here := _in_file(places, file))}
-    components = job.adapter.components
-    plain = {key: key.partition(":")[2] if components else key for key in found}
-    updates = {plain[key]: job.adapter[key] for key in found}
-    adapter = replace(job.adapter, targets=updates, components=())
-    return replace(job, adapter=adapter, resolution=Resolution({plain[k]: here for k, here in found.items()}))
-
-
-def _in_file(places: Iterable[Match], file: str) -> tuple[Match, ...]:
-    return tuple(match for match in places if match.file == file)
 
 
 def _by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, Norms]:

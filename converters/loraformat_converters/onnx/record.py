@@ -151,6 +151,8 @@ def _entry(job: Job, stems: Mapping[str, str], prefolded: bool) -> dict[str, Any
     """One adapter: what its file would say, where its tensors are, and what the graph cannot hold of it."""
     entry: dict[str, Any] = {"version": 1, "name": job.name, "mode": "branch", "digest": digest(job.adapter)}
     entry["targets"] = dict(stems)
+    if job.components:
+        entry["components"] = list(job.components)
     if prefolded:
         return entry | {"prefolded": True}
     named = dict(tensors_of(job.adapter))
