@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Source", "not_found", "open_source"]
 
 _SIDECAR_CAP = 16 * 2**20
+_LOOSE = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 class Source:
@@ -46,7 +47,9 @@ class Source:
     def container(self) -> Container:
         """The opened tensor file; LF-1xx where it is damaged, LF-501 where there is none."""
         if self.file is None:
-            raise fault("LF-501", f"{self.path} holds no adapter: no tensor file in it")
+            loose = sorted(path.name for path in self.path.iterdir() if path.suffix in _LOOSE)
+            fix = f"name the file that is meant: {', '.join(loose[:3])}" if loose else ""
+            raise fault("LF-501", f"{self.path} holds no adapter: no tensor file in it goes by a known name", fix=fix)
         if self._container is None:
             self._container = Container(self.file)
         return self._container

@@ -24,9 +24,18 @@ _RULES = Choice(["alpha/r", "alpha/sqrt(r)", "factor"])
 
 @click.command("init")
 @click.argument("base")
-@click.option("--targets", "-t", multiple=True, required=True, metavar="PATTERN", help="Modules, such as q_proj.")
+@click.option(
+    "--targets", "-t", multiple=True, required=True, metavar="PATTERN", help="Modules, such as q_proj; may be repeated."
+)
 @click.option("--rank", "-r", type=int, required=True, metavar="R", help="Rank of every target.")
-@click.option("--alpha", "-a", type=float, required=True, metavar="A", help="The scale is alpha / rank.")
+@click.option(
+    "--alpha",
+    "-a",
+    type=float,
+    required=True,
+    metavar="A",
+    help="The scale is alpha / rank, or as --scale-rule has it.",
+)
 @click.option("--scale-rule", type=_RULES, default="alpha/r", show_default=True, help="What multiplies B·A.")
 @click.option("--sigma", type=float, metavar="S", help="Standard deviation of A; default 1/rank.")
 @click.option(

@@ -55,15 +55,18 @@ def _graph(function: F) -> F:
 def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
     """Write BASE with W + ΔW in the place of W: fp32 arithmetic, one rounding, everything else bit for bit.
 
-    Several adapters are applied one after the other; a number after the last colon weighs one.
+    Several adapters are applied one after the other; a number after the last colon weighs one:
+
+    \b
+    loraformat merge mine.lora.safetensors style.lora.safetensors:0.5 --into base/ -o merged/ --verify
     """
     _carry_out(_Asked(verb="merge", words=adapters, base=base, out=out, **options))
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER[:W]…")
-@click.option("--to", "base", required=True, metavar="MODEL", help="The ONNX model.")
-@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write.")
+@click.option("--to", "base", required=True, metavar="MODEL", help="An ONNX model, or a folder of them.")
+@click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if MODEL is one.")
 @click.option("--mode", type=Choice(["branch"]), default="branch", show_default=True, help="How the adapter is put in.")
 @click.option("--prefold", is_flag=True, help="Store what a runtime would fold, for one that does not optimise.")
 @strength
@@ -75,7 +78,13 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 @force
 @json_flag
 def attach(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
-    """Write an ONNX model that runs the branch s·B·A·x beside each target; its own weights are not touched."""
+    """Write an ONNX model that runs the branch s·B·A·x beside each target; its own weights are not touched.
+
+    Several adapters are applied one after the other; each can have a name and a weight:
+
+    \b
+    loraformat attach mine.lora.safetensors style=other.lora.safetensors:0.5 --to model.onnx -o out.onnx --verify
+    """
     _carry_out(_Asked(verb="attach", words=adapters, base=base, out=out, **options))
 
 

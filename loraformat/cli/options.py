@@ -56,7 +56,9 @@ def mapping(function: F) -> F:
     names = click.option(
         "--names", type=click.Path(), metavar="MAP", help="JSON file: target → name in the base; * maps prefixes."
     )
-    axes = click.option("--axes", multiple=True, metavar="PATTERN=SPEC", help="Axes of targets: out,in or in,out.")
+    axes = click.option(
+        "--axes", multiple=True, metavar="PATTERN=SPEC", help="How targets lie in the base, such as '*c_proj=in,out'."
+    )
     return names(axes(function))
 
 
