@@ -153,7 +153,8 @@ class Checkpoint:
 
     def _moved_along(self, weight: str, update: Update) -> list[str]:
         """The names of the same tensor whose modules change too."""
-        if not ties.moves_along(update):
+        known = self.parameters().get(weight)
+        if known is None or not ties.moves_along(update, known.shape):
             return []
         pairs = {**self.tied, **ties.paired(self.files.homes, self.config)}
         partners = [head for head, e in pairs.items() if e == weight] + [

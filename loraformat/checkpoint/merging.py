@@ -146,7 +146,9 @@ class Merge:
 
     def _unknown_ties(self) -> Iterator[Problem]:
         for name, change in self.changes.items():
-            if name not in self.files.homes or not change.shape or all(map(ties.moves_along, change.updates)):
+            if name not in self.files.homes or change.base is None or not change.shape:
+                continue
+            if all(ties.moves_along(update, change.base.shape) for update in change.updates):
                 continue
             if ties.may_be_tied(name, change.shape[0], self.files.homes, self.config):
                 what = f"config.json ties the embedding and the head, and nothing says to what {name} is tied"

@@ -101,13 +101,16 @@ def paired(names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
     return {head: e for e in _HEADS if e in names for head in partner_names(e, config) if head in names}
 
 
-def moves_along(update: Update) -> bool:
+def moves_along(update: Update, shape: tuple[int, ...]) -> bool:
     """Whether a change of one module is one of the tensor, and so of every module that is tied to it.
 
     peft 0.21.2 ties trained tokens as the model ties its weights; and a vocabulary of another size is one for the
     embedding and its head. Any other change is of the one module: its partner keeps the tensor as it was.
+
+    Args:
+        shape: of the stored tensor.
     """
-    resizes = "replace" in update and "resize" in update["replace"].allows
+    resizes = "replace" in update and update["replace"].replace.shape != shape
     return resizes or all(part.kind == "rows" for part in update.parts)
 
 

@@ -99,7 +99,9 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
         sources, results = (_named(found, known) for found, known in ((places, old), (after.targets[key], new)))
-        for (source, match), result in zip(sources.items(), results, strict=False):
+        # A tied tensor that was resized no longer differs from its replacement, and so says nothing of its partner.
+        found = [*results, *(name for name in list(sources)[len(results) :] if name in new)]
+        for (source, match), result in zip(sources.items(), found, strict=False):
             weight = weights.setdefault(source, _Touched(source, result))
             weight.keys.append(key)
             weight.updates.append(match.turned(adapter[key]))
