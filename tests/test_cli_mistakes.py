@@ -28,6 +28,7 @@ WRONG = {
     "missing argument": (["info"], 2, "Missing argument"),
     "missing file": (["info", "nothing-here"], 1, "LF-701  no such file or folder: nothing-here"),
     "nearly a file": (["info", f"{GPT2[:-1]}"], 1, f"did you mean {GPT2}?"),
+    "code for an adapter": (["info", GPT2, "--how", "python"], 2, "attach an adapter to a model first"),
     "a name on a hub": (["info", "meta-llama/Llama"], 1, "from a hub, download it first"),
     "a base on a hub": (["merge", GPT2, "--into", "https://hub.example/x", "-o", "m.safetensors"], 1, "from a hub, download it first"),
     "the configuration for the adapter": (["info", f"{GPT2}/adapter_config.json"], 1, f"name the folder that it lies in: {GPT2}"),

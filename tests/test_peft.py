@@ -243,6 +243,16 @@ WRONG = {
 }
 
 
+def test_verify_names_no_mistake_that_explains_only_most_of_it(tmp_path):
+    tensors, deltas = load_file(base_of("rslora")), truth_of("rslora", "delta")
+    near = {k: (tensors[k] + d / np.sqrt(5) * 0.9).astype(np.float32) for k, d in deltas.items()}
+    save_file(tensors | near, tmp_path / "m.safetensors")
+    merged = lf.open_base(tmp_path / "m.safetensors")
+    verdict = lf.verify(lf.open_base(base_of("rslora")), lf.load(adapter_of("rslora")), merged)
+    assert verdict.touched.keys() == {p.where for p in verdict.problems}
+    assert not any("rsLoRA" in p.what for p in verdict.problems)
+
+
 @pytest.mark.parametrize("mistake", WRONG)
 def test_verify_names_the_mistake_of_a_wrong_merge(mistake, tmp_path):
     case, wrong, words = WRONG[mistake]

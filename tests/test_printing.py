@@ -38,6 +38,12 @@ def test_one_text_at_many_places_names_the_first_and_counts_all():
     ]
 
 
+def test_texts_that_some_layers_share_do_not_divide_the_layers():
+    problems = [Problem("LF-611", f"{7 + i // 2} values differ", f"layers.{i}.q") for i in range(6)]
+    (line,) = lines_of(problems)
+    assert line.endswith("and 5 more like it: layers.1.q, layers.2.q, layers.3.q…")
+
+
 def test_a_strangers_name_begins_no_line_of_its_own():
     (line,) = lines_of([Problem("LF-602", "no a\nb", "a\nb", "say\r\nit")])
     assert line.splitlines()[0].endswith("no a\\nb  @ a\\nb")

@@ -42,7 +42,7 @@ def info(path: str, layout: str | None, how: str | None, as_json: bool) -> None:
     from loraformat import registry
 
     if how:
-        _show_how(registry.open_base(path), how, as_json)
+        _show_how(path, how, as_json)
         return
     try:
         reading, found, evidence = registry.read(path, layout)
@@ -59,15 +59,22 @@ def info(path: str, layout: str | None, how: str | None, as_json: bool) -> None:
         click.echo(line)
 
 
-def _show_how(base: Base, language: str, as_json: bool) -> None:
+def _show_how(path: str, language: str, as_json: bool) -> None:
+    from loraformat import registry
     from loraformat.base import Runnable
 
+    fix = "--how is for one ONNX model, such as FOLDER/decoder_model.onnx; a checkpoint is run by its own framework"
+    try:
+        base = registry.open_base(path)
+    except LoraFormatError as error:
+        if error.problems[0].rule != "LF-601":
+            raise
+        raise fault("LF-705", f"{path} is no model", fix=f"{fix}; attach an adapter to a model first") from None
     if not isinstance(base, Runnable):
-        fix = "--how is for one ONNX model, such as FOLDER/decoder_model.onnx; a checkpoint is run by its own framework"
-        raise fault("LF-705", f"{base.path} is nothing that a runtime runs as it is", fix=fix)
+        raise fault("LF-705", f"{path} is nothing that a runtime runs as it is", fix=fix)
     code = base.how(language)
     if as_json:
-        echo_json({"schema": 1, "path": str(base.path), "language": language, "code": code})
+        echo_json({"schema": 1, "path": path, "language": language, "code": code})
     else:
         click.echo(code, nl=False)
 

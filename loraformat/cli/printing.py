@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -98,13 +97,19 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _kinds(problems: Sequence[Problem]) -> list[list[Problem]]:
-    """One text at many places; or one fault of a weight that every layer has, with the layer's own numbers."""
-    texts = Counter(map(_text, problems))
-    groups: dict[tuple[str, ...], list[Problem]] = {}
+    """One fault of a weight that every layer has, with the layer's own numbers; or one text at places of any kind."""
+    texts: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for problem in problems:
-        fault = (problem.rule, problem.severity, starred(problem.what.partition(";")[0]), starred(problem.where))
-        groups.setdefault(_text(problem) if texts[_text(problem)] > 1 else fault, []).append(problem)
-    return list(groups.values())
+        texts.setdefault(_fault(problem), set()).add(_text(problem))
+    kinds: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems:
+        fault = _fault(problem)
+        kinds.setdefault(fault if len(texts[fault]) > 1 else ("one text", *_text(problem)), []).append(problem)
+    return list(kinds.values())
+
+
+def _fault(problem: Problem) -> tuple[str, ...]:
+    return problem.rule, problem.severity, starred(problem.what.partition(";")[0]), starred(problem.where)
 
 
 def _text(problem: Problem) -> tuple[str, ...]:
@@ -115,7 +120,7 @@ def _told(group: Sequence[Problem]) -> str:
     first, *more = group
     if not more:
         return _shown(first)
-    if _text(first) == _text(more[0]):
+    if {_text(problem) for problem in more} == {_text(first)}:
         return _shown(replace(first, where=_places(group)))
     others = ", ".join(printable(problem.where) for problem in more[:_SHOWN])
     return f"{_shown(first)}\n        and {len(more)} more like it: {others}{'…' if len(more) > _SHOWN else ''}"

@@ -180,15 +180,17 @@ def _count_wrong(wanted: Array, got: Array) -> int:
 
 
 def _cause(base: Base, before: Parameter, merged: Base, after: Parameter, update: Update, square: float) -> str:
-    """Which of the usual wrong merges was made, if one explains the values clearly better than the right one."""
+    """Which of the usual wrong merges was made, if one explains the values but for their rounding."""
     sums: dict[str, float] = {}
-    turned = _turned(update)
+    turned, rounding = _turned(update), 0.0
     for rows, value in read_runs(base, before):
-        got = merged.read(after.name, rows).astype(np.float64)
+        stored = merged.read(after.name, rows)
+        got = stored.astype(np.float64)
+        rounding += _square(got) * float(np.spacing(np.ones((), stored.dtype))) ** 2
         for words, guess in _suspects(update, value.astype(np.float64), rows, turned):
             sums[words] = sums.get(words, 0.0) + _square(guess - got)
     words = min(sums, key=sums.__getitem__, default="")
-    return words if words and sums[words] < 0.04 * square else ""
+    return words if words and sums[words] < min(0.04 * square, 1e-4 * square + rounding) else ""
 
 
 def _turned(update: Update) -> Array | None:
