@@ -26,32 +26,26 @@ __all__ = ["attach", "merge"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_plan_flag = click.option(
-    "--plan", "plan_only", is_flag=True, help="Print what would be read and written; write nothing."
-)
-_any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that was bound to other weights.")
 
-
-def _graph(function: F) -> F:
-    """``--verify``, and ``--inputs`` and ``--inline``, which are asked of a graph only."""
+def _options(function: F) -> F:
+    """What both verbs are asked: which targets, what is known of the base, how, and proof."""
     verify = click.option("--verify", is_flag=True, help="Read the output again, and run it if it is a graph.")
     inputs = click.option("--inputs", type=click.Path(), help="With --verify: values for the model's inputs, .npz.")
     inline = click.option("--inline", is_flag=True, help="Write the model's local functions into its graph first.")
-    return verify(inputs(inline(function)))
+    plan = click.option(
+        "--plan", "plan_only", is_flag=True, help="Print what would be read and written; write nothing."
+    )
+    any_base = click.option("--any-base", is_flag=True, help="Apply an adapter that was bound to other weights.")
+    for option in (json_flag, force, any_base, plan, inline, inputs, verify, origin, mapping, strength):
+        function = option(function)
+    return function
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
 @click.option("--into", "base", required=True, metavar="BASE", help="A checkpoint, file or folder, or an ONNX model.")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if BASE is one.")
-@strength
-@mapping
-@origin
-@_graph
-@_plan_flag
-@_any_base
-@force
-@json_flag
+@_options
 def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
     """Write BASE with W + ΔW in the place of W: fp32 arithmetic, one rounding, everything else bit for bit.
 
@@ -69,14 +63,7 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if MODEL is one.")
 @click.option("--mode", type=Choice(["branch"]), default="branch", show_default=True, help="How the adapter is put in.")
 @click.option("--prefold", is_flag=True, help="Store what a runtime would fold, for one that does not optimise.")
-@strength
-@mapping
-@origin
-@_graph
-@_plan_flag
-@_any_base
-@force
-@json_flag
+@_options
 def attach(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
     """Write an ONNX model that runs the branch s·B·A·x beside each target; its own weights are not touched.
 
