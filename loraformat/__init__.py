@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.file import save
     from loraformat.identity import digest
+    from loraformat.layout import ReadOptions
     from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Replace, Rows
     from loraformat.registry import from_tensors, load, open_base
     from loraformat.resolve import Hints
@@ -45,6 +46,7 @@ __all__ = [
     "Magnitude",
     "Placement",
     "Problem",
+    "ReadOptions",
     "Replace",
     "Rows",
     "Update",
@@ -75,6 +77,7 @@ _HOMES = {
     "Adapter": "adapter",
     "Placement": "axes",
     "Hints": "resolve",
+    "ReadOptions": "layout",
     "Update": "updates",
     "save": "file",
     **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "verify")},
