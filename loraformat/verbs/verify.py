@@ -97,12 +97,13 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
-        pairs = ((places, old), (after.targets[key], new))
-        names = [list(dict.fromkeys(m.name_in(known) or m.weight for m in found)) for found, known in pairs]
-        for source, result in zip(*names, strict=False):
-            weight = weights.setdefault(source, _Touched(source, result))
+        results = list(dict.fromkeys(m.name_in(new) or m.weight for m in after.targets[key]))
+        sources = {m.name_in(old) or m.weight: m for m in reversed(places)}
+        for i, (source, match) in enumerate(reversed(sources.items())):
+            # Of a tie that the merge ended, the other end goes by its own name.
+            weight = weights.setdefault(source, _Touched(source, results[i] if i < len(results) else source))
             weight.keys.append(key)
-            weight.updates.append(placed[key])
+            weight.updates.append(match.turned(adapter[key]))
 
 
 def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:
