@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.base import Base, Graph, Parameter
-    from loraformat.resolve import Match
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -98,21 +97,13 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
-        sources, results = (_named(found, known) for found, known in ((places, old), (after.targets[key], new)))
-        # A tied tensor that was resized no longer differs from its replacement, and so says nothing of its partner.
-        found = [*results, *(name for name in list(sources)[len(results) :] if name in new)]
-        for (source, match), result in zip(sources.items(), found, strict=False):
-            weight = weights.setdefault(source, _Touched(source, result))
+        results = list(dict.fromkeys(m.name_in(new) or m.weight for m in after.targets[key]))
+        sources = {m.name_in(old) or m.weight: m for m in reversed(places)}
+        for i, (source, match) in enumerate(reversed(sources.items())):
+            # Of a tie that the merge ended, the other end goes by its own name.
+            weight = weights.setdefault(source, _Touched(source, results[i] if i < len(results) else source))
             weight.keys.append(key)
             weight.updates.append(match.turned(adapter[key]))
-
-
-def _named(places: Sequence[Match], known: Mapping[str, Parameter]) -> dict[str, Match]:
-    """Name of a stored tensor → the first of its places."""
-    named: dict[str, Match] = {}
-    for match in places:
-        named.setdefault(match.name_in(known) or match.weight, match)
-    return named
 
 
 def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:
