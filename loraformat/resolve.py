@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
@@ -35,6 +35,7 @@ class Match:
         parameter: how it lies in the parameter that the adapter names, where the stored tensor has other axes and an
             update speaks of them; None where only the matrix matters.
         handle: what the base itself needs to find the place again; opaque to everyone else.
+        parts: the kinds of parts that act here, where it is not all: of a tied module's change some do.
     """
 
     file: str
@@ -45,9 +46,12 @@ class Match:
     confidence: float = 1.0
     parameter: Placement | None = None
     handle: Any = field(default=None, compare=False, repr=False)
+    parts: tuple[str, ...] | None = None
 
     def turned(self, update: Update) -> Update:
-        """The update in the stored tensor's own axes."""
+        """What of the update acts here, in the stored tensor's own axes."""
+        if self.parts is not None:
+            update = replace(update, parts=tuple(part for part in update.parts if part.kind in self.parts))
         return turned(update, self.parameter or self.placement, self.placement)
 
     def as_json(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +121,10 @@ class Checkpoint:
             if weight in taken:
                 ambiguous.append(Problem("LF-603", f"{weight} is meant by {taken[weight]} too", key))
             taken[weight] = key
-            others = [n for n in self._moved_along(weight, update) if n not in meant]
-            targets[key] = (match, *(self._match(key, update, n, f"tied: {n} is {weight}", hints) for n in others))
+            parts = self._moving(weight, update)
+            others = [n for n in self._partners(weight) if n not in meant] if parts else []
+            matches = (self._match(key, update, n, f"tied: {n} is {weight}", hints) for n in others)
+            targets[key] = (match, *(replace(m, parts=parts) for m in matches))
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))
 
     def _match(self, key: str, update: Update, weight: str, rung: str, hints: Hints) -> Match:
@@ -151,11 +154,14 @@ class Checkpoint:
         tie = (f"tied: {weight} is {stored}",) if stored != weight else ()
         return placement, (rung, *tie, *evidence)
 
-    def _moved_along(self, weight: str, update: Update) -> list[str]:
-        """The names of the same tensor whose modules change too."""
-        known = self.parameters().get(weight)
-        if known is None or not ties.moves_along(update, known.shape):
-            return []
+    def _moving(self, weight: str, update: Update) -> tuple[str, ...]:
+        """The kinds of parts that change the modules tied to this one too; none of a tensor that the base lacks."""
+        stored = self.tied.get(weight, weight)
+        home = self.files.homes.get(stored)
+        return ties.moving(update, self.files.shards[home].infos[stored].shape) if home else ()
+
+    def _partners(self, weight: str) -> list[str]:
+        """The other names of the same tensor."""
         pairs = {**self.tied, **ties.paired(self.files.homes, self.config)}
         partners = [head for head, e in pairs.items() if e == weight] + [
             e for head, e in pairs.items() if head == weight

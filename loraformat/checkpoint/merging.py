@@ -78,7 +78,7 @@ class Merge:
         for job in jobs:
             for key, places in job.resolution.require().targets.items():
                 for match in places:
-                    update = job.adapter[key].placed(match.placement)
+                    update = match.turned(job.adapter[key])
                     earlier = self.changes.get(match.weight)
                     change = self._change(match, update)
                     if why := self._fault(change, earlier, update):
@@ -148,7 +148,7 @@ class Merge:
         for name, change in self.changes.items():
             if name not in self.files.homes or change.base is None or not change.shape:
                 continue
-            if all(ties.moves_along(update, change.base.shape) for update in change.updates):
+            if all(len(ties.moving(update, change.base.shape)) == len(update.parts) for update in change.updates):
                 continue
             if ties.may_be_tied(name, change.shape[0], self.files.homes, self.config):
                 what = f"config.json ties the embedding and the head, and nothing says to what {name} is tied"

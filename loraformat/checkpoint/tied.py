@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraformat.updates import Update
 
-__all__ = ["may_be_tied", "moves_along", "paired", "partner_names", "states", "tied", "unties", "vocabulary"]
+__all__ = ["may_be_tied", "moving", "paired", "partner_names", "states", "tied", "unties", "vocabulary"]
 
 # transformers 5.23.0, _tied_weights_keys of every model: the embedding → the heads that may be tied to it, the
 # usual one first. A base has at most one of the heads.
@@ -101,8 +101,8 @@ def paired(names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
     return {head: e for e in _HEADS if e in names for head in partner_names(e, config) if head in names}
 
 
-def moves_along(update: Update, shape: tuple[int, ...]) -> bool:
-    """Whether a change of one module is one of the tensor, and so of every module that is tied to it.
+def moving(update: Update, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The kinds of parts that change a tensor of ``shape``, and so every module that is tied to it.
 
     peft 0.21.2 ties trained tokens as the model ties its weights; and a vocabulary of another size is one for the
     embedding and its head. Any other change is of the one module: its partner keeps the tensor as it was.
@@ -110,8 +110,11 @@ def moves_along(update: Update, shape: tuple[int, ...]) -> bool:
     Args:
         shape: of the stored tensor.
     """
-    resizes = "replace" in update and update["replace"].replace.shape != shape
-    return resizes or all(part.kind == "rows" for part in update.parts)
+    resized = "replace" in update and update["replace"].replace.shape != shape
+    kinds = tuple(part.kind for part in update.parts)
+    if all(kind == "rows" or (kind == "replace" and resized) for kind in kinds):
+        return kinds
+    return ("replace",) if resized else ()
 
 
 def may_be_tied(name: str, rows: int, names: Collection[str], config: Mapping[str, Any]) -> bool:
