@@ -114,6 +114,22 @@ def test_the_users_word_against_the_configuration_of_the_adapter_is_refused():
 # Tensors.
 
 
+def test_a_bias_that_peft_saves_twice_with_bias_all_is_one(tmp_path):
+    """As peft 0.21.2 writes it where a module is saved as a whole too; test_merged_models has PEFT's own file."""
+    folder = edited("bias_all", tmp_path / "adapter", modules_to_save=["head"])
+    file, plain = folder / "adapter_model.safetensors", lf.load(adapter_of("bias_all"))
+    name = "base_model.model.head{}.bias"
+    new, old = np.ones(3, np.float32), np.zeros(3, np.float32)
+    whole = load_file(file) | {name.format(""): new, name.format(".original_module"): old}
+    save_file(whole | {name.format(".modules_to_save.default"): new}, file)
+    adapter = lf.load(folder)
+    assert adapter.keys() == plain.keys() | {"head.bias"}
+    assert np.array_equal(adapter["head.bias"]["replace"].replace, new)
+    save_file(whole | {name.format(".modules_to_save.default"): new + 1}, file)
+    (problem,) = problems_of(lf.load, folder)
+    assert (problem.rule, problem.where) == ("LF-507", name.format(".modules_to_save.default"))
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "rule", "words"),
     [

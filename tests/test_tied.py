@@ -7,7 +7,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
-from loraformat import testing
 from loraformat.checkpoint import tied
 
 E, H = "model.embed_tokens.weight", "lm_head.weight"
@@ -95,6 +94,27 @@ def test_a_larger_vocabulary_is_one_for_both_and_for_the_configuration(tmp_path)
     assert any("37 to 41" in note for note in notes)
 
 
+def test_a_resized_embedding_with_a_pair_gives_its_partner_the_size_and_not_the_pair(tmp_path):
+    """PEFT saves the embedding beside the factors where it is a target, and the vocabulary grew."""
+    values, pair = draw(41, 12, seed=3), lora(12, 41, "in,out", 5, "embedding")
+    update = lf.Update((lf.Replace(values, allows=("resize",)), *pair.parts), pair.placement, "embedding")
+    tensors, config, _ = merged(lf.Adapter({E: update}), base(tmp_path / "base"), tmp_path)
+    assert np.array_equal(tensors[H], values)
+    assert np.array_equal(tensors[E], update.apply(values))
+    assert config == {**LLAMA, "vocab_size": 41, "tie_word_embeddings": False}
+
+
+def test_what_may_resize_and_does_not_is_of_its_own_module(tmp_path):
+    """Without another size the tensor that PEFT saves beside a head's factors is the one that both share."""
+    opened = base(tmp_path / "base")
+    old = opened.read(E)
+    update = lf.Update((lf.Replace(old, allows=("add", "resize")), *HEAD.parts), HEAD.placement)
+    tensors, config, _ = merged(lf.Adapter({H: update}), opened, tmp_path)
+    assert np.array_equal(tensors[E], old)
+    np.testing.assert_allclose(tensors[H], HEAD.apply(old), atol=1e-6)
+    assert config["tie_word_embeddings"] is False
+
+
 @pytest.mark.parametrize("allows", [(), ("add", "resize")], ids=["only", "allowed to resize"])
 def test_a_module_that_was_trained_whole_leaves_its_partner_as_it_was(allows, tmp_path):
     values, opened = draw(37, 12, seed=3), base(tmp_path / "base")
@@ -179,72 +199,3 @@ def test_the_inner_configuration_of_a_model_of_two_towers_is_untied_too():
     config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "vocab_size": 9}}
     assert tied.unties(config)["text_config"] == {"tie_word_embeddings": False, "vocab_size": 9}
     assert tied.vocabulary(config, 9, 11)["text_config"]["vocab_size"] == 11
-
-
-@pytest.mark.peer
-@pytest.mark.parametrize("case", ["embedding", "head", "both", "tokens", "whole"])
-def test_the_merged_folder_computes_what_the_unmerged_peft_model_computes(case, tmp_path):
-    torch = pytest.importorskip("torch", reason="PEFT runs on torch: pip install 'loraformat[peers]'")
-    peft = pytest.importorskip("peft", reason="pip install 'loraformat[peers]'")
-    transformers = pytest.importorskip("transformers", reason="pip install 'loraformat[peers]'")
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "base", max_shard_size="12KB")
-    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
-    options = {
-        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-        "head": {"target_modules": ["lm_head", "q_proj"]},
-        "both": {"target_modules": ["embed_tokens", "lm_head"]},
-        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 50]},
-        "whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    }[case]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=5, lora_alpha=10, **options)).eval()
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.3 * torch.randn(parameter.shape))
-    ids = torch.arange(2, 58).reshape(2, 28)
-    with torch.no_grad():
-        wanted = adapted(ids).logits.numpy()
-    adapter = adapter_of(adapted, case)
-    lf.merge(adapter, lf.open_base(tmp_path / "base"), tmp_path / "out")
-    assert lf.verify(lf.open_base(tmp_path / "base"), adapter, lf.open_base(tmp_path / "out")).problems == []
-    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert found.config.tie_word_embeddings is (case == "tokens")
-    with torch.no_grad():
-        assert testing.relative_error(found(ids).logits.numpy(), wanted) <= 1e-5
-
-
-def adapter_of(adapted, case):
-    """From the live layers: this is about merging, not about PEFT's files."""
-    updates = {}
-    for path, layer in adapted.base_model.model.named_modules():
-        if hasattr(layer, "lora_A") and layer.r:
-            embeds = "default" in layer.lora_embedding_A
-            a, b = (
-                (layer.lora_embedding_A["default"], layer.lora_embedding_B["default"])
-                if embeds
-                else (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-            )
-            a, b = a.detach().numpy(), b.detach().numpy()
-            place = lf.Placement((a.shape[1], b.shape[0]), (1,), (0,)) if embeds else None
-            op = "embedding" if embeds else None
-            updates[f"{path}.weight"] = lf.Update((lf.Lora(a, b, 10.0, "alpha/r"),), place, op)
-    state = {n.removeprefix("base_model.model."): p.detach().numpy() for n, p in adapted.named_parameters()}
-    place = lf.Placement((61, 24), (1,), (0,))
-    if case == "tokens":
-        (values,) = [value for name, value in state.items() if "trainable_tokens_delta" in name]
-        updates[E] = lf.Update((lf.Rows(values, np.array([3, 50])),), place)
-    if case == "whole":
-        (values,) = [value for name, value in state.items() if "modules_to_save" in name]
-        updates[E] = lf.Update((lf.Replace(values, allows=("add", "resize")),), place)  # as PEFT's files are read
-    return lf.Adapter(updates)

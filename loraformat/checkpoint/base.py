@@ -208,6 +208,11 @@ class Checkpoint:
 
 def _missing(key: str, weight: str, update: Update, names: Mapping[str, Any]) -> LoraFormatError:
     close = nearest(weight, names)
+    stack, _, _ = weight.rpartition(".")
+    if stack.endswith("experts") and any(".experts.0." in name for name in names):
+        # transformers 5.23 conversion_mapping.py: MergeModulelist stacks the experts of a checkpoint on loading.
+        what = f"the base has no tensor {weight}: it stores each expert by itself, and the adapter changes their stack"
+        return fault("LF-602", what, where=key, fix="merge with PEFT, whose model holds the stack")
     why = " (the name was assumed from the module's path)" if "name" in update.assumed else ""
     stub = f'--names map.json with {{"{key}": "{close[0] if close else "NAME"}"}}'
     return fault(

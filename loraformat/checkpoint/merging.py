@@ -122,8 +122,9 @@ class Merge:
         apart = [alias for alias, stored in self.tied.items() if self._parts(alias, stored)]
         for alias, stored in self.tied.items():
             one, other = self.changes.get(alias), self.changes.get(stored)
-            if alias in apart and list(self.tied.values()).count(stored) > 1:
-                yield _too_many(alias, stored, self.changes)
+            if alias in apart and len(others := [a for a, s in self.tied.items() if s == stored]) > 1:
+                if alias == others[0]:
+                    yield _too_many(others, stored, self.changes)
             elif apart:  # one flag unties them all, so every one needs a tensor
                 info = self.files.shards[self.home(stored)].infos[stored]
                 tensor = self.files.shards[self.home(stored)].tensor(stored)
@@ -236,10 +237,10 @@ def _equal(one: Update, other: Update) -> bool:
     return True
 
 
-def _too_many(alias: str, stored: str, changes: Mapping[str, Change]) -> Problem:
+def _too_many(aliases: Sequence[str], stored: str, changes: Mapping[str, Change]) -> Problem:
     # transformers 5.23 modeling_t5.py: an untied T5 does not scale the input of its head, so a flag would not do.
-    change = changes.get(stored) or changes[alias]
-    what = f"{alias} is {stored}, which more than two modules share: a change of one has no place of its own"
+    change = next(changes[name] for name in (stored, *aliases) if name in changes)
+    what = f"{stored} is {', '.join(aliases)} as well: what more than two modules share cannot change for one of them"
     return Problem("LF-609", what, change.keys[0], "leave it out with --only, or attach instead")
 
 

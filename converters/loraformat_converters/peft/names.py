@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from loraformat.errors import Problem
 
-__all__ = ["PREFIX", "PROJECTIONS", "Name", "parse", "prefix_of"]
+__all__ = ["PREFIX", "PROJECTIONS", "Name", "parse", "prefix_of", "unwrapped"]
 
 PREFIX = "base_model.model."
 """PeftModel's own wrapping; a model that adapters were injected into has none."""
@@ -61,6 +61,15 @@ class Name:
 def prefix_of(names: Iterable[str]) -> str:
     """What every name of the file begins with: ``PREFIX``, or nothing in a model without the wrapping."""
     return PREFIX if all(name.startswith(PREFIX) or name in PROJECTIONS for name in names) else ""
+
+
+def unwrapped(name: str) -> str:
+    """The name of a saved module's parameter, where this is that of its copy or of its original inside the wrapper.
+
+    >>> unwrapped("m.pooler.modules_to_save.default.dense.bias")
+    'm.pooler.dense.bias'
+    """
+    return re.sub(r"\.(modules_to_save\.[^.]+|original_module)\.", ".", name, count=1)
 
 
 def parse(name: str, prefix: str) -> Name | Problem:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loraformat.errors import Problem
 from loraformat.layout import Reading, ReadOptions
 from loraformat_converters.peft import adalora, lora, lycoris, names, trained, vera
@@ -92,6 +94,8 @@ def _sorted(tensors: Mapping[str, Array], method: str, draft: Draft) -> _Tensors
         if key in names.PROJECTIONS and method == "VERA":
             found.shared[key] = tensors[key]
             continue
+        if _byproduct(key, tensors, draft):
+            continue
         name = names.parse(key, prefix)
         if isinstance(name, Problem):
             draft.problems.append(name)
@@ -104,3 +108,16 @@ def _sorted(tensors: Mapping[str, Array], method: str, draft: Draft) -> _Tensors
         else:
             draft.say("LF-506", f"{name.role} is no tensor of a {method} adapter", key)
     return found
+
+
+def _byproduct(key: str, tensors: Mapping[str, Array], draft: Draft) -> bool:
+    """Whether it is a bias inside the wrapper of a saved module, which the file has by its own name too.
+
+    peft 0.21.2 save_and_load.py: with bias="all" every name that holds "bias" is taken, whatever it is the name of.
+    """
+    own = names.unwrapped(key)
+    if own == key or own not in tensors or draft.setting("bias") != "all":
+        return False
+    if ".original_module." not in key and not np.array_equal(tensors[key], tensors[own]):
+        draft.say("LF-507", f"the file has another {own}, for the same bias", key)
+    return True
