@@ -188,6 +188,7 @@ CASES: Mapping[str, Case] = {
     "tied both": _lora(_tied, ["embed_tokens", "lm_head"]),
     "tied tokens": _lora(_tied, LLAMA, trainable_token_indices=[3, 40]),
     "tied saved": _lora(_tied, LLAMA, modules_to_save=["lm_head"]),
+    "tied saved embedding": _lora(_tied, LLAMA, modules_to_save=["embed_tokens"]),
     "tied saved together": _lora(_tied, LLAMA, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     "tied embedding together": _lora(_tied, ["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "tied larger embedding": _lora(_tied, ["q_proj", "embed_tokens"], vocabulary=67),
