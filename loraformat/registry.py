@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import NATIVE, Layout, Reading, ReadOptions
 from loraformat.names import nearest
-from loraformat.source import Source, not_found, open_source
+from loraformat.source import Source, existing, open_source
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -148,14 +147,15 @@ def _listed(value: Any) -> list[Any]:
 
 
 def open_base(path: str | os.PathLike[str]) -> Base:
-    """The base at ``path``: the kind that recognises it; LF-601 otherwise."""
-    found = Path(path)
-    if not found.exists():
-        raise not_found(os.fspath(path))
+    """The base at ``path``: the kind that recognises it; LF-601 otherwise, LF-701 where nothing is."""
+    found = existing(path)
     plugins, problems = _loaded("loraformat.bases")
     for kind in plugins.values():
         if kind.recognises(found):
             base: Base = kind.open(found)
             return base
     names = ", ".join(kind.describes for kind in plugins.values())
-    raise LoraFormatError([Problem("LF-601", f"{found} is none of the known kinds of base: {names}"), *problems])
+    inside = next((inner for inner in sorted(found.glob("snapshots/*")) if inner.is_dir()), None)
+    fix = f"a download of huggingface_hub keeps it in {inside}" if inside else ""
+    what = f"{found} is none of the known kinds of base: {names}"
+    raise LoraFormatError([Problem("LF-601", what, fix=fix), *problems])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Source", "not_found", "open_source"]
+__all__ = ["Source", "existing", "open_source"]
 
 _SIDECAR_CAP = 16 * 2**20
 _LOOSE = frozenset({".bin", ".pt", ".pth", ".ckpt"})
@@ -91,22 +91,28 @@ class Source:
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """The source at ``path``; LF-701 if there is nothing that can be read without waiting for it."""
+    found = existing(path)
+    if found.suffix == ".json" and not found.is_dir():
+        raise fault("LF-501", f"{found} holds no tensors", fix=f"name the folder that it lies in: {found.parent}")
+    return Source(found)
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """A file or a folder; LF-701 for what is not there, or is neither and would be waited for."""
     found = Path(path)
     try:
         mode = os.stat(found).st_mode
-        if stat.S_ISREG(mode) and found.suffix == ".json":
-            raise fault("LF-501", f"{found} holds no tensors", fix=f"name the folder that it lies in: {found.parent}")
-        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            return Source(found)
     except FileNotFoundError:
-        raise not_found(os.fspath(path)) from None
+        raise _not_found(os.fspath(path)) from None
     except OSError as error:
         raise fault("LF-701", f"cannot read {found}: {error.strerror or error}") from None
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return found
     kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
     raise fault("LF-701", f"{found} is {kind}, not a file", fix="save it to a file; validate also reads stdin, as -")
 
 
-def not_found(path: str) -> LoraFormatError:
+def _not_found(path: str) -> LoraFormatError:
     """LF-701, with what was perhaps meant: a link whose file is gone, or the name of something on a hub."""
     if os.path.islink(path):
         return fault("LF-701", f"{path} is a link to {os.readlink(path)}, which does not exist")

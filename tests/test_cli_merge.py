@@ -1,6 +1,7 @@
 """merge and verify on the command line: folders, several adapters, strengths, the plan, the proof."""
 
 import json
+import os
 import re
 import shlex
 
@@ -84,6 +85,36 @@ def test_the_proof_gives_a_share_only_of_what_was_there_before(run, tmp_path):
     lf.save(lf.Adapter({"head": lf.Update((new["head"],))}), tmp_path / "head.safetensors")
     told = run("merge", "head.safetensors", "--into", "base.safetensors", "-o", "out2.safetensors")
     assert "by name · added or resized: 1 · +0.0 MB" in told.err
+
+
+def test_an_adapter_that_discards_what_another_did_is_told(run, home):
+    whole = {i: lf.Adapter({"a.weight": lf.Update((lf.Replace(draw(7, 5, seed=i)),))}) for i in (1, 2)}
+    for i, adapter in whole.items():
+        lf.save(adapter, home / f"whole{i}.safetensors")
+    for words, gone in (
+        (["10.safetensors", "whole1.safetensors"], True),
+        (["whole1.safetensors", "whole2.safetensors"], True),
+        (["whole1.safetensors", "whole1.safetensors"], False),
+        (["whole1.safetensors", "10.safetensors"], False),
+    ):
+        told = run("merge", *words, "--into", "base", "-o", "out", "--force", "--verify")
+        assert told.code == 0, told.err
+        assert ("default2 replaces a.weight: what came before it there is gone" in told.err) is gone
+
+
+def test_a_base_that_is_a_pipe_is_not_waited_for(run, home):
+    os.mkfifo(home / "pipe")
+    for words in (["merge", "10.safetensors", "--into", "pipe", "-o", "out"], ["info", "pipe"]):
+        told = run(*words)
+        assert told.code == 1
+        assert "LF-701  pipe is a pipe" in told.err
+
+
+def test_where_a_download_of_the_hub_keeps_its_files_is_told(run, home):
+    (home / "models--x--y" / "snapshots" / "1f2e").mkdir(parents=True)
+    told = run("merge", "10.safetensors", "--into", "models--x--y", "-o", "out")
+    assert told.code == 1
+    assert "keeps it in models--x--y/snapshots/1f2e" in told.err
 
 
 WRONG = {

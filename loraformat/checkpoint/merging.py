@@ -85,6 +85,8 @@ class Merge:
                         yield Problem(why[0], why[1], key, why[2])
                         continue
                     yield from (p for p in shape_problems(key, update) if p.severity == "error")
+                    if earlier is not None and "replace" in update and not _same(earlier.updates, (update,)):
+                        self.notes.append(f"{job.name} replaces {match.weight}: what came before it there is gone")
                     before, keys = (earlier.updates, earlier.keys) if earlier else ((), ())
                     change = replace(change, updates=(*before, update), keys=tuple(dict.fromkeys((*keys, key))))
                     self.changes[match.weight] = change
