@@ -169,11 +169,12 @@ def update_for(name, parameter, kind, draw, *, embedding):
 
 
 def targets(model, base, adapters):
-    """The parameters whose place in the graph names tell, and no other."""
+    """The parameters whose place in the graph names tell, and whose operator can carry a change; and no other."""
     from loraformat import Hints
 
     found = base.resolve(adapters, Hints()).targets
-    return Adapter({key: adapters[key] for key in adapters if key in found})
+    kept = (key for key, places in found.items() if all(place.handle.refusal is None for place in places))
+    return Adapter({key: adapters[key] for key in kept})
 
 
 LEAST = {"convnet": 5, "attention": 3, "vit": 13, "t5": 14}
