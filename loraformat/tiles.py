@@ -13,8 +13,8 @@ import numpy as np
 from loraformat import progress
 from loraformat.container import dtype_name, numpy_dtype
 from loraformat.errors import fault
-from loraformat.parts import Delta, Loha, Lokr, Lora, Part
-from loraformat.products import single
+from loraformat.parts import Loha, Lokr, Lora, Part
+from loraformat.products import simplified
 from loraformat.rounding import rounded, widened
 from loraformat.updates import Update
 
@@ -142,21 +142,17 @@ def created(
 
 
 def prepared(update: Update) -> Update:
-    """The same update with what every tile would do again done once: factors in float32 with the scale in one of them,
-    other products whole.
-    """
+    """The same update with what every tile would do again done once, and a pair's scale in one of its factors."""
     return replace(update, parts=tuple(_prepared(part) for part in update.parts))
 
 
 def _prepared(part: Part) -> Part:
-    if isinstance(part, Lora) and part.mid is None:
-        a, b = single(part.lora_A), single(part.lora_B)
-        if _keeps_digits(b, part.scale):
-            return replace(part, lora_A=a, lora_B=b * np.float32(part.scale), alpha=1.0, scale_rule="factor")
-        return replace(part, lora_A=a, lora_B=b)
-    if isinstance(part, (Lora, Loha, Lokr)):  # no tile of these has a product of its own
-        return Delta(Update((part,)).matrix())
-    return part
+    if not isinstance(part, (Lora, Loha, Lokr)):
+        return part
+    same = simplified(part)
+    if isinstance(same, Lora) and _keeps_digits(same.lora_B, same.scale):
+        return replace(same, lora_B=same.lora_B * np.float32(same.scale), alpha=1.0)
+    return same
 
 
 def _keeps_digits(factor: Array, scale: float) -> bool:

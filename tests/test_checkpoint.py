@@ -252,7 +252,7 @@ def test_a_tensor_that_two_shards_hold_is_refused(base):
 def test_missing_and_damaged_shards_are_all_named(base):
     (base / SHARDS[0]).unlink()
     (base / SHARDS[1]).write_bytes(b"\xff" * 40)
-    assert [rule for rule, _ in faults(lf.open_base, base)] == ["LF-610", "LF-102"]
+    assert faults(lf.open_base, base) == [("LF-610", SHARDS[0]), ("LF-102", SHARDS[1])]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\xff"])
@@ -307,6 +307,18 @@ def test_a_value_beyond_the_range_of_its_type_is_refused_and_nothing_written(dty
     adapter, only = lf.Adapter({"w": lf.Update((pair,))}), lf.open_base(base / SHARDS[0])
     assert faults(lf.merge, adapter, only, tmp_path / "out.safetensors") == [("LF-611", "w")]
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_float64_weight_is_merged_and_verified_in_float64(tmp_path):
+    old = np.random.default_rng(0).standard_normal((7, 5))
+    save_file({"a.weight": old}, tmp_path / "base.safetensors")
+    adapter, opened = lf.Adapter({"a.weight": lora(7, 5)}), lf.open_base(tmp_path / "base.safetensors")
+    lf.merge(adapter, opened, tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")["a.weight"]
+    np.testing.assert_allclose(merged, old + adapter["a.weight"].matrix(), atol=1e-6)
+    assert (merged - merged.astype(np.float32)).any()
+    verdict = lf.verify(opened, adapter, lf.open_base(tmp_path / "out.safetensors"))
+    assert (verdict.problems, verdict.touched) == ([], {"a.weight": 0.0})
 
 
 def test_what_is_infinite_in_the_base_is_none_of_the_adapters_faults(tmp_path):

@@ -338,8 +338,8 @@ def the_rank_that_is_left_scales(patch):
 
 
 def kronecker_factors_are_swapped(patch):
-    whole = products.np.kron
-    patch.setattr(products.np, "kron", lambda one, other: whole(other, one))
+    whole = products._kron
+    patch.setattr(products, "_kron", lambda one, other, tile: whole(other, one, tile))
 
 
 def lokr_of_whole_factors_is_not_scaled(patch):
@@ -349,7 +349,7 @@ def lokr_of_whole_factors_is_not_scaled(patch):
 def cores_are_transposed(patch):
     whole = products._around
     patch.setattr(
-        products, "_around", lambda a, b, core: whole(a, b, core.swapaxes(0, 1) if core is not None else None)
+        products, "_around", lambda a, b, core, *t: whole(a, b, core.swapaxes(0, 1) if core is not None else None, *t)
     )
 
 

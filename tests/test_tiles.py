@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -156,3 +157,25 @@ def test_a_tensor_in_runs_of_rows_is_the_tensor_at_once(dtype, monkeypatch):
     assert whole[0].dtype == dtype
     assert np.isclose(norms.delta, 4 * np.square(update.delta()).sum(), rtol=1e-5)
     assert np.isclose(norms.base, np.square(old.astype(np.float64)).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["out,in", "in,out"])
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_run_of_rows_of_a_product_holds_no_more_than_itself(kind, spec):
+    """Of a Hadamard or Kronecker product a run is computed alone: the whole would be as large as the weight."""
+    draw = np.random.default_rng(0).standard_normal
+    out, in_ = 24 * 40, 30 * 50
+    part = {
+        "loha": lf.Loha(draw((out, 4)), draw((4, in_)), draw((out, 3)), draw((3, in_)), 2.0, "alpha/r"),
+        "lokr": lf.Lokr(2.0, "factor", lokr_w1=draw((24, 30)), lokr_w2_a=draw((40, 5)), lokr_w2_b=draw((5, 50))),
+    }[kind]
+    shape = (out, in_) if spec == "out,in" else (in_, out)
+    update = lf.Update((part,), lf.Placement.of(shape, spec))
+    ready, whole = tiles.prepared(update), update.delta()
+    for rows in ((0, 7), (33, 90), (shape[0] - 3, shape[0])):
+        tracemalloc.start()
+        found = ready.delta(rows=rows)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_allclose(found, whole[slice(*rows)], rtol=1e-4, atol=1e-4)
+        assert most < 4 * found.nbytes + 200_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,13 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _opened(path: Path) -> Shard:
-    return TorchShard(path) if is_torch(path) else SafetensorsShard(path)
+    if is_torch(path):
+        return TorchShard(path)
+    try:
+        return SafetensorsShard(path)
+    except LoraFormatError as error:  # a header does not know in which of many files it stands
+        named = (replace(p, where=f"{path.name}: {p.where}" if p.where else path.name) for p in error.problems)
+        raise LoraFormatError(named) from None
 
 
 def _sharded(folder: Path, name: str, index: Mapping[str, Any]) -> tuple[dict[str, Shard], dict[str, str]]:

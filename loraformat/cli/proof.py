@@ -46,7 +46,8 @@ def _change(plan: Plan, outcome: Outcome) -> str:
         sizes = sorted(n.delta**0.5 for n in norms)
         return f"‖ΔW‖ {sizes[0]:.3g}–{sizes[-1]:.3g}"
     ratios = sorted(n.change * 100 for n in norms if n.change is not None)
-    said = [f"‖ΔW‖/‖W‖ {_short(ratios[0])}–{_short(ratios[-1])} %"] if ratios else []
+    ends = "–".join(dict.fromkeys(_short(ratio) for ratio in ratios[:: max(1, len(ratios) - 1)]))
+    said = [f"‖ΔW‖/‖W‖ {ends} %"] if ratios else []
     new, zero = sum(n.new for n in norms), sum(n.change is None and not n.new for n in norms)
     said += [f"added or resized: {new}"] if new else []
     said += [f"zero before: {zero}"] if zero else []

@@ -135,7 +135,7 @@ def _compare(
             return math.inf, f"the tensor is {list(after.shape)}, expected {list(wanted.shape)}"
         got = merged.read(after.name, rows)
         wrong += _count_wrong(wanted, got)
-        square += _square(widened(got) - wanted)
+        square += _square((widened(got) if wanted.dtype == np.float32 else got.astype(np.float64)) - wanted)
         whole += _square(wanted)
     relative = math.sqrt(square / whole) if whole else math.sqrt(square)
     if not wrong:
