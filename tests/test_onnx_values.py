@@ -91,7 +91,7 @@ def test_the_base_is_cast_as_the_exporter_cast_it(dtype, tmp_path):
 def test_one_value_that_differs_is_another_weight(tmp_path):
     k = normal(8, 6)
     other = k.copy()
-    other[3, 3] = np.nextafter(other[3, 3], 9)
+    other[3, 3] = np.nextafter(other[3, 3], np.float32(9))
     base = checkpoint(tmp_path, **{"enc.k.weight": k})
     _, evidence, _ = resolve(two(normal(6, 8, seed=1), other.T), {"enc.k.weight": (8, 6)}, tmp_path, base=base)
     assert evidence[0].startswith("sketch: cosine 1.000")  # found all the same, but not called equal
