@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 import loraformat as lf
-from bench.measure import Timing, command, interleave, row
+from bench.measure import Run, Timing, command, interleave, row
 from loraformat import container, registry
 from loraformat.verbs.convert import save
 
@@ -111,11 +111,11 @@ def make_adapter(path: Path, layers: int) -> Path:
     return path
 
 
-def fresh(out: Path, *words: str) -> Callable[[], tuple[float, int]]:
+def fresh(out: Path, *words: str) -> Run:
     """A runner of a command that writes ``out``, which does not exist then."""
     run = command(*words)
 
-    def runner() -> tuple[float, int]:
+    def runner() -> tuple[float, float, int]:
         shutil.rmtree(out, ignore_errors=True)
         done = run()
         shutil.rmtree(out)
@@ -131,7 +131,7 @@ def make(folder: Path) -> None:
         make_adapter(folder / f"{size}.adapter", layers)
 
 
-def variants(folder: Path, peer: bool) -> dict[str, Callable[[], tuple[float, int]]]:
+def variants(folder: Path, peer: bool) -> dict[str, Run]:
     found, python = {}, sys.executable
     command(python, __file__, str(folder))()
     loraformat, out = "from loraformat.cli.main import main; main()", folder / "out"

@@ -9,6 +9,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import attach, merge, startup, validate
 
-print(f"{'what':28} {'median':>7}   {'(least–most)':16} {'peak':>7}       {'ratio':>5}")
+print(f"{'what':28} {'median':>7}   {'(least–most)':16} {'processor':>9} {'peak':>7}       {'ratio':>5}")
 for benchmark in (startup, validate, attach, merge):
     benchmark.main()
