@@ -94,6 +94,18 @@ def test_a_larger_vocabulary_is_one_for_both_and_for_the_configuration(tmp_path)
     assert any("37 to 41" in note for note in notes)
 
 
+@pytest.mark.parametrize("name", [E, H])
+def test_a_module_trained_whole_in_another_size_does_not_tell_what_its_partner_holds(name, tmp_path):
+    whole = lf.Update((lf.Replace(draw(41, 12, seed=3), allows=("add", "resize")),))
+    with pytest.raises(lf.LoraFormatError, match=r"LF-609  trained apart from .*: the rows of those are in no file"):
+        merged(lf.Adapter({name: whole}), base(tmp_path / "base"), tmp_path)
+    values = {name: draw(41, 12, seed=seed) for seed, name in enumerate((E, H))}
+    both = {n: lf.Update((lf.Replace(v, allows=("add", "resize")),)) for n, v in values.items()}
+    tensors, config, _ = merged(lf.Adapter(both), base(tmp_path / "again"), tmp_path)
+    assert all(np.array_equal(tensors[n], values[n]) for n in (E, H))
+    assert config == {**LLAMA, "vocab_size": 41, "tie_word_embeddings": False}
+
+
 def test_a_resized_embedding_with_a_pair_gives_its_partner_the_size_and_not_the_pair(tmp_path):
     """PEFT saves the embedding beside the factors where it is a target, and the vocabulary grew."""
     values, pair = draw(41, 12, seed=3), lora(12, 41, "in,out", 5, "embedding")

@@ -123,6 +123,8 @@ class Checkpoint:
             taken[weight] = key
             parts = self._moving(weight, update)
             others = [n for n in self._partners(weight) if n not in meant] if parts else []
+            if others and "replace" in parts and ties.trained_apart(update):
+                ambiguous.append(_size_only(key, others))
             matches = (self._match(key, update, n, f"tied: {n} is {weight}", hints) for n in others)
             targets[key] = (match, *(replace(m, parts=parts) for m in matches))
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))
@@ -204,6 +206,13 @@ class Checkpoint:
         norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
         ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
         return Outcome(ordered, plan.writes, plan.writes - plan.reads)
+
+
+def _size_only(key: str, others: Sequence[str]) -> Problem:
+    # peft 0.21.2 saves a module of modules_to_save, and not the rows that its partner got when the model was resized.
+    what = f"trained apart from {', '.join(others)}, to which it is tied, in another size: the rows of those are in no file"
+    fix = "save the adapter with all of them in modules_to_save, or merge it with PEFT"
+    return Problem("LF-609", what, key, fix)
 
 
 def _missing(key: str, weight: str, update: Update, names: Mapping[str, Any]) -> LoraFormatError:

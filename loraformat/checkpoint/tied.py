@@ -117,6 +117,15 @@ def moving(update: Update, shape: tuple[int, ...]) -> tuple[str, ...]:
     return ("replace",) if resized else ()
 
 
+def trained_apart(update: Update) -> bool:
+    """Whether the replacement was trained as a module of its own, so that it is not what a tied module holds.
+
+    PEFT's reader lets such a one be added too; an embedding that was saved because it is another size is the tensor that
+    both modules share (peft 0.21.2 ``save_embedding_layers``).
+    """
+    return "replace" in update and "add" in update["replace"].allows
+
+
 def may_be_tied(name: str, rows: int, names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether a tensor with a row for each token is tied, as the configuration has it, to one that the table lacks."""
     if not states(config) or _headless(config) or rows not in {c.get("vocab_size") for c in _configs(config)}:
