@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["Lazy", "Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
 
 _TILE = 1 << 18  # values: 1 MiB of float32, small enough for the cache and for malloc to reuse
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _quiet(function: Callable[P, T]) -> Callable[P, T]:
+    """Without numpy's warnings: what becomes infinite is told by ``_check_range``, once and as an error."""
+
+    @functools.wraps(function)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> T:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return function(*args, **kwargs)
+
+    return quiet
 
 
 class Tensor(Protocol):
@@ -141,6 +157,7 @@ def created(
         yield stored
 
 
+@_quiet
 def prepared(update: Update) -> Update:
     """The same update with what every tile would do again done once, and a pair's scale in one of its factors."""
     return replace(update, parts=tuple(_prepared(part) for part in update.parts))
@@ -163,6 +180,7 @@ def _keeps_digits(factor: Array, scale: float) -> bool:
     return float(sizes.min()) * abs(scale) >= 2.0**-100 and float(sizes.max()) * abs(scale) <= 2.0**100
 
 
+@_quiet
 def applied(updates: Sequence[Update], base: Array | None, rows: tuple[int, int] | None) -> Array:
     """W' of a run of rows before rounding: float32; of a float64 base, W itself in float64 and ΔW in float32.
 
@@ -189,7 +207,7 @@ def _added(updates: Sequence[Update], shape: tuple[int, ...], rows: tuple[int, i
     return total
 
 
-@np.errstate(over="ignore", invalid="ignore")  # told by _check_range
+@_quiet
 def _tile(updates: Sequence[Update], base: Array, rows: tuple[int, int] | None, norms: Norms) -> Array:
     if not updates:
         progress.advance(base.nbytes)
@@ -224,7 +242,7 @@ def _check_range(stored: Array, before: Array) -> None:
         raise fault("LF-611", what, fix="a lower weight, or a base of a wider type")
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@_quiet
 def _square(values: Array) -> float:
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     return float(np.dot(flat, flat))
