@@ -358,3 +358,15 @@ def test_a_stack_of_square_matrices_is_never_oriented_by_guess(verb, tmp_path):
     assert said.startswith("LF-604")
     (axes,) = re.findall(rf"--axes '{KEY}=(\S+)'", said)
     VERBS[verb](stack, open_base(tmp_path / "base.onnx"), tmp_path / "out.onnx", Hints(axes={KEY: axes}))
+
+
+@both_verbs
+def test_a_square_parameter_of_a_module_is_not_turned_by_what_peft_calls_its_out(verb, tmp_path):
+    """PEFT takes a bare parameter's first axis for out; a module that computes x @ P gives the second."""
+    draw = np.random.default_rng(4)
+    pair = (draw.standard_normal(sizes).astype(np.float32) for sizes in ((2, 6), (6, 2)))
+    placed = Update((Lora(*pair, 3.0, "alpha/r"),), Placement((6, 6), (0,), (1,)))
+    made = model('g (float[N,6] x) => (float[N,6] y) <float[6,6] "m.gate"> { y = MatMul(x, "m.gate") }')
+    said = refused(made, tmp_path, verb=verb, update=Adapter({"m.gate": placed}))
+    assert said.startswith("LF-604")
+    assert "merge into the checkpoint, then export" in said

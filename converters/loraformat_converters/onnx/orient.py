@@ -39,24 +39,30 @@ def parameter_of(key: str, update: Update, site: Site, stated: str | None) -> Pl
         what = f"--axes says {said.spec}, the adapter was placed as {known.spec}"
         raise fault("LF-605", what, where=key, fix="one of them is wrong")
     found = known or said
+    if said is None and neutral(update):
+        _check_square(key, update, site)
     if found is None and neutral(update):
-        _check_stack(key, update, site)
-    elif found is None:
+        return None
+    if found is None:
         found = site.operand if site.natural and not site.vector else _by_shape(key, update, site)
     if found is not None:
         turned(update, found, site.placement)  # what cannot be turned is told now
     return found
 
 
-def _check_stack(key: str, update: Update, site: Site) -> None:
-    """LF-604 for a stack of square matrices: what a file calls its out need not be the operator's.
+def _check_square(key: str, update: Update, site: Site) -> None:
+    """LF-604 for square matrices that are no module's ``weight``: what a file calls their out need not be the operator's.
 
-    Of a parameter [E, n, m] peft 0.21.2 takes n for out unless the module says ``is_transposed``, which no file repeats.
+    Of a parameter [n, m] or [E, n, m] peft 0.21.2 takes n for out, whatever the module does with it, unless it says
+    ``is_transposed``, which no file repeats.
     """
     out, in_ = site.placement.matrix_shape[-2:]
-    if site.placement.batch and out == in_:
-        what = f"{list(site.placement.matrix_shape)}: a stack of square matrices, which the file does not orient"
-        fix = f"if out is what the operator gives: --axes '{key}={site.placement.spec}'; else merge into the checkpoint, then export"
+    placed = update.placement is not None
+    bare = placed and not site.vector and key.rpartition(".")[2] != "weight"
+    if out == in_ and (bare or (site.placement.batch and not placed)):
+        what = f"{list(site.placement.matrix_shape)}: square matrices, which the file does not orient"
+        say = "" if placed else f"if out is what the operator gives: --axes '{key}={site.placement.spec}'; else "
+        fix = f"{say}merge into the checkpoint, then export"
         raise fault("LF-604", what, where=key, fix=fix)
 
 
