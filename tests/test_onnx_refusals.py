@@ -7,7 +7,7 @@ import re
 import numpy as np
 import onnx
 import pytest
-from graphs import adapter, feeds, lora, model, run, save, session
+from graphs import adapter, feeds, inputs, lora, model, run, save, session
 from onnx import helper, numpy_helper
 
 from loraformat import Adapter, Hints, LoraFormatError, Update
@@ -370,3 +370,19 @@ def test_a_square_parameter_of_a_module_is_not_turned_by_what_peft_calls_its_out
     said = refused(made, tmp_path, verb=verb, update=Adapter({"m.gate": placed}))
     assert said.startswith("LF-604")
     assert "merge into the checkpoint, then export" in said
+
+
+TRANSPOSED, PLAIN = '{ t = Transpose("m.gate") y = MatMul(x, t) }', '{ y = MatMul(x, "m.gate") }'
+
+
+@both_verbs
+@pytest.mark.parametrize(("spec", "body"), [("out,in", TRANSPOSED), ("in,out", PLAIN), ("in,out", TRANSPOSED)])
+def test_a_square_parameter_whose_out_is_the_operators_needs_no_word(spec, body, verb, tmp_path):
+    """The first lies as its file says; no file of PEFT says the other ([in, out]) of a parameter that has no module."""
+    draw = np.random.default_rng(4)
+    a, b = (draw.standard_normal(sizes).astype(np.float32) for sizes in ((2, 6), (6, 2)))
+    adapter = Adapter({"m.gate": Update((Lora(a, b, 3.0, "factor"),), Placement.of((6, 6), spec))})
+    onnx.save(model(f'g (float[N,6] x) => (float[N,6] y) <float[6,6] "m.gate"> {body}'), tmp_path / "base.onnx")
+    VERBS[verb](adapter, open_base(tmp_path / "base.onnx"), tmp_path / "out.onnx", Hints())
+    old, new = (run(tmp_path / name)["y"] for name in ("base.onnx", "out.onnx"))
+    assert relative_error(new, old + 3.0 * inputs(tmp_path / "base.onnx")["x"] @ (b @ a).T) < 1e-6

@@ -51,15 +51,19 @@ def parameter_of(key: str, update: Update, site: Site, stated: str | None) -> Pl
 
 
 def _check_square(key: str, update: Update, site: Site) -> None:
-    """LF-604 for square matrices that are no module's ``weight``: what a file calls their out need not be the operator's.
+    """LF-604 for square matrices whose file calls out what need not be the operator's out.
 
-    Of a parameter [n, m] or [E, n, m] peft 0.21.2 takes n for out, whatever the module does with it, unless it says
-    ``is_transposed``, which no file repeats.
+    Of a parameter [n, m] or [E, n, m] that is no module's weight peft 0.21.2 takes n for out, whatever the module does
+    with it, unless it says ``is_transposed``, which no file repeats. The stack comes unplaced, the other as [out, in].
     """
     out, in_ = site.placement.matrix_shape[-2:]
-    placed = update.placement is not None
-    bare = placed and not site.vector and key.rpartition(".")[2] != "weight"
-    if out == in_ and (bare or (site.placement.batch and not placed)):
+    placed = update.placement
+    if placed is None:
+        doubtful = bool(site.placement.batch)
+    else:
+        by_word = placed.spec == "out,in" and "weight" not in key.rpartition(".")[2]
+        doubtful = by_word and placed != site.placement and not site.vector
+    if doubtful and out == in_:
         what = f"{list(site.placement.matrix_shape)}: square matrices, which the file does not orient"
         say = "" if placed else f"if out is what the operator gives: --axes '{key}={site.placement.spec}'; else "
         fix = f"{say}merge into the checkpoint, then export"
