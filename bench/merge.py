@@ -12,7 +12,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 import loraformat as lf
+from bench.chart import time_and_memory
 from bench.measure import Run, Timing, command, interleave, row
 from loraformat import container, registry
 from loraformat.verbs.convert import save
@@ -29,7 +29,6 @@ HIDDEN, INNER, VOCAB, HEADS, KEY_HEADS = 2048, 5632, 32000, 32, 4
 RANK, SHARD = 16, 500_000_000
 LAYERS = {"0.8 GB": 6, "1.7 GB": 17, "3.4 GB": 36}
 WHOLE = "1.7 GB"
-PLOT = Path(__file__).parents[1] / "docs" / "merge.svg"
 
 PEER = """
 import os, sys, torch
@@ -153,37 +152,12 @@ def main(runs: int = 3) -> None:
         what, _, size = label.partition(" ")
         budget = {"copy": "the limit", "merge": "budget ≤ 2.0 ×, ≤ 300 MiB", "PEFT": "peer"}[what]
         print(row(label, timing, timings[f"copy {size}"], budget))
-    plot(timings)
-
-
-def plot(timings: Mapping[str, Timing]) -> None:
-    """Time and peak memory by size; nothing where matplotlib is not installed."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    pyplot.rcParams["svg.hashsalt"] = "loraformat"  # the same numbers give the same file
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    sizes = [float(size.partition(" ")[0]) for size in LAYERS]
-    for what, style in (("copy", "s--"), ("merge", "o-"), ("PEFT", "^")):
-        of = {
-            size: timings[f"{what} {name}"]
-            for name, size in zip(LAYERS, sizes, strict=True)
-            if f"{what} {name}" in timings
-        }
-        label = {"copy": "cp -r and sync", "merge": "loraformat merge", "PEFT": "PEFT merge_and_unload"}[what]
-        medians = [t.median for t in of.values()]
-        spread = [[t.median - min(t.seconds) for t in of.values()], [max(t.seconds) - t.median for t in of.values()]]
-        left.errorbar(list(of), medians, spread, fmt=style, capsize=3, label=label)
-        if what != "copy":
-            right.plot(
-                list(of), [t.peak / 2**20 for t in of.values()], style, label=label, color=left.lines[-1].get_color()
-            )
-    left.set(xlabel="checkpoint, GB", ylabel="seconds", ylim=(0, None))
-    right.set(xlabel="checkpoint, GB", ylabel="peak resident memory, MiB", yscale="log", ylim=(10, None))
-    left.legend()
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, metadata={"Date": None})
+    labels = {"copy": "cp -r and sync", "merge": "loraformat merge", "PEFT": "PEFT merge_and_unload"}
+    series: dict[str, dict[float, Timing]] = {label: {} for label in labels.values()}
+    for label, timing in timings.items():
+        what, size, _ = label.split(" ")
+        series[labels[what]][float(size)] = timing
+    time_and_memory("merge", "checkpoint, GB", {k: v for k, v in series.items() if v}, ("cp -r and sync",))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ def _mistaken_for(data: bytes) -> str:
 
 
 def _metadata(value: Any, problems: list[Problem]) -> dict[str, str]:
+    if value is None:  # safetensors 0.8 reads it as absent, and tools have written it
+        return {}
     if isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
         return value
     problems.append(Problem("LF-109", "__metadata__ must map strings to strings", "__metadata__"))

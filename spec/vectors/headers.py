@@ -63,13 +63,13 @@ def container() -> None:
     broken("LF-109-object", "the value is an object, not text", laid(entries(meta={"loraformat": value()}), DATA))
     null = entries(meta={"loraformat": TEXT, "format": None})
     broken("LF-109-null-value", "null is not a string, nor is it absent", laid(null, DATA))
-    broken("LF-109-null", "__metadata__ is null", laid(entries(meta=None), DATA))
     broken("LF-109-list", "__metadata__ is a list", laid(entries(meta=[]), DATA))
 
 
 def top() -> None:
     """LF-201 to LF-209."""
     broken("LF-201-no-metadata", "a plain safetensors file", save(pair()))
+    broken("LF-201-null-metadata", "__metadata__ is null, as if absent", laid(entries(meta=None), DATA))
     broken("LF-201-other-metadata", "metadata of another tool", save(pair(), metadata={"format": "pt"}))
     for name, says, text, schema in (
         ("not-json", "the text is cut", TEXT[:-1], False),

@@ -67,7 +67,7 @@ export function open(path) {
   if (length > 100_000_000n || length > file.length - 8) throw new Refusal("LF-102");
   const data = file.subarray(8 + Number(length));
   const header = headerOf(file.subarray(8, 8 + Number(length)));
-  const metadata = "__metadata__" in header ? header.__metadata__ : {};
+  const metadata = header.__metadata__ ?? {};
   delete header.__metadata__;
   if (!isObject(metadata) || Object.values(metadata).some((text) => typeof text !== "string"))
     throw new Refusal("LF-109", "__metadata__");
