@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from loraformat import file
 from loraformat.errors import Problem
@@ -19,20 +19,33 @@ if TYPE_CHECKING:
     from loraformat.scale import ScaleRule
     from loraformat.source import Source
 
-__all__ = ["NATIVE", "Layout", "Native", "Output", "ReadOptions", "Reading"]
+__all__ = ["NATIVE", "Layout", "Native", "Output", "ReadOptions", "Reading", "WriteOptions"]
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """What the user states that a source may not: used where the source is silent, an error where it disagrees.
 
-    ``base`` is asked for the shapes of its parameters where a source leaves open which of them a tensor belongs to.
+    Attributes:
+        base: is asked for the shapes of its parameters where a source leaves open which of them a tensor belongs to.
+        config: the ``config.json`` of the base model, for what a layout takes from it, such as the number of heads.
+        split_qkv: how many trained pairs a fused query-key-value pair was put together from.
     """
 
     alpha: float | None = None
     rank: int | None = None
     scale_rule: ScaleRule | None = None
     base: Base | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    split_qkv: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """What a layout may have to know of the model to write an adapter of it. See ``ReadOptions``."""
+
+    base: Base | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +58,14 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a layout would write: one file, or the files of a folder. Nothing is written yet."""
+    """What a layout would write: one file (its name is empty), or the files of a folder. Nothing is written yet.
+
+    ``warnings``: what the tool will read otherwise, though with equal numbers, such as a rank padded with zeros.
+    """
 
     files: Mapping[str, Writer]
     folder: bool
+    warnings: list[Problem] = field(default_factory=list)
 
 
 @runtime_checkable
@@ -73,13 +90,19 @@ class Layout(Protocol):
     markers: frozenset[str]
     """File names that make a folder one adapter of this layout."""
 
+    endings: tuple[str, ...]
+    """Endings of a file's name that mean this layout when one is written; empty for what cannot be told so."""
+
+    names: frozenset[str]
+    """The name spaces whose keys it can write; empty: any."""
+
     def detect(self, source: Source) -> str | None:
         """The evidence that ``source`` is of this layout, as a phrase; None if it is not."""
 
     def read(self, source: Source, options: ReadOptions) -> Reading:
         """The adapter, complete: every tensor understood, every scale stated, or LoraFormatError."""
 
-    def write(self, adapter: Adapter) -> Output:
+    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """The files that this layout's own tool would load with equal results, or LF-508."""
 
 
@@ -92,6 +115,8 @@ class Native:
     describes = "the loraformat file (.lora.safetensors)"
     scale = "alpha and its rule, beside each part"
     markers: frozenset[str] = frozenset()
+    endings: tuple[str, ...] = (".safetensors",)
+    names: frozenset[str] = frozenset()
 
     def detect(self, source: Source) -> str | None:
         """The reserved key in the header."""
@@ -104,7 +129,7 @@ class Native:
         adapter, warnings = file.read_tensors(source.tensors, source.header)
         return Reading(adapter, warnings)
 
-    def write(self, adapter: Adapter) -> Output:
+    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """One file."""
         return Output({"": file.writer(adapter)}, folder=False)
 

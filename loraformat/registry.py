@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
 
-__all__ = ["detect", "from_tensors", "layout", "layouts", "load", "markers", "open_base", "read", "read_source"]
+__all__ = [
+    "detect", "from_tensors", "layout", "layouts", "load", "markers", "model_config", "open_base", "read",
+    "read_source",
+]  # fmt: skip
 
 CONFIG = "adapter_config.json"
 """What PEFT and MLX call the configuration beside the tensors."""
@@ -144,6 +147,12 @@ def _listed(value: Any) -> list[Any]:
     if isinstance(value, (set, frozenset, tuple)):
         return sorted(value)
     raise TypeError(f"a {type(value).__name__}")
+
+
+def model_config(base: Base) -> Mapping[str, Any]:
+    """What the ``config.json`` of a base model says, where the base knows one."""
+    known: Mapping[str, Any] = getattr(base, "config", {})
+    return known
 
 
 def open_base(path: str | os.PathLike[str]) -> Base:

@@ -55,6 +55,17 @@ class Source:
         return self._container
 
     @cached_property
+    def head(self) -> bytes:
+        """The first 64 bytes of the tensor file, by which its format is known; empty without a file."""
+        if self.file is None:
+            return b""
+        try:
+            with open(self.file, "rb") as file:
+                return file.read(64)
+        except OSError as error:
+            raise fault("LF-701", f"cannot read {self.file}: {error.strerror or error}") from None
+
+    @cached_property
     def torch(self) -> bool:
         """Whether the tensor file is one of ``torch.save``, by its first bytes."""
         return self.file is not None and is_torch(self.file)

@@ -192,6 +192,8 @@ def test_convert_with_a_base_writes_the_placements(run, tmp_path):
         "schema": 1,
         "out": "a.safetensors",
         "digest": lf.digest(lf.load(GPT2)),
+        "residuals": {},
+        "dropped": [],
         "targets": 6,
         "placed": 6,
         "warnings": [],

@@ -63,7 +63,7 @@ class PeftFolder:
     def read(self, source, options):
         return registry.layout("peft").read(source, options)
 
-    def write(self, adapter):
+    def write(self, adapter, options):
         return write.write(adapter)
 
 

@@ -30,7 +30,16 @@ ORDER = (
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
     *("sketch", "bound"),
-    *("verbs", "verbs.merge", "verbs.bind", "verbs.init", "verbs.graph", "verbs.verify", "verbs.convert"),
+    *(
+        "verbs",
+        "verbs.merge",
+        "verbs.bind",
+        "verbs.init",
+        "verbs.graph",
+        "verbs.verify",
+        "verbs.adapt",
+        "verbs.convert",
+    ),
     *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
     *(
         "cli",

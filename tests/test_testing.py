@@ -59,7 +59,7 @@ class Careless:
             type(EMPTY)({k: Update((Lora(tensors[f"{k}.lora_A"], tensors.get(f"{k}.lora_B"), 1, "factor"),)) for k in pairs})
         )  # fmt: skip
 
-    def write(self, adapter):
+    def write(self, adapter, options):
         return Output({"": file.writer(adapter)}, folder=False)
 
 

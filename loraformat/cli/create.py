@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -11,11 +11,12 @@ from loraformat.cli.printing import command, counted, echo_json, warn
 from loraformat.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from loraformat.adapter import Adapter
     from loraformat.errors import Problem
     from loraformat.scale import ScaleRule
+    from loraformat.verbs.adapt import Adapted
 
 __all__ = ["bind", "convert", "init_"]
 
@@ -103,6 +104,14 @@ def init_(
 @click.option("--alpha", type=float, metavar="A", help="For a source that states no alpha.")
 @click.option("--rank", type=int, metavar="R", help="The rank that the source must have.")
 @click.option("--scale-rule", type=_RULES, help="For a source that states no rule.")
+@click.option("--split-qkv", type=int, metavar="N", help="How many trained pairs a fused query-key-value pair holds.")
+@click.option("--drop", multiple=True, metavar="KIND", help="Leave out parts of this kind; may be repeated.")
+@click.option(
+    "--to-lora", type=int, metavar="R", help="Other forms as the nearest pair of rank R; prints the residual."
+)
+@click.option("--dtype", type=Choice(["float32", "float16", "bfloat16"]), help="The dtype of all floats in DST.")
+@click.option("--fold-scale", is_flag=True, help="Multiply the scale into B, for a layout that has none.")
+@click.option("--pad-rank", is_flag=True, help="Zeros up to the largest rank, for a layout that has one for all.")
 @mapping
 @force
 @json_flag
@@ -115,13 +124,20 @@ def convert(
     alpha: float | None,
     rank: int | None,
     scale_rule: ScaleRule | None,
+    split_qkv: int | None,
+    drop: tuple[str, ...],
+    to_lora: int | None,
+    dtype: str | None,
+    fold_scale: bool,
+    pad_rank: bool,
     names: str | None,
     axes: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write the adapter SRC as DST, in another layout; ΔW stays the same."""
+    """Write the adapter SRC as DST, in another layout; ΔW stays the same unless you ask for less."""
     from loraformat.layout import ReadOptions
+    from loraformat.verbs.adapt import adapt
     from loraformat.verbs.convert import convert as run
     from loraformat.verbs.convert import target_layout
 
@@ -131,13 +147,26 @@ def convert(
         destination,
         from_layout=from_layout,
         to_layout=to_layout,
-        options=ReadOptions(alpha, rank, scale_rule),
+        options=ReadOptions(alpha, rank, scale_rule, split_qkv=split_qkv),
         base=base,
         hints=hints(names, axes),
+        adapt=lambda adapter: adapt(
+            adapter, drop=drop, to_lora=to_lora, dtype=dtype, fold_scale=fold_scale, pad_rank=pad_rank
+        ),
         force=force,
     )
-    what = f"{done.source.name} → {done.destination.name} ({why})"
-    _proof(done.adapter, destination, what, as_json, command("info", destination), done.warnings)
+    what = " · ".join([f"{done.source.name} → {done.destination.name} ({why})", *_changed(done.adapted)])
+    more = {"residuals": dict(done.adapted.residuals), "dropped": list(done.adapted.dropped)}
+    _proof(done.adapter, destination, what, as_json, command("info", destination), done.warnings, more)
+
+
+def _changed(adapted: Adapted) -> Iterator[str]:
+    """What became of ΔW, where it was altered as asked."""
+    if adapted.residuals:
+        worst = max(adapted.residuals, key=lambda key: adapted.residuals[key])
+        yield f"ΔW moved by at most {adapted.residuals[worst]:.2g} ({worst})"
+    if adapted.dropped:
+        yield f"dropped {counted(len(adapted.dropped), 'part')} ({adapted.dropped[0]}{', …' * (len(adapted.dropped) > 1)})"
 
 
 @click.command()
@@ -173,7 +202,13 @@ def bind(
 
 
 def _proof(
-    adapter: Adapter, out: str, what: str, as_json: bool, following: str, warnings: Sequence[Problem] = ()
+    adapter: Adapter,
+    out: str,
+    what: str,
+    as_json: bool,
+    following: str,
+    warnings: Sequence[Problem] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """The last line of a success: what was written, in numbers, and what comes next; before it, what the reader warns of."""
     from loraformat.identity import digest
@@ -182,7 +217,7 @@ def _proof(
     scales = sorted({update.scale for update in adapter.values() if update.scale is not None})
     if as_json:
         said = {"schema": 1, "out": out, "digest": digest(adapter), "targets": len(adapter), "placed": placed}
-        echo_json({**said, "warnings": [problem.as_json() for problem in warnings]})
+        echo_json({**said, **(more or {}), "warnings": [problem.as_json() for problem in warnings]})
         return
     warn(warnings)
     span = f"{scales[0]:.4g}–{scales[-1]:.4g}" if len(scales) > 1 else "".join(f"{s:.4g}" for s in scales)

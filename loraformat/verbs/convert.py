@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loraformat import registry
+from loraformat import canonical, registry
 from loraformat.atomic import write_file, write_folder
 from loraformat.errors import Problem, fault
-from loraformat.layout import Layout, ReadOptions
+from loraformat.layout import Layout, ReadOptions, WriteOptions
 from loraformat.resolve import Hints
+from loraformat.verbs.adapt import Adapted
 from loraformat.verbs.bind import bind
 
 if TYPE_CHECKING:
@@ -21,12 +23,16 @@ __all__ = ["Converted", "convert", "save", "target_layout"]
 
 
 class Converted(NamedTuple):
-    """What was converted: the adapter, what its reader warns of, the layout that it had and the one that it has now."""
+    """What was converted: the adapter as written, what reader and writer warn of, and the layouts.
+
+    ``adapted``: what became of ΔW where another form was asked for.
+    """
 
     adapter: Adapter
     warnings: list[Problem]
     source: Layout
     destination: Layout
+    adapted: Adapted
 
 
 def convert(
@@ -38,55 +44,99 @@ def convert(
     options: ReadOptions | None = None,
     base: str | os.PathLike[str] | None = None,
     hints: Hints | None = None,
+    adapt: Callable[[Adapter], Adapted] = Adapted,
     force: bool = False,
 ) -> Converted:
-    """Read ``source``, bind it to ``base`` if given, write ``destination``. ΔW stays the same.
+    """Read ``source``, bind it to ``base`` if given, write ``destination``. ΔW stays the same unless ``adapt`` changes it.
 
     Args:
         from_layout, to_layout: by their names; else the source's is told by its content, the destination's by its name.
         options: what the source does not say, such as alpha.
-        base: a path; it also tells the reader shapes that the source leaves open.
+        base: a path; it also tells the reader shapes that the source leaves open. Of a ``config.json`` alone, what the
+            layouts take from that: nothing is bound.
         hints: what is known of the base.
+        adapt: another form of the same change, see ``loraformat.verbs.adapt``.
 
     Raises:
         LoraFormatError: LF-5xx the source, LF-508 what the target cannot carry, LF-7xx the output.
     """
     to, _ = target_layout(destination, to_layout)
-    opened = registry.open_base(base) if base is not None else None
-    if opened is not None:
-        options = replace(options or ReadOptions(), base=opened)
+    options = options or ReadOptions()
+    opened = None
+    if base is not None and Path(base).suffix == ".json":
+        options = replace(options, config=_config(Path(base)))
+    elif base is not None:
+        opened = registry.open_base(base)
+        options = replace(options, base=opened, config=registry.model_config(opened))
     reading, layout, _ = registry.read(source, from_layout, options)
     adapter = reading.adapter
     if opened is not None:
         adapter = bind(adapter, opened, hints)
     elif hints and (hints.names or hints.axes):
         raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
-    save(adapter, destination, to, force=force)
-    return Converted(adapter, reading.warnings, layout, to)
+    adapted = adapt(adapter)
+    said = save(adapted.adapter, destination, to, WriteOptions(opened, options.config), force=force)
+    return Converted(adapted.adapter, [*reading.warnings, *said], layout, to, adapted)
 
 
-def save(adapter: Adapter, destination: str | os.PathLike[str], layout: Layout, *, force: bool = False) -> None:
-    """Write an adapter in a layout, atomically."""
-    missing = {part.kind for update in adapter.values() for part in update.parts} - layout.carries
-    if missing:
-        what = f"the layout {layout.name} cannot carry {', '.join(sorted(missing))} parts"
-        raise fault("LF-508", what, fix="keep the native file, which can")
-    output = layout.write(adapter)
+def _config(path: Path) -> dict[str, Any]:
+    """A model's ``config.json``."""
+    try:
+        value = canonical.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fault("LF-701", f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise fault("LF-601", f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise fault("LF-601", f"{path} is no object of a model's settings")
+    return value
+
+
+def save(
+    adapter: Adapter,
+    destination: str | os.PathLike[str],
+    layout: Layout,
+    options: WriteOptions | None = None,
+    *,
+    force: bool = False,
+) -> list[Problem]:
+    """Write an adapter in a layout, atomically; what the writer warns of.
+
+    Raises:
+        LoraFormatError: LF-508 what the layout cannot carry; LF-7xx the output.
+    """
+    _check_kinds(adapter, layout)
+    output = layout.write(adapter, options or WriteOptions())
     path = Path(destination)
     if output.folder:
         write_folder(path, output.files, force=force)
     else:
         (writer,) = output.files.values()
         write_file(path, writer, force=force)
+    return output.warnings
+
+
+def _check_kinds(adapter: Adapter, layout: Layout) -> None:
+    """LF-508 for kinds of parts that the layout has no place for, and the ways out that exist."""
+    missing = {part.kind for update in adapter.values() for part in update.parts} - layout.carries
+    if not missing:
+        return
+    ways = [f"--drop {kind}" for kind in sorted(missing)]
+    if "lora" in layout.carries and missing <= {"loha", "lokr", "delta"}:
+        ways.insert(0, "--to-lora R, whose residual is printed")
+    what = f"the layout {layout.name} cannot carry {', '.join(sorted(missing))} parts"
+    raise fault("LF-508", what, fix=f"keep the native file, which can; or {', or '.join(ways)}")
 
 
 def target_layout(destination: str | os.PathLike[str], name: str | None) -> tuple[Layout, str]:
-    """The layout to write and why: as named, else native for ``.safetensors`` and PEFT for a folder."""
+    """The layout to write and why: as named, else by the ending of the name, else PEFT for a folder."""
     if name is not None:
         return registry.layout(name), "as asked"
     path = Path(destination)
-    if path.suffix == ".safetensors":
-        return registry.layout("native"), "the name ends with .safetensors"
+    ends = [(ending, item) for item in registry.layouts().values() for ending in item.endings]
+    if found := [(ending, item) for ending, item in ends if path.name.endswith(ending)]:
+        ending, item = max(found, key=lambda pair: len(pair[0]))
+        return item, f"the name ends with {ending}"
     if not path.suffix or path.is_dir():
         return registry.layout("peft"), "the name is a folder's"
     raise fault("LF-705", f"which layout is {path.name}?", fix=f"give --to, one of {', '.join(registry.layouts())}")

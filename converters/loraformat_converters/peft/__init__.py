@@ -13,7 +13,7 @@ from loraformat_converters.peft import config
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
-    from loraformat.layout import Output, Reading, ReadOptions
+    from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
     from loraformat.source import Source
 
 __all__ = ["Peft", "layout"]
@@ -28,6 +28,8 @@ class Peft:
     describes = "Hugging Face PEFT: adapter_config.json, adapter_model.safetensors"
     scale = "lora_alpha / r, or / √r with use_rslora, in adapter_config.json"
     markers = frozenset({config.FILE, "adapter_model.safetensors", "adapter_model.bin"})
+    endings: tuple[str, ...] = ()
+    names = frozenset({"torch"})
 
     def detect(self, source: Source) -> str | None:
         """A configuration with ``peft_type``, or the key endings of PEFT in a bare file."""
@@ -45,7 +47,7 @@ class Peft:
 
         return read(source, options)
 
-    def write(self, adapter: Adapter) -> Output:
+    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """See ``loraformat_converters.peft.write``."""
         from loraformat_converters.peft.write import write
 
