@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import NATIVE, Layout, Reading, ReadOptions
@@ -15,10 +15,13 @@ from loraformat.source import Source, existing, open_source
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
+    from loraformat.loaders import Loader
+
+T = TypeVar("T")
 
 __all__ = [
-    "detect", "from_tensors", "layout", "layouts", "load", "markers", "model_config", "open_base", "read",
-    "read_source",
+    "detect", "from_tensors", "layout", "layouts", "load", "loader", "loaders", "markers", "model_config", "open_base",
+    "read", "read_source",
 ]  # fmt: skip
 
 CONFIG = "adapter_config.json"
@@ -47,11 +50,24 @@ def layouts() -> dict[str, Layout]:
 
 def layout(name: str) -> Layout:
     """The layout of that name, or LF-705 with the nearest names."""
-    known = layouts()
+    return _named(name, layouts(), "layout")
+
+
+def loaders() -> Mapping[str, Loader]:
+    """Every program whose rules are known, by name."""
+    return {item.name: item for item in _loaded("loraformat.loaders")[0].values()}
+
+
+def loader(name: str) -> Loader:
+    """The loader of that name, or LF-705 with the nearest names."""
+    return _named(name, loaders(), "loader")
+
+
+def _named(name: str, known: Mapping[str, T], what: str) -> T:
     if name not in known:
         hint = nearest(name, known)
         mean = f'  Did you mean "{hint[0]}"?' if hint else ""
-        raise fault("LF-705", f'unknown layout "{name}".  Known: {", ".join(known)}.{mean}')
+        raise fault("LF-705", f'unknown {what} "{name}".  Known: {", ".join(known)}.{mean}')
     return known[name]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraformat.cli.options import Choice, complete_layout, json_flag
+from loraformat.cli.options import Choice, complete_layout, complete_loader, json_flag
 from loraformat.cli.printing import counted, echo_json, lines_of, printable, table
 from loraformat.errors import LoraFormatError, fault
 
@@ -31,18 +31,28 @@ _LOOKED_AT = 100  # files under a folder: enough to find a download's adapter, f
 @click.option(
     "--from", "layout", metavar="LAYOUT", shell_complete=complete_layout, help="Read as an adapter in this layout."
 )
+@click.option(
+    "--for", "loader", metavar="LOADER", shell_complete=complete_loader, help="Say whether vllm, diffusers, … load it."
+)
 @click.option("--how", type=Choice(_LANGUAGES), help="Print code that runs this model, for its own inputs.")
 @json_flag
-def info(path: str, layout: str | None, how: str | None, as_json: bool) -> None:
+def info(path: str, layout: str | None, loader: str | None, how: str | None, as_json: bool) -> None:
     """Say what PATH is.
 
     Of an adapter: layout, targets, ranks, scales, size. Of a checkpoint: architecture, dtypes, tied weights. Of an
     ONNX model: inputs and outputs, the weights that can be changed and those that cannot, and why, what is attached.
+
+    With --for, whether a program that runs adapters loads this one as it is, and why not; exit code 1 if it does not.
     """
     from loraformat import registry
 
     if how:
         _show_how(path, how, as_json)
+        return
+    if loader:
+        from loraformat.cli.loadable import show
+
+        show(path, layout, loader, as_json)
         return
     try:
         reading, found, evidence = registry.read(path, layout)

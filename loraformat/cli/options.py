@@ -16,6 +16,7 @@ from loraformat.resolve import Hints
 __all__ = [
     "Choice",
     "complete_layout",
+    "complete_loader",
     "force",
     "hints",
     "json_flag",
@@ -49,6 +50,13 @@ def complete_layout(ctx: click.Context, param: click.Parameter, incomplete: str)
     from loraformat import registry
 
     return [name for name in registry.layouts() if name.startswith(incomplete)]
+
+
+def complete_loader(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For a shell: the names of loaders that begin so."""
+    from loraformat import registry
+
+    return [name for name in registry.loaders() if name.startswith(incomplete)]
 
 
 def mapping(function: F) -> F:
