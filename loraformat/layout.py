@@ -42,10 +42,15 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """What a layout may have to know of the model to write an adapter of it. See ``ReadOptions``."""
+    """What a layout may have to know to write an adapter. See ``ReadOptions``.
+
+    Attributes:
+        ending: of the output's name (``.npz``), for a layout that several containers hold; empty for a folder's.
+    """
 
     base: Base | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    ending: str = ""
 
 
 @dataclass(frozen=True, slots=True)

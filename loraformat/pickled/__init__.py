@@ -22,9 +22,15 @@ def is_torch(path: Path) -> bool:
     """Whether the first bytes are those of ``torch.save``, or of any other pickle: that is then refused by name."""
     try:
         with open(path, "rb") as file:
-            head = file.read(9)
+            head = file.read(1024)
     except OSError:
         return False
     # The length of a safetensors header may begin with the same two bytes; the header itself begins with a brace.
-    pickled = head[:1] == b"\x80" and head[1:2] <= b"\x05" and not (head[4:8] == bytes(4) and head[8:] == b"{")
-    return head.startswith(_ZIP) or pickled
+    pickled = head[:1] == b"\x80" and head[1:2] <= b"\x05" and not (head[4:8] == bytes(4) and head[8:9] == b"{")
+    return (head.startswith(_ZIP) and not _numpy(head)) or pickled
+
+
+def _numpy(head: bytes) -> bool:
+    """Whether a zip archive begins with an array of numpy: its first entry's name ends with ``.npy``."""
+    length = int.from_bytes(head[26:28], "little")
+    return head[30 : 30 + length].endswith(b".npy")

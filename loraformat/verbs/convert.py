@@ -106,8 +106,8 @@ def save(
         LoraFormatError: LF-508 what the layout cannot carry; LF-7xx the output.
     """
     _check_kinds(adapter, layout)
-    output = layout.write(adapter, options or WriteOptions())
     path = Path(destination)
+    output = layout.write(adapter, replace(options or WriteOptions(), ending=path.suffix))
     if output.folder:
         write_folder(path, output.files, force=force)
     else:

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["placed"]
 
-# flax 0.12.8: Dense, Linear and DenseGeneral hold a kernel [in, out], Embed an embedding [vocabulary, features].
-_LEAVES = {"kernel": "in,out", "embedding": "in,out"}
-
 
 def placed(
     adapter: Adapter, positions: Mapping[str, int], leaves: list[Any], names: Mapping[str, str], axes: Mapping[str, str]
@@ -46,9 +43,8 @@ def placed(
             problems.append(Problem("LF-603", f"{name} is meant by {found[at][0]} too", key))
             continue
         shape = tuple(leaves[at].shape)
-        claim = _LEAVES.get(name.rpartition("/")[2]) if len(shape) == 2 else None
         try:
-            where, _ = place(key, update, shape, axes.get(key), [(claim, "flax: its name")] if claim else [])
+            where, _ = place(key, update, shape, axes.get(key), [])
             found[at] = key, update.placed(where)
         except LoraFormatError as error:
             problems += error.problems

@@ -1,0 +1,108 @@
+"""What every reader of a tree does: two leaves a target, nothing left over, every fault at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loraformat.adapter import Adapter
+from loraformat.container import dtype_name
+from loraformat.errors import LoraFormatError, Problem
+from loraformat.names import key_fault
+from loraformat.parts import Lora
+from loraformat.shapes import FLOATS, shape_problems
+from loraformat.updates import Update
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.axes import Placement
+    from loraformat.layout import ReadOptions
+    from loraformat.scale import ScaleRule
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Draft", "grouped", "scale_stated"]
+
+
+def grouped(
+    tree: Mapping[str, Array], split: Callable[[str], tuple[str, str] | None]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """(stem → role → path, the paths that are no role's), by a function that divides a path into stem and role."""
+    stems: dict[str, dict[str, str]] = {}
+    others = []
+    for path in tree:
+        if (found := split(path)) is None:
+            others.append(path)
+        else:
+            stems.setdefault(found[0], {})[found[1]] = path
+    return stems, others
+
+
+@dataclass
+class Draft:
+    """An adapter in the making, and everything that is wrong with it."""
+
+    tree: Mapping[str, Array]
+    updates: dict[str, Update] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def say(self, rule: str, what: str, where: str, fix: str = "") -> None:
+        """Note a fault."""
+        self.problems.append(Problem(rule, what, where, fix))
+
+    def pairs(
+        self, stems: Mapping[str, Mapping[str, str]], roles: tuple[str, str]
+    ) -> Iterator[tuple[str, Array, Array]]:
+        """(stem, the array of the first role, that of the second), where both are there and hold floats."""
+        for stem, own in stems.items():
+            if missing := [role for role in roles if role not in own]:
+                self.say("LF-303", f"{missing[0]} is missing beside {', '.join(own)}", stem)
+                continue
+            a, b = (self.tree[own[role]] for role in roles)
+            bad = [dtype_name(t.dtype) for t in (a, b) if dtype_name(t.dtype) not in FLOATS]
+            if bad:
+                self.say("LF-314", f"a factor of {bad[0]}", stem)
+            elif a.ndim < 2 or b.ndim < 2:
+                self.say(
+                    "LF-309", f"{roles[0]} {list(a.shape)} and {roles[1]} {list(b.shape)} have two axes at least", stem
+                )
+            else:
+                yield stem, a, b
+
+    def add(self, key: str, part: Lora, place: Placement | None, assumed: tuple[str, ...] = ()) -> None:
+        """One target, if its factors fit each other and what is known of its base."""
+        update = Update((part,), place, assumed=assumed)
+        if why := key_fault(key):
+            self.say("LF-301", why, key)
+        elif key in self.updates:
+            self.say("LF-502", "two pairs of one parameter", key)
+        elif why := part.fault():
+            self.say("LF-309", why, key)
+        elif found := list(shape_problems(key, update)):
+            self.problems += found
+        else:
+            self.updates[key] = update
+
+    def strays(self, paths: list[str], fix: str) -> None:
+        """LF-506 for leaves that are no factors."""
+        for path in paths:
+            self.say("LF-506", "the leaf is no factor", path, fix)
+
+    def finish(self, names: str, extensions: Mapping[str, str], where: str) -> Adapter:
+        """The adapter, or every fault; LF-304 where it has no target."""
+        if not self.updates and not self.problems:
+            self.say("LF-304", "no pair of factors", where)
+        if self.problems:
+            raise LoraFormatError(self.problems)
+        return Adapter(dict(sorted(self.updates.items())), names=names, extensions=extensions)
+
+
+def scale_stated(options: ReadOptions, draft: Draft, where: str) -> tuple[float, ScaleRule] | None:
+    """(alpha, rule) that the user states, for trees that hold none; LF-509 where he does not."""
+    if options.alpha is None:
+        fix = "give what the training had: --alpha A (and --scale-rule, default alpha/r)"
+        draft.say("LF-509", "the tree states no alpha: it is in the program that trained it", where, fix)
+        return None
+    return options.alpha, options.scale_rule or "alpha/r"

@@ -1,0 +1,108 @@
+"""One mapping for every container, told by its content; and back, by the ending of the name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from loraformat import container
+from loraformat.errors import fault
+from loraformat.layout import Output
+from loraformat.memory import MemorySource
+from loraformat_converters.flax import msgpack, npz, orbax
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.source import Source
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["ENDINGS", "Tree", "nested", "open_tree", "output"]
+
+ENDINGS = (".msgpack", ".npz")
+"""Of files that hold a tree and nothing else is called by."""
+
+_VALUE = "/value"
+
+
+@dataclass(frozen=True, eq=False)
+class Tree(Mapping[str, "Array"]):
+    """Path → array.
+
+    Attributes:
+        arrays: as stored.
+        value: whether every path ended with ``/value``, the field of a flax Variable, which the paths here lack.
+    """
+
+    arrays: Mapping[str, Array]
+    value: bool = False
+
+    def __getitem__(self, path: str) -> Array:
+        return self.arrays[path + _VALUE * self.value]
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.removesuffix(_VALUE) if self.value else path for path in self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+def open_tree(source: Source) -> Tree | None:
+    """The tree in a source, or None where it is something else. Names are read now, arrays when they are asked for.
+
+    Raises:
+        LoraFormatError: LF-503 a damaged container; LF-704 what reads it is not installed.
+    """
+    arrays = _arrays(source)
+    if not arrays:
+        return None
+    return Tree(arrays, all(path.endswith(_VALUE) for path in arrays))
+
+
+def _arrays(source: Source) -> Mapping[str, Array] | None:
+    if isinstance(source, MemorySource):
+        return source.tensors if any("/" in name for name in source.tensors) else None
+    if orbax.recognises(source.folder if source.path.is_dir() else source.path):
+        return orbax.read(source.path)
+    if source.file is None:
+        return None
+    if source.file.suffix == ".msgpack":
+        return msgpack.read(source.file)
+    if source.file.suffix == ".npz":
+        return npz.read(source.file)
+    if source.file.suffix == ".safetensors":
+        return source.tensors if any("/" in name for name in source.tensors) else None
+    return None
+
+
+def output(arrays: Mapping[str, Array], ending: str, *, value: bool = False) -> Output:
+    """What is written for a name with this ending: ``.msgpack``, ``.npz``, ``.safetensors``, else an Orbax folder."""
+    named = {path + _VALUE * value: array for path, array in arrays.items()}
+    if ending == "":
+        return Output(orbax.writers(named), folder=True)
+    writers = {".msgpack": msgpack.write, ".npz": npz.write, ".safetensors": _safetensors}
+    if ending not in writers:
+        raise fault("LF-705", f"a tree is not written as {ending}", fix=f"{', '.join(writers)}, or a folder (Orbax)")
+
+    def write(file: BinaryIO) -> None:
+        writers[ending](file, named)
+
+    return Output({"": write}, folder=False)
+
+
+def _safetensors(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
+    container.write(file, arrays, {})
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a/b": x}`` as ``{"a": {"b": x}}``."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *folders, leaf = path.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[leaf] = array
+    return tree
