@@ -44,12 +44,18 @@ class Place:
     @property
     def stored(self) -> torch.Tensor:
         """The tensor itself, beneath whatever a parametrization makes of it."""
-        if parametrize.is_parametrized(self.module, self.leaf):
-            made = self.module.parametrizations[self.leaf]  # type: ignore[index]
-            original: torch.Tensor = made.original if made.is_tensor else getattr(self.module, self.leaf)
-            return original
-        tensor: torch.Tensor = getattr(self.module, self.leaf)
+        made = self.parametrizations
+        simple = made is not None and made.is_tensor
+        tensor: torch.Tensor = made.original if simple else getattr(self.module, self.leaf)
         return tensor
+
+    @property
+    def parametrizations(self) -> Any:
+        """torch's list of what the parameter is computed by, or None."""
+        if not parametrize.is_parametrized(self.module, self.leaf):
+            return None
+        lists: Any = self.module.parametrizations
+        return lists[self.leaf]
 
 
 class ModuleBase:
@@ -66,7 +72,7 @@ class ModuleBase:
         self.module = module
         self.path = Path(f"({type(module).__name__})")
         self._wrappers = frozenset(wrappers)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         self.config: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
 
     @cached_property
@@ -163,7 +169,7 @@ class ModuleBase:
 
 
 def _own(path: str, module: nn.Module) -> Iterator[tuple[str, Place]]:
-    made = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
+    made: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
     present = (n for group in (module._parameters, module._buffers) for n, t in group.items() if t is not None)
     for leaf in (*made, *present):
         yield f"{path}.{leaf}" if path else leaf, Place(module, leaf)

@@ -73,7 +73,7 @@ def _convolution(module: _ConvNd, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """A as a kernel of r channels for each group, then B as one of size 1 within the group."""
     kernel = a.reshape(a.shape[0], -1, *module.kernel_size)
     groups = module.groups
-    inner: Tensor = module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.dim() - 1)), None)  # type: ignore[operator]
+    inner: Tensor = module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.dim() - 1)), None)
     outer = b.reshape(*b.shape, *[1] * len(module.kernel_size))
     convolve = next(f for kind, f in _CONVOLUTIONS.items() if isinstance(module, kind))
     return convolve(inner, outer, groups=groups)

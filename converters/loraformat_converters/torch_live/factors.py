@@ -15,7 +15,6 @@ from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Part, Replace, 
 from loraformat_converters.torch_live.tensors import to_numpy, to_torch
 
 if TYPE_CHECKING:
-
     from loraformat.updates import Update
 
 __all__ = ["Factors", "UpdateModule"]
@@ -29,7 +28,6 @@ class Factors(nn.Module):
     Args:
         trainable: gradients flow into every float tensor of it.
     """
-
 
     def __init__(self, part: Part, trainable: bool) -> None:
         super().__init__()
@@ -163,5 +161,3 @@ class UpdateModule(nn.Module):
         ascending = sorted(range(len(kept)), key=kept.__getitem__)
         laid = magnitude.reshape([place.shape[a] for a in kept]).permute(ascending)
         return laid.reshape([n if a in kept else 1 for a, n in enumerate(place.shape)]) * (value / length)
-
-

@@ -33,12 +33,12 @@ __all__ = ["read"]
 _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
-def read(module: nn.Module, adapter_name: str | None) -> Adapter:
+def read(module: Any, adapter_name: str | None) -> Adapter:
     """The adapter of that name, or the only active one; see ``from_module``."""
     import peft
 
     name = _chosen(module, adapter_name)
-    config = module.peft_config[name].to_dict() | {"peft_version": peft.__version__}  # type: ignore[operator, index]
+    config = module.peft_config[name].to_dict() | {"peft_version": peft.__version__}
     # Of the base's own embeddings only what was trained is the adapter's: this module *is* the base.
     tensors = peft.get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     arrays = {key: to_numpy(tensor).copy() for key, tensor in tensors.items()}
@@ -48,12 +48,15 @@ def read(module: nn.Module, adapter_name: str | None) -> Adapter:
     source = MemorySource(arrays, None, {registry.CONFIG: text})
     adapter = registry.read_source(source, "peft", ReadOptions(base=base))[0].adapter
     factors = _live_factors(inner, name)
-    targets = {key: _placed(key, _scaled(update, factors.get(key, factors.get(_module(key), 1.0))), base) for key, update in adapter.items()}
+    targets = {
+        key: _placed(key, _scaled(update, factors.get(key, factors.get(_module(key), 1.0))), base)
+        for key, update in adapter.items()
+    }
     return replace(adapter, targets=targets)
 
 
-def _chosen(module: nn.Module, wanted: str | None) -> str:
-    known = list(module.peft_config)  # type: ignore[arg-type]
+def _chosen(module: Any, wanted: str | None) -> str:
+    known = list(module.peft_config)
     if wanted is None:
         active = getattr(module, "active_adapters", None)
         active = active() if callable(active) else active  # transformers has a method of this name

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from loraformat.shapes import FLOATS
 from loraformat.tiles import Norms, changed
@@ -43,12 +42,16 @@ class _Merged:
         self.acting: list[Acting] = []
         self.version: tuple[int, int] | None = None
 
-    def refresh(self) -> None:
-        """Compute W' of the original again."""
+    def value(self) -> Tensor:
+        """W', of the original and all that acts."""
         updates = [update for one in self.acting if (update := one()) is not None]
         tiles = list(changed(updates, to_numpy(self.original), Norms()))
         whole = np.concatenate(tiles) if self.original.dim() else tiles[0]
-        value = to_torch(whole.reshape(self.original.shape)).to(self.at.stored.device, self.at.stored.dtype)
+        return to_torch(whole.reshape(self.original.shape)).to(self.at.stored.device, self.at.stored.dtype)
+
+    def refresh(self) -> None:
+        """Put W' there, as it is now."""
+        value = self.value()
         if self.version is None:
             made = nn.Parameter(value, self.original.requires_grad) if _is_parameter(self.original) else value
             _set(self.at, made)
@@ -101,7 +104,9 @@ def take(at: Place, acting: Acting) -> None:
 def touched(at: Place) -> bool:
     """Whether somebody wrote into the merged parameter, or put another in its place: what it holds would be lost."""
     merged: _Merged | None = at.module.__dict__.get(_KEY, {}).get(at.leaf)
-    return merged is not None and merged.version != (id(at.stored), at.stored._version)
+    if merged is None or merged.version == (id(at.stored), at.stored._version):
+        return False
+    return not torch.equal(merged.value(), at.stored.detach())  # a parametrization writes too, and changes nothing
 
 
 def refusal(at: Place, update: Update) -> str | None:
@@ -113,7 +118,7 @@ def refusal(at: Place, update: Update) -> str | None:
         return f"a tensor of {dtype_word(tensor.dtype)} is no weight that float arithmetic changes"
     if type(tensor) not in (nn.Parameter, Tensor):
         return f"a {type(tensor).__name__} holds its values in a form of its own"
-    if parametrize.is_parametrized(at.module, at.leaf) and not at.module.parametrizations[at.leaf].is_tensor:  # type: ignore[index, union-attr]
+    if at.parametrizations is not None and not at.parametrizations.is_tensor:
         return "it is computed from several tensors by a parametrization"
     return None
 
@@ -124,10 +129,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 def _set(at: Place, tensor: Tensor) -> None:
     """Make ``tensor`` what ``at.stored`` gives."""
-    owner: nn.Module = at.module
-    name = at.leaf
-    if parametrize.is_parametrized(owner, name):
-        owner, name = owner.parametrizations[name], "original"  # type: ignore[index, assignment]
-    setattr(owner, name, tensor)
-
-
+    if at.parametrizations is None:
+        setattr(at.module, at.leaf, tensor)
+    else:
+        at.parametrizations.original = tensor

@@ -6,19 +6,19 @@ act in order on the weight itself, by a parametrization: the order counts there,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from loraformat_converters.torch_live.beside import add, branch_of
+from loraformat_converters.torch_live.factors import UpdateModule
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from loraformat_converters.torch_live.base import Place
-    from loraformat_converters.torch_live.factors import UpdateModule
 
 __all__ = ["put", "refusal", "take"]
 
@@ -29,12 +29,12 @@ class Stack(nn.Module):
     """The updates of one parameter, as a submodule of its module, so that they move with it (``.to``, ``.half``)."""
 
     loraformat_branches = True
+    at: Place
 
     def __init__(self, at: Place, root: nn.Module) -> None:
         super().__init__()
         self.updates = nn.ModuleList()
-        # not registered: the module holds this stack, not the other way round
-        object.__setattr__(self, "at", at)
+        self.at = at
         self.branch = branch_of(at, root)
         self.hook: RemovableHandle | None = None
 
@@ -58,11 +58,13 @@ class Stack(nn.Module):
     @property
     def name(self) -> str:
         """Of the submodule, while pairs run beside."""
-        at: Place = self.at
-        return f"loraformat_{at.leaf}"
+        return f"loraformat_{self.at.leaf}"
+
+    def _each(self) -> Iterator[UpdateModule]:
+        return (update for update in self.updates if isinstance(update, UpdateModule))
 
     def _arrange(self) -> None:
-        pairs = all(update.pair is not None for update in self.updates)  # type: ignore[union-attr]
+        pairs = all(update.pair is not None for update in self._each())
         beside = bool(self.updates) and self.branch is not None and pairs
         self._set_beside(beside)
         self._set_instead(bool(self.updates) and not beside)
@@ -81,13 +83,13 @@ class Stack(nn.Module):
         """The forward hook."""
         x = args[0] if args else next(iter(kwargs.values()))
         assert self.branch is not None
-        for update in self.updates:
-            output = add(self.branch, update, module, x, output)  # type: ignore[arg-type]
+        for update in self._each():
+            output = add(self.branch, update, module, x, output)
         return output
 
     def _set_instead(self, wanted: bool) -> None:
-        at: Place = self.at
-        active = parametrize.is_parametrized(at.module, at.leaf) and self in at.module.parametrizations[at.leaf]  # type: ignore[index, operator]
+        at = self.at
+        active = self in (at.parametrizations or ())
         if wanted and not active:
             parametrize.register_parametrization(at.module, at.leaf, self, unsafe=True)
         elif not wanted and active:
@@ -137,5 +139,5 @@ def refusal(at: Place) -> str | None:
         return "a recurrent module keeps a list of its weights, and looks at no attribute when it runs"
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         return f"a {type(module).__name__} is read as a container, not by attributes"
-    foreign = parametrize.is_parametrized(module, at.leaf) and at.leaf not in module.__dict__.get(_KEY, {})
+    foreign = at.parametrizations is not None and at.leaf not in module.__dict__.get(_KEY, {})
     return f"{at.leaf} is parametrized already" if foreign else None
