@@ -4,6 +4,7 @@ Every golden of PEFT whose numbers are read is tried: the model is built as the 
 """
 
 import functools
+import re
 import sys
 import warnings
 
@@ -157,3 +158,12 @@ def test_a_model_of_transformers_with_its_own_add_adapter():
     base = plain("llama")
     with torch_live.apply(found, base):
         assert testing.relative_error(outputs(base, "llama"), outputs(model, "llama")) <= 1e-6
+
+
+def test_what_the_readme_says_of_live_modules_runs():
+    readme = (HERE.parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    model = plain("linear")
+    before = state(model)
+    exec(code, {"peft_model": wrapped("linear"), "model": model})
+    assert_as_before(model, before)

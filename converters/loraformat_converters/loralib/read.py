@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,10 @@ __all__ = ["claims", "read"]
 
 _ENDINGS = {".lora_A": "lora_A", ".lora_B": "lora_B"}
 # Other tools end a name alike: PEFT's AdaLoRA (lora_E beside it), AdapterHub (….loras.NAME.lora_A), litgpt (its modules).
-_OTHERS = (".lora_E", ".loras.", ".attn.qkv.lora_", "lora_embedding_")
+_OTHERS = re.compile(
+    r"\.lora_E$|\.loras\.|lora_embedding_"
+    r"|^transformer\.h\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|(experts\.\d+\.)?(fc|fc_1|fc_2|proj)))\.lora_[AB]$"
+)
 
 
 def claims(source: Source) -> str | None:
@@ -36,7 +40,7 @@ def claims(source: Source) -> str | None:
     if "loraformat" in source.header or source.sidecar("adapter_config.json") is not None:
         return None
     names = list(source.tensors)
-    if any(other in name for name in names for other in _OTHERS):
+    if any(map(_OTHERS.search, names)):
         return None
     return "keys end with .lora_A, and not .weight" if any(n.endswith(".lora_A") for n in names) else None
 

@@ -49,9 +49,9 @@ class _Form:
         self.tensors: dict[str, Array] = {}
         self.problems: list[Problem] = []
         self.scales: dict[tuple[int, float], list[str]] = {}
-        kept = canonical.loads(adapter.extensions["loralib"]) if "loralib" in adapter.extensions else {}
-        self.enabled: Mapping[str, Any] = kept.get("enable_lora", {})
-        self.convolutions = {value["key"]: (module, value) for module, value in kept.get("convolutions", {}).items()}
+        kept = _kept(adapter.extensions.get("loralib"))
+        self.enabled: Mapping[str, list[bool]] = kept["enable_lora"]
+        self.convolutions: Mapping[str, tuple[str, int]] = kept["convolutions"]
 
     def put(self, key: str, update: Update) -> None:
         """One target."""
@@ -76,10 +76,10 @@ class _Form:
         part, place = update["lora"], update.placement
         assert place is not None
         shape = place.shape
-        module, kept = self.convolutions.get(key, (key.removesuffix(".weight"), {}))
+        module, groups = self.convolutions.get(key, (key.removesuffix(".weight"), 1))
         if place.out != (0,) or place.in_ != (1, 2, 3) or len(shape) != 4 or shape[2] != shape[3]:
             self.refuse(key, f"loralib adapts a Conv2d [out, in, k, k], no {place.spec} of {list(shape)}")
-        elif kept.get("groups", 1) != 1:
+        elif groups != 1:
             self.refuse(key, "a grouped convolution is read from loralib, and not written back")
         else:
             a, b = viewed(part.lora_A, part.lora_B, shape)
@@ -104,6 +104,19 @@ class _Form:
             )
             for (rank, alpha), modules in self.scales.items()
         ]
+
+
+def _kept(text: str | None) -> dict[str, Any]:
+    """What the reader kept: module → enable_lora, key → (module, groups); LF-508 where a stranger changed it."""
+    try:
+        value = canonical.loads(text) if text is not None else {}
+        enabled = {
+            str(module): [bool(part) for part in parts] for module, parts in value.get("enable_lora", {}).items()
+        }
+        kernels = {str(v["key"]): (str(m), int(v["groups"])) for m, v in value.get("convolutions", {}).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise fault("LF-508", f"what was kept of loralib's layers is damaged: {error!r}") from None
+    return {"enable_lora": enabled, "convolutions": kernels}
 
 
 def _names(modules: list[str]) -> str:
