@@ -150,6 +150,9 @@ def _tensor_file(folder: Path) -> Path | None:
         for ending in (".safetensors", ".bin"):
             if (folder / f"{stem}{ending}").is_file():
                 return folder / f"{stem}{ending}"
+    for name in ("adapter_model.pt", "lit_model.pth.lora"):  # torchtune, litgpt
+        if (folder / name).is_file():
+            return folder / name
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
         raise fault(

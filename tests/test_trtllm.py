@@ -1,0 +1,190 @@
+"""TensorRT-LLM: what its own converter wrote of a PEFT adapter is PEFT's ΔW, and is written again byte for byte."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from mutants import net
+from peft_goldens import HERE as PEFT
+from peft_goldens import truth_of
+
+import loraformat as lf
+from loraformat import testing
+from loraformat.axes import Placement
+from loraformat.layout import ReadOptions
+from loraformat.parts import Lora
+from loraformat.source import open_source
+from loraformat.updates import Update
+from loraformat.verbs.adapt import adapt
+from loraformat.verbs.convert import save
+from loraformat_converters.trtllm import CONFIG, MODULES, NAMES, WEIGHTS, layout, read, sizes
+from loraformat_converters.trtllm import write as writing
+
+HERE = Path(__file__).parent / "golden/trtllm"
+CASES = ("plain-float32", "plain-float16", "dora-float32", "dora-float16")
+LLAMA = json.loads((PEFT / "llama/base/config.json").read_text())
+# hf_lora_convert.py, hf_modules_to_trtllm_modules
+TORCH = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_dense": "self_attn.o_proj", "mlp_h_to_4h": "mlp.gate_proj", "mlp_4h_to_h": "mlp.down_proj",
+    "mlp_gate": "mlp.up_proj",
+}  # fmt: skip
+OPTIONS = ReadOptions(config=LLAMA)
+
+
+def loaded(folder):
+    return layout.read(open_source(folder), OPTIONS).adapter
+
+
+def check_deltas(case):
+    """The change of every module is PEFT's, but for the rounding of its factors to the array's type."""
+    wanted = truth_of("llama", "delta")
+    found = {}
+    for key, update in loaded(HERE / case).items():
+        _, layer, module = key.split(".")
+        found[f"model.layers.{layer}.{TORCH[module]}.weight"] = update
+    testing.check_golden(lf.Adapter(found), wanted, 1e-6 if case.endswith("32") else 1e-3)
+
+
+def check_written(case, folder):
+    """Two arrays with the golden's own rows, in another order."""
+    save(loaded(HERE / case), folder / "again", layout)
+    rows = [{} for _ in range(2)]
+    for kept, at in zip(rows, (HERE / case, folder / "again"), strict=True):
+        weights, table = (np.load(at / name)[0] for name in (WEIGHTS, CONFIG))
+        kept |= {tuple(entry[:3]): row.tobytes() for entry, row in zip(table.tolist(), weights, strict=True)}
+    assert rows[0] == rows[1]
+
+
+CHECKS = {
+    **{case: lambda folder, case=case: check_deltas(case) for case in CASES},
+    **{f"{case} written": lambda folder, case=case: check_written(case, folder) for case in CASES},
+}
+
+
+def sides_swapped(patch):
+    patch.setattr(read, "sides", lambda config: {m: s[::-1] for m, s in sizes.sides(config).items()})
+
+
+def gate_for_up(patch):
+    order = list(MODULES)
+    order[5], order[7] = order[7], order[5]
+    patch.setattr(read, "MODULES", tuple(order))
+
+
+def a_behind_b(patch):
+    real = writing.np.concatenate
+    patch.setattr(writing.np, "concatenate", lambda parts: real(parts[::-1]))
+
+
+test_the_goldens, test_a_mutant_turns_its_check_red = net(
+    CHECKS,
+    [(sides_swapped, "plain-float32"), (gate_for_up, "plain-float32"), (a_behind_b, "dora-float32 written")],
+)
+
+
+def problems(call, *args, **kwargs):
+    with pytest.raises(lf.LoraFormatError) as caught:
+        call(*args, **kwargs)
+    return {(p.rule, p.where) for p in caught.value.problems}
+
+
+def test_the_numbers_of_the_modules_are_those_of_the_repository():
+    assert {name: i for i, name in enumerate(MODULES)} == json.loads((HERE / "golden.json").read_text())["modules"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_golden_is_claimed_by_trtllm_alone(case):
+    testing.check_claimed_alone(layout, HERE / case)
+    testing.check_claimed_alone(layout, HERE / case / WEIGHTS)
+
+
+def test_without_the_sizes_of_the_model_a_row_is_not_cut(tmp_path):
+    found = problems(lf.load, HERE / "plain-float32")
+    assert {rule for rule, _ in found} == {"LF-504"}
+    assert len(found) == 14
+    other = ReadOptions(config=LLAMA | {"intermediate_size": 41})
+    found = problems(layout.read, open_source(HERE / "plain-float32"), other)
+    assert {rule for rule, _ in found} == {"LF-309"}
+
+
+def arrays(folder, weights, table):
+    folder.mkdir(exist_ok=True)
+    np.save(folder / WEIGHTS, weights)
+    np.save(folder / CONFIG, table)
+    return open_source(folder)
+
+
+def test_rows_that_say_something_else_are_refused_each(tmp_path):
+    weights = np.load(HERE / "dora-float32" / WEIGHTS)
+    table = np.load(HERE / "dora-float32" / CONFIG).copy()
+    table[0, 0, 3], table[0, 1, 0], table[0, 2, 2], table[0, 3] = 1, 99, 0, table[0, 4]
+    source = arrays(tmp_path / "bad", weights, table)
+    found = {rule for rule, _ in problems(layout.read, source, OPTIONS)}
+    assert found == {"LF-504", "LF-603"}
+    table = np.load(HERE / "dora-float32" / CONFIG).copy()
+    table[0, :, 2] = 4
+    assert {r for r, _ in problems(layout.read, arrays(tmp_path / "rank", weights, table), OPTIONS)} == {"LF-309"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "table"),
+    [
+        (np.zeros((1, 2, 5), np.float64), np.zeros((1, 2, 3), np.int32)),
+        (np.zeros((1, 2, 5), np.float32), np.zeros((1, 2, 3), np.int64)),
+        (np.zeros((1, 2, 5), np.float32), np.zeros((1, 3, 3), np.int32)),
+        (np.zeros((1, 2, 5), np.float32), np.zeros((1, 2, 5), np.int32)),
+        (np.zeros((2, 5), np.float32), np.zeros((2, 3), np.int32)),
+        (np.array({"a": 1}, object), np.zeros((1, 2, 3), np.int32)),
+    ],
+)
+def test_arrays_of_another_form_are_refused(weights, table, tmp_path):
+    assert {rule for rule, _ in problems(layout.read, arrays(tmp_path / "x", weights, table), OPTIONS)} == {"LF-701"}
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00\xff\xff{", b"PK\x03\x04", b"\x80\x04N."])
+def test_a_file_that_is_no_array_is_refused(damage, tmp_path):
+    shutil.copytree(HERE / "plain-float32", tmp_path / "x")
+    (tmp_path / "x" / WEIGHTS).write_bytes(damage)
+    assert {rule for rule, _ in problems(layout.read, open_source(tmp_path / "x"), OPTIONS)} == {"LF-701"}
+    whole = (HERE / "plain-float32" / CONFIG).read_bytes()
+    shutil.copy(HERE / "plain-float32" / WEIGHTS, tmp_path / "x")
+    (tmp_path / "x" / CONFIG).write_bytes(whole[:-5])
+    assert {rule for rule, _ in problems(layout.read, open_source(tmp_path / "x"), OPTIONS)} == {"LF-701"}
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def test_a_scale_is_folded_only_when_asked_and_every_reason_is_told(tmp_path):
+    pair = Update((Lora(normal(3, 24), normal(12, 3), 6, "alpha/r"),), Placement((12, 24), (0,), (1,)))
+    adapter = lf.Adapter({"layers.1.attn_k": pair}, NAMES)
+    with pytest.raises(lf.LoraFormatError, match="--fold-scale"):
+        save(adapter, tmp_path / "out", layout)
+    save(adapt(adapter, fold_scale=True).adapter, tmp_path / "out", layout)
+    again = loaded(tmp_path / "out")["layers.1.attn_k"]
+    assert testing.relative_error(again.matrix(), pair.matrix()) <= 1e-6
+    ones = {key: Update((Lora(normal(3, 24), normal(12, 3), 1, "factor"),)) for key in ("layers.0.attn", "h.0.attn_q")}
+    double = {"layers.0.attn_q": Update((Lora(normal(3, 24).astype(np.float64), normal(24, 3), 1, "factor"),))}
+    assert problems(save, lf.Adapter(ones, NAMES), tmp_path / "x", layout) == {("LF-508", key) for key in ones}
+    assert problems(save, lf.Adapter(double, NAMES), tmp_path / "x", layout) == {("LF-508", "")}
+    assert problems(save, testing.random_adapter(), tmp_path / "x", layout) == {("LF-508", "")}
+    for kind in testing.KINDS[1:]:
+        other = replace(testing.random_adapter(3, (kind,)), names=NAMES)
+        assert {rule for rule, _ in problems(save, other, tmp_path / "x", layout)} == {"LF-508"}
+    assert not (tmp_path / "x").exists()
+
+
+def test_bfloat16_goes_as_two_bytes_without_a_type(tmp_path):
+    a, b = (t.astype(ml_dtypes.bfloat16) for t in (normal(3, 24), normal(12, 3)))
+    adapter = lf.Adapter({"layers.1.attn_k": Update((Lora(a, b, 1, "factor"),))}, NAMES)
+    save(adapter, tmp_path / "out", layout)
+    assert np.load(tmp_path / "out" / WEIGHTS).dtype == np.dtype("V2")
+    again = loaded(tmp_path / "out")["layers.1.attn_k"]["lora"]
+    assert again.lora_A.tobytes() == a.tobytes()
+    assert again.lora_B.dtype == b.dtype
