@@ -21,7 +21,20 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
+    *(
+        "errors",
+        "blas",
+        "names",
+        "axes",
+        "scale",
+        "parts",
+        "products",
+        "refactored",
+        "magnitudes",
+        "updates",
+        "turned",
+        "adapter",
+    ),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
@@ -112,7 +125,7 @@ def test_the_core_imports_no_framework_and_no_converter(module):
 
 def test_a_layout_of_tensors_imports_no_framework_either():
     allowed = sys.stdlib_module_names | THIRD_PARTY | {"loraformat", "loraformat_converters"}
-    for path in (CONVERTERS / "peft").glob("*.py"):
+    for path in (path for name in ("mlx", "peft") for path in (CONVERTERS / name).glob("*.py")):
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 
 
@@ -208,7 +221,7 @@ def broken_plugin(monkeypatch):
 
 @pytest.mark.usefixtures("broken_plugin")
 def test_a_plugin_that_does_not_import_breaks_no_other_layout():
-    assert list(registry.layouts()) == ["native", "peft"]
+    assert list(registry.layouts()) == ["native", "mlx", "peft"]
     assert len(lf.load(adapter_of("linear"))) == 4
 
 
