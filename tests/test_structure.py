@@ -221,7 +221,8 @@ def broken_plugin(monkeypatch):
 
 @pytest.mark.usefixtures("broken_plugin")
 def test_a_plugin_that_does_not_import_breaks_no_other_layout():
-    assert list(registry.layouts()) == ["native", "mlx", "peft"]
+    assert {"native", "mlx", "peft"} <= registry.layouts().keys()
+    assert "broken" not in registry.layouts()
     assert len(lf.load(adapter_of("linear"))) == 4
 
 
