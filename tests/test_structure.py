@@ -125,7 +125,7 @@ def test_the_core_imports_no_framework_and_no_converter(module):
 
 def test_a_layout_of_tensors_imports_no_framework_either():
     allowed = sys.stdlib_module_names | THIRD_PARTY | {"loraformat", "loraformat_converters"}
-    for path in (path for name in ("mlx", "peft") for path in (CONVERTERS / name).glob("*.py")):
+    for path in (path for name in ("gguf", "mlx", "peft") for path in (CONVERTERS / name).glob("*.py")):
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 
 
