@@ -80,7 +80,7 @@ _TABLE: Mapping[str, Architecture] = {
     "qwen3_moe": Architecture("qwen3moe", _ROUTED, experts=_EXPERTS, stacked=_STACKED),
     "gemma": Architecture("gemma", _LLAMA),
     "gemma2": Architecture("gemma2", _LLAMA),
-    "gemma3_text": Architecture("gemma3", _LLAMA),
+    "gemma3_text": Architecture("gemma3", _LLAMA, ends={}),  # its embedding is cut to the tokens that exist
     "olmo2": Architecture("olmo2", _LLAMA),
     "cohere": Architecture("command-r", _LLAMA),
     "seed_oss": Architecture("seed_oss", _LLAMA),
