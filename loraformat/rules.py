@@ -77,6 +77,7 @@ _ALL = (
     Rule("LF-508", "the target layout can carry the adapter"),
     Rule("LF-509", "the scale is stated"),
     Rule("LF-510", "a PyTorch file holds tensors in plain containers, and nothing that would have to run"),
+    Rule("LF-511", "a GGUF file has no length, offset or name that its bytes do not bear out"),
     Rule("LF-601", "the kind of base can be told"),
     Rule("LF-602", "every target is found in the base"),
     Rule("LF-603", "no target has two candidates, and no place two targets"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +41,17 @@ __all__ = [
 
 
 def check_round_trip(layout: Layout, adapter: Adapter, folder: Path) -> Adapter:
-    """What is written is read back with the same keys, ranks, scales and matrices; returns it."""
+    """What is written is read back with the same keys, kinds, scales and matrices; returns it.
+
+    Scales may differ where the writer warns that it states the same change otherwise.
+    """
     path = folder / "adapter.safetensors"
-    save(adapter, path, layout, force=True)
+    said = save(adapter, path, layout, force=True)
     again = _read(layout, path)
     assert sorted(again) == sorted(adapter), (sorted(again), sorted(adapter))
     for key, update in adapter.items():
         assert again[key].kind == update.kind, key
-        assert again[key].scale == update.scale, (key, again[key].scale, update.scale)
+        assert said or again[key].scale == update.scale, (key, again[key].scale, update.scale)
         if update.additive:
             # equal but for the order of sums: factors that lie otherwise in memory are multiplied otherwise
             assert relative_error(again[key].matrix(), update.matrix()) <= 1e-6, key
@@ -113,11 +117,11 @@ class LayoutLaws:
             for dtype in (np.float32, np.float16):
                 folder = tmp_path / f"{kind}-{np.dtype(dtype)}"
                 folder.mkdir()
-                check_round_trip(self.layout, random_adapter(3, (kind,), dtype), folder)
+                check_round_trip(self.layout, _named(self.layout, random_adapter(3, (kind,), dtype)), folder)
 
     def test_what_is_written_is_claimed_by_this_layout_alone(self, tmp_path: Path) -> None:
         """For an adapter of every kind."""
-        check_round_trip(self.layout, random_adapter(4, self.kinds), tmp_path)
+        check_round_trip(self.layout, _named(self.layout, random_adapter(4, self.kinds)), tmp_path)
         check_claimed_alone(self.layout, tmp_path / "adapter.safetensors")
 
     def test_what_cannot_be_said_exactly_is_refused(self, tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ class LayoutLaws:
         for kinds in (*((kind,) for kind in KINDS), *(("lora", kind) for kind in KINDS[1:]), KINDS):
             folder = tmp_path / "-".join(kinds)
             folder.mkdir()
-            carried = check_exact_or_refused(self.layout, random_adapter(6, kinds), folder)
+            carried = check_exact_or_refused(self.layout, _named(self.layout, random_adapter(6, kinds)), folder)
             assert carried or not set(kinds) <= set(self.kinds), f"{self.layout.name} refuses {kinds}"
 
     def test_a_file_of_the_real_tool_is_claimed_read_whole_and_written_again(self, tmp_path: Path) -> None:
@@ -166,6 +170,11 @@ def relative_error(found: Array, wanted: Array) -> float:
         return float("inf")
     difference = np.linalg.norm(found.astype(np.float64) - wanted.astype(np.float64))
     return float(difference / (np.linalg.norm(wanted.astype(np.float64)) or 1.0))
+
+
+def _named(layout: Layout, adapter: Adapter) -> Adapter:
+    """The adapter as one whose names are of a space that the layout writes."""
+    return replace(adapter, names=sorted(layout.names or {adapter.names})[-1])
 
 
 def _read(layout: Layout, path: Path) -> Adapter:
