@@ -73,14 +73,17 @@ def check_rewrite(layout: Layout, path: Path, folder: Path) -> None:
 
 
 def check_nothing_skipped(layout: Layout, path: Path, folder: Path) -> None:
-    """A stray tensor is refused; one that is missing is refused or seen in the adapter. For safetensors sources."""
+    """A stray tensor is refused; one that is missing is refused or seen in the adapter. For safetensors sources.
+
+    Seen is another target, kind, scale or shape, what had to be assumed, and what is kept of the source.
+    """
     whole = open_source(path)
-    tensors, kinds = dict(whole.tensors), _kinds(_read(layout, path))
+    tensors, seen = dict(whole.tensors), _seen(_read(layout, path))
     for name in tensors:
         broken = _copy(whole, {n: t for n, t in tensors.items() if n != name}, folder / "missing")
-        assert _read_kinds(layout, broken) != kinds, f"nobody misses {name}"
+        assert _read_seen(layout, broken) != seen, f"nobody misses {name}"
     stray = _copy(whole, {**tensors, "stray.tensor": np.ones(3, np.float32)}, folder / "stray")
-    assert _read_kinds(layout, stray) is None, "a tensor that is not understood is skipped"
+    assert _read_seen(layout, stray) is None, "a tensor that is not understood is skipped"
 
 
 def check_exact_or_refused(layout: Layout, adapter: Adapter, folder: Path) -> bool:
@@ -181,14 +184,16 @@ def _refusal(layout: Layout, adapter: Adapter, path: Path) -> LoraFormatError | 
     return None
 
 
-def _kinds(adapter: Adapter) -> dict[str, str]:
-    return {key: update.kind for key, update in adapter.items()}
+def _seen(adapter: Adapter) -> tuple[Any, ...]:
+    """What an adapter is without its numbers."""
+    targets = {key: (u.kind, u.scale, u.matrix_shape(), u.assumed) for key, u in adapter.items()}
+    return targets, dict(adapter.extensions)
 
 
-def _read_kinds(layout: Layout, path: Path) -> dict[str, str] | None:
+def _read_seen(layout: Layout, path: Path) -> tuple[Any, ...] | None:
     """What is read, or None where it is refused."""
     try:
-        return _kinds(_read(layout, path))
+        return _seen(_read(layout, path))
     except LoraFormatError:
         return None
 

@@ -1,0 +1,69 @@
+"""``dora_scale``: the lengths that W + ΔW is scaled to, one an output or one an input.
+
+Its shape has the axes of the weight, all of size 1 but the one that it keeps: [out, 1, …], or [1, in, 1, …] (what
+LyCORIS wrote before ``wd_on_output``, and OneTrainer). So it also says what the weight's axes are. LyCORIS adds the
+smallest float32 step to the norm (lycoris-lora 4.1.3 functional/general.py weight_decompose).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from loraformat.axes import Placement
+from loraformat.parts import Magnitude
+from loraformat_converters.kohya.draft import torch_placement
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat_converters.kohya.draft import Draft
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["EPS", "read"]
+
+EPS = 2.0**-23
+
+
+def read(
+    module: str, tensor: Array, matrix: tuple[int, ...], place: Placement | None, draft: Draft
+) -> tuple[Magnitude, Placement | None] | None:
+    """The part, and the placement as far as both together show it.
+
+    Args:
+        matrix: [out, in] of the factors beside it.
+        place: as the factors show it.
+    """
+    shape, (out, in_) = tensor.shape, matrix
+    kept = next((axis for axis in (0, 1) if math.prod(shape) == shape[axis : axis + 1][0]), None) if shape[1:] else None
+    if kept == 0 and shape[0] != out:  # all ones but the second
+        kept = 1 if math.prod(shape) == shape[1] else None
+    if kept is None or (place is not None and len(shape) != len(place.shape)):
+        said = f" of a weight {list(place.shape)}" if place is not None else ""
+        draft.say("LF-309", f"dora_scale is {list(shape)}{said}: [out, 1, …] or [1, in, 1, …]", module)
+        return None
+    if place is None:
+        place = _shown(shape, kept, out, in_)
+    wanted = out if kept == 0 else place.shape[1] if place is not None else shape[1]
+    if shape[kept] != wanted:
+        draft.say("LF-309", f"dora_scale is {list(shape)}, the weight has {wanted} of these", module)
+    elif kept == 1 and place is None:
+        what = (
+            "dora_scale has one value an input, and the kernel is flattened into a factor: its sizes are in no tensor"
+        )
+        draft.say("LF-504", what, module)
+    else:
+        return Magnitude(tensor.reshape(-1), None if kept == 0 else (1,), EPS), place
+    return None
+
+
+def _shown(shape: tuple[int, ...], kept: int, out: int, in_: int) -> Placement | None:
+    """The placement that a dora_scale of ``shape`` shows beside factors of a matrix [out, in]."""
+    if len(shape) == 2:
+        return torch_placement((out, in_))
+    if kept == 1 and in_ % shape[1] == 0:
+        kernel = in_ // shape[1]
+        if len(shape) == 3 or kernel == 1:
+            return torch_placement((out, shape[1], *([1] * (len(shape) - 3)), kernel))
+    return None
