@@ -23,8 +23,12 @@ __all__ = ["alpha", "fault", "tensors"]
 _FOLD = "--fold-scale multiplies it into a factor"
 
 
-def fault(key: str, update: Update) -> tuple[str, str] | None:
-    """(why, the way out) where this layout cannot carry the update; None where it can."""
+def fault(key: str, update: Update, axes: int | None) -> tuple[str, str] | None:
+    """(why, the way out) where this layout cannot carry the update; None where it can.
+
+    Args:
+        axes: of the weight, where the placement does not tell and the source did.
+    """
     module, _, leaf = key.rpartition(".")
     kinds = [part.kind for part in update.parts]
     if leaf not in ("weight", "bias") or not module:
@@ -38,6 +42,9 @@ def fault(key: str, update: Update) -> tuple[str, str] | None:
     vector = kinds == ["delta"] and update["delta"].delta.ndim == 1
     if leaf == "bias" and not vector:
         return f"a bias changes by a whole difference alone, not by {update.kind}", ""
+    flat = update.additive[0].kind != "lora" and update.placement is None and axes is None
+    if "magnitude" in update and flat:
+        return "how many axes the weight has, and so dora_scale, is not known: a kernel may be flattened", "--base B"
     return _unlike(update.placement) or _part(update)
 
 
@@ -102,8 +109,8 @@ def alpha(part: Part) -> float | None:
     return part.alpha if part.scale_rule == "alpha/r" and part.r == r else scales.alpha_for(part.scale, r)
 
 
-def tensors(key: str, update: Update) -> Iterator[tuple[str, Array]]:
-    """(role, tensor) of everything but alpha."""
+def tensors(key: str, update: Update, axes: int | None) -> Iterator[tuple[str, Array]]:
+    """(role, tensor) of everything but alpha; ``axes`` as for ``fault``."""
     shape = update.placement.shape if update.placement is not None else ()
     leaf = key.rpartition(".")[2]
     for part in update.parts:
@@ -111,7 +118,7 @@ def tensors(key: str, update: Update) -> Iterator[tuple[str, Array]]:
             case Lora():
                 yield from _pair(part, shape)
             case Magnitude():
-                yield "dora_scale", part.magnitude.reshape(_norm_shape(part, len(shape) or 2))
+                yield "dora_scale", part.magnitude.reshape(_norm_shape(part, len(shape) or axes or 2))
             case Delta():
                 vector = part.delta.ndim == 1
                 role = ("diff_b" if leaf == "bias" else "w_norm") if vector else "diff"

@@ -60,10 +60,17 @@ class AlphaForm:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a source says that is no update: its metadata, and the form of its alpha tensors by module."""
+    """What a source says that is no update.
+
+    Attributes:
+        metadata: the header's strings.
+        alphas: the form of a module's alpha tensor.
+        axes: how many axes a module's weight has, where only its dora_scale tells.
+    """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     alphas: Mapping[str, AlphaForm] = field(default_factory=dict)
+    axes: Mapping[str, int] = field(default_factory=dict)
     usual: AlphaForm = AlphaForm()
 
     def alpha(self, module: str) -> AlphaForm:
@@ -77,7 +84,8 @@ class Kept:
         usual = forms.most_common(1)[0][0] if forms else self.usual
         rest = {module: form.as_json() for module, form in self.alphas.items() if form != usual}
         value: dict[str, Any] = {"alpha": usual.as_json(), "metadata": dict(self.metadata)}
-        return canonical.dumps(value | ({"alphas": rest} if rest else {}))
+        more = {"alphas": rest, "axes": dict(self.axes)}
+        return canonical.dumps(value | {name: member for name, member in more.items() if member})
 
     @classmethod
     def parse(cls, text: str | None) -> Kept:
@@ -88,7 +96,8 @@ class Kept:
             value = canonical.loads(text)
             metadata = {str(key): _string(item) for key, item in value["metadata"].items()}
             alphas = {module: _form(item) for module, item in value.get("alphas", {}).items()}
-            return cls(metadata, alphas, _form(value["alpha"]))
+            axes = {module: int(n) for module, n in value.get("axes", {}).items() if 2 <= int(n) <= 8}
+            return cls(metadata, alphas, axes, _form(value["alpha"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise fault("LF-508", f"what was kept of the source's header is damaged: {error!r}") from None
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.source import Source
+    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
@@ -44,12 +45,13 @@ def read(source: Source, options: ReadOptions) -> Reading:
         draft.warn("LF-509", what, missing[0], "if it is known: --alpha A")
     updates = draft.finish(str(source.path))
     alphas = {module: _form(roles) for module, roles in modules.items() if "alpha" in roles}
+    axes = {m: roles["dora_scale"].ndim for m, roles in modules.items() if _flat(updates.get(f"{m}.weight"), roles)}
     adapter = Adapter(
         updates,
         "kohya",
         base_model=header.base_model(source.header),
         about=header.about(source.header),
-        extensions={"kohya": Kept(source.header, alphas).text},
+        extensions={"kohya": Kept(source.header, alphas, axes).text},
     )
     return Reading(adapter, draft.warnings)
 
@@ -58,6 +60,11 @@ def _form(roles: Roles) -> AlphaForm:
     """How the alpha was stored, with its value where two whole factors leave it without a meaning."""
     idle = "lokr_w1" in roles and "lokr_w2" in roles
     return AlphaForm.of(roles["alpha"], float(roles["alpha"].reshape(-1)[0]) if idle else None)
+
+
+def _flat(update: Update | None, roles: Roles) -> bool:
+    """Whether a kernel is flattened into a factor, and only dora_scale has the axes of the weight."""
+    return update is not None and "dora_scale" in roles and update.placement is None
 
 
 def _modules(tensors: Mapping[str, Array], draft: Draft) -> dict[str, Roles]:
@@ -76,10 +83,12 @@ def _modules(tensors: Mapping[str, Array], draft: Draft) -> dict[str, Roles]:
             draft.say("LF-506", f"the module has a second {names.SPELLED[name.role]}", key)
         else:
             roles[name.role] = tensors[key]
+    paths = (key.split(".") for keys in refused.values() for key in keys)
+    known = {".".join(path[:length]) for path in paths for length in range(1, len(path))}
     for what, keys in refused.items():
         more = f", as {len(keys) - 1} more are" if len(keys) > 1 else ""
         draft.say("LF-504", f"the tensor is of {what}{more}", keys[0])
-    return found
+    return {module: roles for module, roles in found.items() if module not in known}
 
 
 def _module(module: str, roles: Roles, draft: Draft) -> None:

@@ -37,9 +37,9 @@ def write(adapter: Adapter) -> Output:
         raise fault("LF-508", f"kohya's files name modules of one mangled list; here {what}", fix=fix)
     kept = Kept.parse(adapter.extensions.get("kohya"))
     problems = [
-        Problem("LF-508", *_said(form.fault(key, update), key))
+        Problem("LF-508", why[0], key, why[1])
         for key, update in adapter.items()
-        if form.fault(key, update)
+        if (why := form.fault(key, update, kept.axes.get(_module(key))))
     ]
     if problems:
         raise LoraFormatError(problems)
@@ -54,15 +54,14 @@ def write(adapter: Adapter) -> Output:
     return Output({"": write_file}, folder=False, warnings=_warnings(adapter))
 
 
-def _said(why: tuple[str, str] | None, key: str) -> tuple[str, str, str]:
-    what, fix = why or ("", "")
-    return what, key, fix
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _named(key: str, update: Update, adapter: Adapter, kept: Kept) -> dict[str, Array]:
     """The tensors of one target by their names in the file."""
     module, _, leaf = key.rpartition(".")
-    found = dict(form.tensors(key, update))
+    found = dict(form.tensors(key, update, kept.axes.get(module)))
     if "diff_b" in found and _is_norm(adapter.get(f"{module}.weight")):
         found["b_norm"] = found.pop("diff_b")
     if leaf == "weight" and update.additive[0].kind != "delta":
