@@ -113,7 +113,7 @@ def test_the_core_imports_no_framework_and_no_converter(module):
 
 def test_a_layout_of_tensors_imports_no_framework_either():
     allowed = sys.stdlib_module_names | THIRD_PARTY | {"loraformat", "loraformat_converters"}
-    for path in (CONVERTERS / "peft").glob("*.py"):
+    for path in (*(CONVERTERS / "peft").glob("*.py"), *(CONVERTERS / "kohya").glob("*.py")):
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 
 
@@ -209,7 +209,7 @@ def broken_plugin(monkeypatch):
 
 @pytest.mark.usefixtures("broken_plugin")
 def test_a_plugin_that_does_not_import_breaks_no_other_layout():
-    assert list(registry.layouts()) == ["native", "peft"]
+    assert list(registry.layouts()) == ["native", "kohya", "peft"]
     assert len(lf.load(adapter_of("linear"))) == 4
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loraformat import file
 from loraformat_converters.kohya import names
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ class Kohya:
     names = frozenset({"kohya"})
 
     def detect(self, source: Source) -> str | None:
-        """A tensor's name that only this layout spells so; none beside a configuration of PEFT."""
+        """A tensor's name that only this layout spells so; none in a native file or beside a configuration of PEFT."""
         if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
+            return None
+        if file.KEY in source.header:  # whose roles have LyCORIS' names
             return None
         found = next((name for name in source.tensors if names.is_own(name)), None)
         if found is None or source.sidecar(_PEFT_CONFIG) is not None:
