@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
-from loraformat.parts import Magnitude
+from loraformat.parts import Additive, Lora, Magnitude
 from loraformat_converters.kohya.draft import torch_placement
 
 if TYPE_CHECKING:
@@ -27,20 +27,21 @@ EPS = 2.0**-23
 
 
 def read(
-    module: str, tensor: Array, matrix: tuple[int, ...], place: Placement | None, draft: Draft
+    module: str, tensor: Array, part: Additive, place: Placement | None, draft: Draft
 ) -> tuple[Magnitude, Placement | None] | None:
     """The part, and the placement as far as both together show it.
 
     Args:
-        matrix: [out, in] of the factors beside it.
-        place: as the factors show it.
+        part: the factors beside it.
+        place: as they show it.
     """
-    shape, (out, in_) = tensor.shape, matrix
+    shape, (out, in_) = tensor.shape, part.matrix_shape()
+    axes = len(place.shape) if place is not None else 2 if isinstance(part, Lora) else len(shape)
     kept = next((axis for axis in (0, 1) if math.prod(shape) == shape[axis : axis + 1][0]), None) if shape[1:] else None
     if kept == 0 and shape[0] != out:  # all ones but the second
         kept = 1 if math.prod(shape) == shape[1] else None
-    if kept is None or (place is not None and len(shape) != len(place.shape)):
-        said = f" of a weight {list(place.shape)}" if place is not None else ""
+    if kept is None or len(shape) != axes:
+        said = f" of a weight of {axes} axes" if len(shape) != axes else ""
         draft.say("LF-309", f"dora_scale is {list(shape)}{said}: [out, 1, …] or [1, in, 1, …]", module)
         return None
     if place is None:

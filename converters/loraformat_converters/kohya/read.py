@@ -135,8 +135,7 @@ def _spelled(role: str) -> str:
 def _add(module: str, factors: Factors, roles: Roles, draft: Draft) -> None:
     key, place = f"{module}.weight", factors.place
     if "dora_scale" in roles:
-        out, in_ = factors.part.matrix_shape()
-        found = magnitudes.read(module, roles["dora_scale"], (out, in_), place, draft)
+        found = magnitudes.read(module, roles["dora_scale"], factors.part, place, draft)
         if found is None:
             return
         magnitude, place = found

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Scale", "alpha_for", "read", "value_of"]
 
+_LARGEST = float(np.finfo(np.float32).max)
 _NUMBERS = ("F", "BF", "I", "U")
 
 
@@ -46,7 +47,7 @@ def value_of(module: str, roles: Roles, draft: Draft) -> float | None:
         draft.say("LF-314", f"alpha is {dtype_name(tensor.dtype)}; it is a number", module)
     elif tensor.size != 1:
         draft.say("LF-309", f"alpha is {list(tensor.shape)}; it is one number", module)
-    elif not math.isfinite(value := float(tensor.reshape(-1)[0])) or not np.isfinite(np.float32(value)):
+    elif not abs(value := float(tensor.reshape(-1)[0])) <= _LARGEST:  # of NaN neither
         draft.say("LF-306", f"alpha is {value}", module)
     else:
         return value
