@@ -214,7 +214,7 @@ def test_a_norm_over_the_outputs_needs_the_kernel_that_a_flattened_factor_hides(
     flat = {f"lora_unet_a.hada_w{n}_{e}": normal(*s) for n in (1, 2) for e, s in (("a", (11, 3)), ("b", (3, 5 * 6)))}
     (problem,) = refusal(flat | ALPHA | {"lora_unet_a.dora_scale": normal(1, 5, 1, 1)})
     assert problem.rule == "LF-504"
-    assert "its sizes are in no tensor" in problem.what
+    assert "no tensor has the sizes of the kernel" in problem.what
 
 
 @pytest.mark.parametrize(("out", "in_", "axes"), [(1, 7, None), (11, 1, None), (1, 1, None)])

@@ -37,26 +37,27 @@ def read(
     """
     shape, (out, in_) = tensor.shape, part.matrix_shape()
     axes = len(place.shape) if place is not None else 2 if isinstance(part, Lora) else len(shape)
-    kept = next((axis for axis in (0, 1) if math.prod(shape) == shape[axis : axis + 1][0]), None) if shape[1:] else None
-    if kept == 0 and shape[0] != out:  # all ones but the second
-        kept = 1 if math.prod(shape) == shape[1] else None
+    kept = _kept(shape, out)
     if kept is None or len(shape) != axes:
         said = f" of a weight of {axes} axes" if len(shape) != axes else ""
         draft.say("LF-309", f"dora_scale is {list(shape)}{said}: [out, 1, …] or [1, in, 1, …]", module)
         return None
-    if place is None:
-        place = _shown(shape, kept, out, in_)
-    wanted = out if kept == 0 else place.shape[1] if place is not None else shape[1]
+    place = place or _shown(shape, kept, out, in_)
+    if kept == 1 and place is None:
+        draft.say("LF-504", "dora_scale has a value an input, and no tensor has the sizes of the kernel", module)
+        return None
+    wanted = out if place is None else place.shape[kept]
     if shape[kept] != wanted:
         draft.say("LF-309", f"dora_scale is {list(shape)}, the weight has {wanted} of these", module)
-    elif kept == 1 and place is None:
-        what = (
-            "dora_scale has one value an input, and the kernel is flattened into a factor: its sizes are in no tensor"
-        )
-        draft.say("LF-504", what, module)
-    else:
-        return Magnitude(tensor.reshape(-1), None if kept == 0 else (1,), EPS), place
-    return None
+        return None
+    return Magnitude(tensor.reshape(-1), None if kept == 0 else (1,), EPS), place
+
+
+def _kept(shape: tuple[int, ...], out: int) -> int | None:
+    """The only axis that is not of size 1; of none, the out axis if that has the size 1."""
+    if len(shape) < 2 or math.prod(shape) not in shape[:2]:
+        return None
+    return 0 if math.prod(shape) == shape[0] == out or math.prod(shape) != shape[1] else 1
 
 
 def _shown(shape: tuple[int, ...], kept: int, out: int, in_: int) -> Placement | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -124,4 +125,19 @@ def _warnings(adapter: Adapter) -> list[Problem]:
     others = [key for key, u in adapter.items() if u.additive[0].kind in ("loha", "lokr", "delta")]
     if others:
         said.append(("sd-scripts reads pairs alone: LyCORIS and ComfyUI read the rest", others[0]))
+    if lost := _lost_by_diffusers(adapter):
+        what = "diffusers 0.42.1 loses the alpha of an attention's projection that is not the commonest alpha"
+        said.append((what, lost[0]))
     return [Problem("LF-508", what, where, severity="warning") for what, where in said]
+
+
+def _lost_by_diffusers(adapter: Adapter) -> list[str]:
+    """Projections of a U-Net's attention whose alpha diffusers looks up under a name that no module has.
+
+    0.42.1 loaders/lora_conversion_utils.py names them ``attn1.processor.to_q_lora``; utils/peft_utils.py get_peft_kwargs
+    puts every alpha but the commonest into ``alpha_pattern`` by that name (measured: scale off by up to 4).
+    """
+    alphas = {key: form.alpha(update.additive[0]) for key, update in adapter.items() if "lora" in update}
+    usual = Counter(alphas.values()).most_common(1)[0][0] if alphas else None
+    attention = (key for key in alphas if key.startswith("lora_unet_") and ("_attn1_" in key or "_attn2_" in key))
+    return [key for key in attention if alphas[key] != usual]
