@@ -77,14 +77,17 @@ def check_rewrite(layout: Layout, path: Path, folder: Path) -> None:
 
 
 def check_nothing_skipped(layout: Layout, path: Path, folder: Path) -> None:
-    """A stray tensor is refused; one that is missing is refused or seen in the adapter. For safetensors sources."""
+    """A stray tensor is refused; one that is missing is refused or seen in the adapter. For safetensors sources.
+
+    Seen is another target, kind, scale or placement, what had to be assumed, and what is kept of the source.
+    """
     whole = open_source(path)
-    tensors, kinds = dict(whole.tensors), _kinds(_read(layout, path))
+    tensors, seen = dict(whole.tensors), _seen(_read(layout, path))
     for name in tensors:
         broken = _copy(whole, {n: t for n, t in tensors.items() if n != name}, folder / "missing")
-        assert _read_kinds(layout, broken) != kinds, f"nobody misses {name}"
+        assert _read_seen(layout, broken) != seen, f"nobody misses {name}"
     stray = _copy(whole, {**tensors, "stray.tensor": np.ones(3, np.float32)}, folder / "stray")
-    assert _read_kinds(layout, stray) is None, "a tensor that is not understood is skipped"
+    assert _read_seen(layout, stray) is None, "a tensor that is not understood is skipped"
 
 
 def check_exact_or_refused(layout: Layout, adapter: Adapter, folder: Path) -> bool:
@@ -111,17 +114,22 @@ class LayoutLaws:
     kinds: Sequence[str] = ("lora",)
     files: Sequence[Path] = ()
 
+    def adapter(self, seed: int, kinds: Sequence[str], dtype: Any = np.float32) -> Adapter:
+        """A random adapter, in a name space that the layout writes."""
+        made, known = random_adapter(seed, kinds, dtype), self.layout.names
+        return replace(made, names=made.names if not known or made.names in known else min(known))
+
     def test_what_is_written_is_read_back(self, tmp_path: Path) -> None:
         """For each kind, for every float dtype that numpy has."""
         for kind in self.kinds:
             for dtype in (np.float32, np.float16):
                 folder = tmp_path / f"{kind}-{np.dtype(dtype)}"
                 folder.mkdir()
-                check_round_trip(self.layout, _named(self.layout, random_adapter(3, (kind,), dtype)), folder)
+                check_round_trip(self.layout, self.adapter(3, (kind,), dtype), folder)
 
     def test_what_is_written_is_claimed_by_this_layout_alone(self, tmp_path: Path) -> None:
         """For an adapter of every kind."""
-        check_round_trip(self.layout, _named(self.layout, random_adapter(4, self.kinds)), tmp_path)
+        check_round_trip(self.layout, self.adapter(4, self.kinds), tmp_path)
         check_claimed_alone(self.layout, tmp_path / "adapter.safetensors")
 
     def test_what_cannot_be_said_exactly_is_refused(self, tmp_path: Path) -> None:
@@ -129,7 +137,7 @@ class LayoutLaws:
         for kinds in (*((kind,) for kind in KINDS), *(("lora", kind) for kind in KINDS[1:]), KINDS):
             folder = tmp_path / "-".join(kinds)
             folder.mkdir()
-            carried = check_exact_or_refused(self.layout, _named(self.layout, random_adapter(6, kinds)), folder)
+            carried = check_exact_or_refused(self.layout, self.adapter(6, kinds), folder)
             assert carried or not set(kinds) <= set(self.kinds), f"{self.layout.name} refuses {kinds}"
 
     def test_a_file_of_the_real_tool_is_claimed_read_whole_and_written_again(self, tmp_path: Path) -> None:
@@ -172,11 +180,6 @@ def relative_error(found: Array, wanted: Array) -> float:
     return float(difference / (np.linalg.norm(wanted.astype(np.float64)) or 1.0))
 
 
-def _named(layout: Layout, adapter: Adapter) -> Adapter:
-    """The adapter as one whose names are of a space that the layout writes."""
-    return replace(adapter, names=sorted(layout.names or {adapter.names})[-1])
-
-
 def _read(layout: Layout, path: Path) -> Adapter:
     return layout.read(open_source(path), ReadOptions()).adapter
 
@@ -190,14 +193,16 @@ def _refusal(layout: Layout, adapter: Adapter, path: Path) -> LoraFormatError | 
     return None
 
 
-def _kinds(adapter: Adapter) -> dict[str, str]:
-    return {key: update.kind for key, update in adapter.items()}
+def _seen(adapter: Adapter) -> tuple[Any, ...]:
+    """What an adapter is without its numbers."""
+    targets = {key: (u.kind, u.scale, u.placement, u.assumed) for key, u in adapter.items()}
+    return targets, dict(adapter.extensions)
 
 
-def _read_kinds(layout: Layout, path: Path) -> dict[str, str] | None:
+def _read_seen(layout: Layout, path: Path) -> tuple[Any, ...] | None:
     """What is read, or None where it is refused."""
     try:
-        return _kinds(_read(layout, path))
+        return _seen(_read(layout, path))
     except LoraFormatError:
         return None
 

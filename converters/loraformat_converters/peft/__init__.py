@@ -37,7 +37,7 @@ class Peft:
             return f"{config.FILE} has peft_type"
         if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
             return None
-        if any(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in source.tensors):
+        if any(_is_own(name) for name in source.tensors):
             return "keys end with .lora_A.weight"
         return None
 
@@ -52,6 +52,13 @@ class Peft:
         from loraformat_converters.peft.write import write
 
         return write(adapter)
+
+
+def _is_own(name: str) -> bool:
+    """Whether the name ends as PEFT's do; kohya's mangled modules may, and are none of PEFT's."""
+    module, _, rest = name.partition(".")
+    mangled = module.startswith(("lora_", "lycoris_")) and rest == "lora_A.weight"
+    return name.endswith((".lora_A.weight", ".lora_embedding_A")) and not mangled
 
 
 layout = Peft()
