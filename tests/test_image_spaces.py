@@ -151,7 +151,7 @@ def test_the_second_encoder_of_xl_lies_where_the_diffusers_converter_puts_it():
 
     from loraformat_converters.spaces.encoders import open_clip
 
-    rows = [row for row in open_clip(2)]
+    rows = list(open_clip(2))
     tensors = {row.published: torch.randn(6, 2) for row in rows}
     prefix = "conditioner.embedders.1.model."
     model = clip("CLIPTextModelWithProjection", 2)
