@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loraformat.verbs.graph import detach, extract
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
+    from loraformat.verbs.retarget import retarget
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
     from loraformat.verbs.verify import verify
 
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "merge",
     "open_base",
+    "retarget",
     "save",
     "validate",
     "validate_all",
@@ -80,7 +82,7 @@ _HOMES = {
     "ReadOptions": "layout",
     "Update": "updates",
     "save": "file",
-    **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "verify")},
+    **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "retarget", "verify")},
     "digest": "identity",
 }
 

@@ -1,4 +1,4 @@
-"""The two doors: layouts and bases, found by entry points, so that the verbs know neither tools nor frameworks."""
+"""The doors: layouts, bases and name spaces, found by entry points, so that the verbs know no tools nor frameworks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
     from loraformat.loaders import Loader
+    from loraformat.spaces import Space
 
 T = TypeVar("T")
 
 __all__ = [
     "detect", "from_tensors", "layout", "layouts", "load", "loader", "loaders", "markers", "model_config", "open_base",
-    "read", "read_source",
+    "read", "read_source", "spaces",
 ]  # fmt: skip
 
 CONFIG = "adapter_config.json"
@@ -69,6 +70,11 @@ def _named(name: str, known: Mapping[str, T], what: str) -> T:
         mean = f'  Did you mean "{hint[0]}"?' if hint else ""
         raise fault("LF-705", f'unknown {what} "{name}".  Known: {", ".join(known)}.{mean}')
     return known[name]
+
+
+def spaces() -> dict[str, Space]:
+    """Every relation between name spaces that is installed, by the name of its entry point."""
+    return dict(_loaded("loraformat.spaces")[0])
 
 
 def markers() -> frozenset[str]:

@@ -22,6 +22,7 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 # A module may import only modules to its left.
 ORDER = (
     *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
+    *("links", "spaces"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
@@ -29,7 +30,7 @@ ORDER = (
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
-    *("sketch", "bound"),
+    *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate"),
     *(
         "verbs",
         "verbs.merge",
@@ -38,6 +39,7 @@ ORDER = (
         "verbs.graph",
         "verbs.verify",
         "verbs.adapt",
+        "verbs.retarget",
         "verbs.convert",
     ),
     *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
@@ -53,7 +55,7 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
+    *("cli.completion", "cli.retarget", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
@@ -120,6 +122,9 @@ def test_a_layout_of_tensors_imports_no_framework_either():
 
 SHARED = {"jax_live": {"flax"}}
 """A converter of live objects may read and name them as that of the same world's files does."""
+
+
+STANDS_ON = {"diffusers": {"peft"}}  # its files are PEFT's tensors under PEFT's configuration, spelt otherwise
 
 
 def test_one_converter_does_not_import_another():

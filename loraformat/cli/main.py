@@ -23,6 +23,7 @@ _VERBS = {
     "info": ("info", "say what a file is: adapter, checkpoint or ONNX model"),
     "layouts": ("layouts", "list the layouts that can be read and written"),
     "convert": ("create", "write an adapter in another layout"),
+    "retarget": ("retarget", "write an adapter under the names of another framework or version"),
     "bind": ("create", "write into an adapter what its base says"),
     "resolve": ("check", "say where every target lies in a base, and by which evidence"),
     "merge": ("deploy", "write a base with adapters added to its weights"),

@@ -21,6 +21,7 @@ __all__ = [
     "hints",
     "json_flag",
     "mapping",
+    "names_of",
     "origin",
     "strength",
 ]
@@ -94,10 +95,11 @@ def hints(names: str | None, axes: tuple[str, ...], origin: str | None = None) -
             fix = "SPEC has a word an axis: out, in or batch, such as '*c_proj=in,out'"
             raise fault("LF-705", f"--axes {item!r} is not PATTERN=SPEC", fix=fix)
         stated[pattern] = spec
-    return Hints(_names(Path(names)) if names else {}, stated, registry.open_base(origin) if origin else None)
+    return Hints(names_of(Path(names)) if names else {}, stated, registry.open_base(origin) if origin else None)
 
 
-def _names(path: Path) -> dict[str, str]:
+def names_of(path: Path) -> dict[str, str]:
+    """The names that a user states in a JSON file; LF-705 where it is none."""
     try:
         value = canonical.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

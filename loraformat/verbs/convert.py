@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,11 +13,14 @@ from loraformat.atomic import write_file, write_folder
 from loraformat.errors import Problem, fault
 from loraformat.layout import Layout, ReadOptions, WriteOptions
 from loraformat.resolve import Hints
+from loraformat.spaces import TORCH
 from loraformat.verbs.adapt import Adapted
 from loraformat.verbs.bind import bind
+from loraformat.verbs.retarget import retarget, space_of
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
+    from loraformat.base import Base
 
 __all__ = ["Converted", "convert", "save", "target_layout"]
 
@@ -49,6 +52,8 @@ def convert(
 ) -> Converted:
     """Read ``source``, bind it to ``base`` if given, write ``destination``. ΔW stays the same unless ``adapt`` changes it.
 
+    Where the target layout has names of its own, or the base has others than the source, ``retarget`` finds them.
+
     Args:
         from_layout, to_layout: by their names; else the source's is told by its content, the destination's by its name.
         options: what the source does not say, such as alpha.
@@ -71,12 +76,21 @@ def convert(
     reading, layout, _ = registry.read(source, from_layout, options)
     adapter = reading.adapter
     if opened is not None:
-        adapter = bind(adapter, opened, hints)
+        adapter = bind(_named(adapter, {space_of(opened)}, opened, options.config), opened, hints)
     elif hints and (hints.names or hints.axes):
         raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
     adapted = adapt(adapter)
+    adapted = replace(adapted, adapter=_named(adapted.adapter, to.names, opened, options.config))
     said = save(adapted.adapter, destination, to, WriteOptions(opened, options.config), force=force)
     return Converted(adapted.adapter, [*reading.warnings, *said], layout, to, adapted)
+
+
+def _named(adapter: Adapter, spaces: Collection[str], base: Base | None, config: Mapping[str, Any]) -> Adapter:
+    """The adapter under the names of one of these spaces; as it is where none is asked for."""
+    if not spaces or adapter.names in spaces:
+        return adapter
+    to = TORCH if TORCH in spaces else sorted(spaces)[0]
+    return retarget(adapter, to, base=base, config=config).adapter
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 __all__ = ["Peft", "layout"]
 
 
+def _is_pipeline(source: Source) -> bool:
+    """Whether diffusers wrote it, by PEFT's names: its header, or components of a pipeline that no model has as modules."""
+    own_file = source.file is not None and source.file.stem == "pytorch_lora_weights"
+    if own_file or "lora_adapter_metadata" in source.header:
+        return True
+    roots = {name.partition(".")[0] for name in source.tensors}
+    blocks = {name.split(".")[1] for name in source.tensors if name.startswith("transformer.") and name.count(".") > 1}
+    return bool(roots & {"unet", "text_encoder", "text_encoder_2", "text_encoder_3"}) or bool(
+        blocks & {"transformer_blocks", "single_transformer_blocks"}
+    )
+
+
 class Peft:
     """PEFT's folder: adapter_config.json, adapter_model.safetensors."""
 
@@ -38,7 +50,7 @@ class Peft:
         if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
             return None
         if any(_is_own(name) for name in source.tensors):
-            return "keys end with .lora_A.weight"
+            return None if _is_pipeline(source) else "keys end with .lora_A.weight"
         return None
 
     def read(self, source: Source, options: ReadOptions) -> Reading:

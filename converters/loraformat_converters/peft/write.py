@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
+    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["write"]
+__all__ = ["same_update", "write"]
 
 # What of a source's configuration still holds when its numbers or targets do not: notes, and no choice of modules or
 # of an initialisation, by which PEFT would skip a target or fill it at random.
@@ -116,11 +117,12 @@ def _holds(kept: configs.Config, form: Form, tensors: Mapping[str, Array], adapt
         again = read_tensors(tensors, kept, ReadOptions(), "", shapes).adapter
     except LoraFormatError:
         return False
-    return again.keys() == adapter.keys() and all(
-        len(again[key].parts) == len(update.parts)
-        and all(_equal(p, q) for p, q in zip(again[key].parts, update.parts, strict=True))
-        for key, update in adapter.items()
-    )
+    return again.keys() == adapter.keys() and all(same_update(again[key], update) for key, update in adapter.items())
+
+
+def same_update(one: Update, other: Update) -> bool:
+    """Whether two updates have the same parts, with the same numbers and tensors."""
+    return len(one.parts) == len(other.parts) and all(map(_equal, one.parts, other.parts))
 
 
 def _equal(one: Part, other: Part) -> bool:

@@ -1,0 +1,100 @@
+"""Links: which numbers of a parameter in one name space are which numbers of a parameter in another.
+
+    matrix_there[index][rows] = matrix_here[index][rows]          with matrices [*batch, out, in] of ``loraformat.axes``
+
+A renamed parameter is one link. A fused one (q, k and v in one tensor) is several links that fill its rows, a stack of
+layers or experts several that fill its batch, rows in another order one link with their order. Read backwards, the same
+links lead back: fused is cut, stacked is taken apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Indices = npt.NDArray[np.intp]
+
+__all__ = ["Link", "Seat", "Share"]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The rows [total · start / of, total · stop / of): a share of whatever size the tensor has.
+
+    The value of a fused query, key and value is ``Share(2, 3, 3)``; of one that has four times as much MLP behind it
+    ``Share(2, 3, 7)``.
+    """
+
+    start: int
+    stop: int
+    of: int
+
+    def whole(self, part: int) -> int | None:
+        """How many rows the tensor has, of which ``part`` rows are this share; None where no number fits."""
+        total, rest = divmod(part * self.of, self.stop - self.start)
+        return None if rest else total
+
+    def indices(self, total: int) -> Indices | None:
+        """The rows of a tensor with ``total`` rows; None where it does not divide so."""
+        if total % self.of:
+            return None
+        unit = total // self.of
+        return np.arange(unit * self.start, unit * self.stop)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seat:
+    """Where, in a parameter of one name space.
+
+    Attributes:
+        name: the key, with its component: ``unet:conv_in.weight``.
+        rows: which out rows of the matrix, in the order that the other side has them in; None: all of them as they lie.
+        index: (i, n): the i-th of n matrices that are stacked along the one batch axis; None: not stacked.
+        axes: how the matrix lies in the tensor, as ``--axes`` has it (``out,in``, ``in,out``, ``batch,in,out``);
+            None: not known, or as on the other side. Only what speaks of a tensor's own axes needs it (``replace``,
+            ``rows``, ``magnitude_axes``, a placement): factors are of the matrix and stay as they are.
+        shape: of the tensor, where it is known; needed where the two sides split ``out`` or ``in`` differently.
+    """
+
+    name: str
+    rows: Share | Indices | None = None
+    index: tuple[int, int] | None = None
+    axes: str | None = None
+    shape: tuple[int, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seat) and self._told() == other._told()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the seat is the whole tensor as it lies."""
+        return self.rows is None and self.index is None
+
+    def _told(self) -> tuple[Any, ...]:
+        rows = tuple(self.rows.tolist()) if isinstance(self.rows, np.ndarray) else self.rows
+        return self.name, rows, self.index, self.axes, self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """``there`` holds the numbers of ``here``.
+
+    Attributes:
+        evidence: what says so, as ``source: detail``: ``table: sdxl``, ``base: its names``, ``config: n_head 32``.
+    """
+
+    here: Seat
+    there: Seat
+    evidence: str
+
+    def reversed(self) -> Link:
+        """The way back."""
+        return Link(self.there, self.here, self.evidence)

@@ -1,0 +1,239 @@
+"""An adapter under other names, along links: every target wholly, each place once, or every problem at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat.axes import Placement
+from loraformat.cut import cut, out_size
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.fuse import fuse
+from loraformat.links import Link, Seat, Share
+from loraformat.names import key_fault, nearest
+from loraformat.parts import Replace
+from loraformat.shapes import shape_problems
+from loraformat.stacked import stack, unstack
+from loraformat.turned import neutral, turned
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.updates import Update
+
+    Indices = npt.NDArray[np.intp]
+
+__all__ = ["Translated", "components", "translate"]
+
+_COMPONENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):.")
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """An adapter in another name space.
+
+    Attributes:
+        matched: key → its new keys, several where a tensor was taken apart.
+        evidence: what says so, each once.
+    """
+
+    adapter: Adapter
+    matched: Mapping[str, tuple[str, ...]]
+    evidence: tuple[str, ...] = ()
+
+
+def translate(adapter: Adapter, links: Iterable[Link], names: str) -> Translated:
+    """The adapter along ``links``, whose ``here`` are its own keys; ``names`` is the space that they lead to.
+
+    Raises:
+        LoraFormatError: LF-602 a target, or some rows of it, without a link; LF-603 one with two, or a place for two;
+            LF-604, LF-606, LF-612 what a link asks for has no exact form.
+    """
+    found: dict[str, list[Link]] = {}
+    for link in links:
+        own = found.setdefault(link.here.name, [])
+        if not any((link.here, link.there) == (other.here, other.there) for other in own):
+            own.append(link)
+    problems: list[Problem] = []
+    pieces: dict[str, list[tuple[Link, Update]]] = {}
+    for key, update in adapter.items():
+        try:
+            for link, piece in _taken(key, update, found):
+                pieces.setdefault(link.there.name, []).append((link, piece))
+        except LoraFormatError as error:
+            problems += [replace(p, where=p.where or key) for p in error.problems]
+    targets: dict[str, Update] = {}
+    for name, held in pieces.items():
+        try:
+            targets[name] = _made(name, held)
+        except LoraFormatError as error:
+            problems += [replace(p, where=p.where or name) for p in error.problems]
+    if problems:
+        raise LoraFormatError(problems)
+    targets = {name: targets[name] for name in sorted(targets)}
+    matched = {key: tuple(dict.fromkeys(link.there.name for link in found[key])) for key in adapter}
+    told = tuple(dict.fromkeys(link.evidence for key in adapter for link in found[key]))
+    return Translated(replace(adapter, targets=targets, names=names, components=components(targets)), matched, told)
+
+
+def components(keys: Iterable[str]) -> tuple[str, ...]:
+    """The components that all keys name, sorted; none where a key names none."""
+    found = {match[1] if (match := _COMPONENT.match(key)) else "" for key in keys}
+    return () if "" in found else tuple(sorted(found))
+
+
+def _taken(key: str, update: Update, found: Mapping[str, list[Link]]) -> list[tuple[Link, Update]]:
+    """What each link takes of one update, in the axes of the other side."""
+    links = found.get(key, [])
+    if not links:
+        close = nearest(key, found)
+        fix = f"nearest: {', '.join(close)}" if close else "state it: --names MAP"
+        raise fault("LF-602", "nothing says what this parameter is called there", where=key, fix=fix)
+    taken: list[tuple[Link, Update]] = []
+    covered: dict[int | None, list[tuple[Indices, int, Link]]] = {}
+    for link in links:
+        seat, piece = link.here, update
+        if seat.index is not None:
+            piece = unstack(piece, *seat.index, seat.axes)
+        spec = _without_batch(seat) if seat.index is not None else seat.axes
+        size = out_size(piece, spec) if seat.rows is not None or len(links) > 1 else 0
+        rows = _rows(seat.rows, size)
+        covered.setdefault(None if seat.index is None else seat.index[0], []).append((rows, size, link))
+        taken.append((link, _laid(cut(piece, rows, spec) if seat.rows is not None else piece, link)))
+    for parts in covered.values():
+        _check_cover(key, parts)
+    counts = {link.here.index[1] for link in links if link.here.index is not None}
+    if counts and set(covered) != set(range(max(counts))):
+        raise fault("LF-602", f"{len(covered)} of the {max(counts)} matrices of the stack have a name there", where=key)
+    return taken
+
+
+def _check_cover(key: str, parts: Sequence[tuple[Indices, int, Link]]) -> None:
+    """Every row goes to one place."""
+    if len(parts) == 1 and parts[0][2].here.rows is None:
+        return
+    size = parts[0][1]
+    times = np.bincount(np.concatenate([rows for rows, _, _ in parts]), minlength=size)
+    if (times > 1).any():
+        told = ", ".join(f"{link.there.name} ({link.evidence})" for _, _, link in parts)
+        fix = "give --base, whose names decide, or --names MAP"
+        raise fault("LF-603", f"several names are possible: {told}", where=key, fix=fix)
+    if not times.all():
+        told = ", ".join(link.there.name for _, _, link in parts)
+        what = f"{int((times == 0).sum())} of {size} rows have no name there; the others go to {told}"
+        raise fault("LF-602", what, where=key)
+
+
+def _rows(rows: Share | Indices | None, size: int) -> Indices:
+    if rows is None:
+        return np.arange(size)
+    if not isinstance(rows, Share):
+        if len(rows) and int(rows.max()) >= size:
+            raise fault("LF-606", f"row {int(rows.max())} is meant of a tensor that has {size}")
+        return rows
+    found = rows.indices(size)
+    if found is None:
+        raise fault("LF-606", f"{size} rows are not divisible by {rows.of}: this is no such fused tensor")
+    return found
+
+
+def _laid(update: Update, link: Link) -> Update:
+    """The update of one piece, in the axes that the other side's tensor has (its batch axis apart)."""
+    here, there = (_without_batch(seat) if seat.index else seat.axes for seat in (link.here, link.there))
+    shape = link.there.shape if link.there.whole else None
+    if update.placement is None:
+        if here == there or here is None or there is None or neutral(update):
+            if there is not None and shape is not None:
+                return update.placed(Placement.of(shape, there))
+            return update
+        known = next((part.replace.shape for part in update.parts if isinstance(part, Replace)), None)
+        if known is None:
+            raise fault(
+                "LF-604", "trained rows and magnitudes of an unplaced update are not turned", fix="bind it first"
+            )
+        update = update.placed(Placement.of(known, here))
+    if there is None or (here == there and shape is None):
+        return update
+    assert update.placement is not None
+    target = Placement.of(shape, there) if shape is not None else _moved(update.placement, there)
+    return update if target == update.placement else turned(update, update.placement, target)
+
+
+def _moved(place: Placement, spec: str) -> Placement:
+    """The placement under another order of as many axes."""
+    words = [word.strip().rstrip("0123456789") for word in spec.split(",")]
+    counts = [words.count(word) for word in ("out", "in", "batch")]
+    if counts != [len(place.out), len(place.in_), len(place.batch)]:
+        raise fault(
+            "LF-604", f"a tensor [{place.spec}] as one of [{spec}]: how are the axes divided?", fix="give --base"
+        )
+    empty = Placement.of((1,) * len(words), spec)
+    sizes: dict[int, int] = {}
+    for mine, theirs in ((place.out, empty.out), (place.in_, empty.in_), (place.batch, empty.batch)):
+        sizes |= {there: place.shape[here] for here, there in zip(mine, theirs, strict=True)}
+    return Placement.of(tuple(sizes[axis] for axis in range(len(words))), spec)
+
+
+def _without_batch(seat: Seat) -> str | None:
+    """The axes of one matrix of a stack."""
+    if seat.axes is None:
+        return None
+    return ",".join(word for word in seat.axes.split(",") if not word.strip().startswith("batch"))
+
+
+def _made(name: str, held: Sequence[tuple[Link, Update]]) -> Update:
+    """The update of one parameter there, of all that lead to it."""
+    if why := key_fault(name):
+        raise fault("LF-301", why, where=repr(name))
+    stacks: dict[int | None, list[tuple[Link, Update]]] = {}
+    for link, update in held:
+        stacks.setdefault(None if link.there.index is None else link.there.index[0], []).append((link, update))
+    fused = {index: _joined(name, parts) for index, parts in stacks.items()}
+    counts = {link.there.index[1] for link, _ in held if link.there.index is not None}
+    if not counts:
+        update = fused[None]
+    elif len(counts) > 1 or None in fused:
+        raise fault("LF-603", "it is a stack for some targets and none, or another one, for others", where=name)
+    else:
+        places: list[tuple[int, Update]] = [(i, u) for i, u in fused.items() if i is not None]
+        update = stack(sorted(places, key=lambda p: p[0]), counts.pop(), held[0][0].there.axes)
+    if problems := shape_problems(name, update):
+        raise LoraFormatError(problems)
+    return update
+
+
+def _joined(name: str, parts: Sequence[tuple[Link, Update]]) -> Update:
+    """One matrix of the pieces that fill its rows."""
+    if len(parts) == 1 and parts[0][0].there.rows is None:
+        return parts[0][1]
+    spec = _without_batch(parts[0][0].there)
+    sizes = [out_size(update, spec) for _, update in parts]
+    totals = {_total(link.there, size, sum(sizes)) for (link, _), size in zip(parts, sizes, strict=True)}
+    if len(totals) > 1 or None in totals:
+        raise fault("LF-606", "its pieces do not agree about how many rows it has", where=name)
+    total: Any = totals.pop()
+    rows = [_rows(link.there.rows, total) for link, _ in parts]
+    if (np.bincount(np.concatenate(rows), minlength=total) > 1).any():
+        told = ", ".join(link.here.name for link, _ in parts)
+        raise fault(
+            "LF-603", f"it is the place of several targets: {told}", where=name, fix="--names MAP tells them apart"
+        )
+    if len(parts) == 1 and len(rows[0]) == total:
+        return cut(parts[0][1], np.argsort(rows[0]), spec)
+    return fuse([(r, update) for r, (_, update) in zip(rows, parts, strict=True)], total, spec)
+
+
+def _total(seat: Seat, part: int, together: int) -> int | None:
+    """How many rows the tensor has, of which a piece with ``part`` rows is this."""
+    if isinstance(seat.rows, Share):
+        return seat.rows.whole(part)
+    if seat.rows is None:
+        return part
+    if seat.shape is not None and seat.axes is not None:
+        return Placement.of(seat.shape, seat.axes).matrix_shape[-2]
+    return max(together, int(seat.rows.max()) + 1)
