@@ -41,7 +41,15 @@ ORDER = (
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
-    *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
+    *(
+        "checkpoint.tied",
+        "checkpoint.merging",
+        "checkpoint.output",
+        "checkpoint.base",
+        "checkpoint",
+        "normal",
+        "truncated",
+    ),
     *("sketch", "bound"),
     *(
         "verbs",
