@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loraformat.resolve import Hints
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
+    from loraformat.verbs.combine import Combined, combine
     from loraformat.verbs.convert import convert
     from loraformat.verbs.graph import detach, extract
     from loraformat.verbs.init import init
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Combined",
     "Delta",
     "Hints",
     "Limits",
@@ -53,6 +55,7 @@ __all__ = [
     "Validation",
     "attach",
     "bind",
+    "combine",
     "convert",
     "detach",
     "digest",
@@ -71,6 +74,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
     **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
+    **dict.fromkeys(("Combined", "combine"), "verbs.combine"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
     **dict.fromkeys(("detach", "extract"), "verbs.graph"),
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),

@@ -51,6 +51,9 @@ ORDER = (
         "truncated",
     ),
     *("sketch", "bound"),
+    *("combining", "combining.weights", "combining.terms", "combining.entries", "combining.methods"),
+    *("combining.settings", "combining.peft", "combining.beside"),
+    *("combining.agree", "combining.absolutes"),
     *(
         "verbs",
         "verbs.merge",
@@ -61,7 +64,7 @@ ORDER = (
         "verbs.adapt",
         "verbs.convert",
     ),
-    *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
+    *("verbs.validate", "verbs.combine", "testing.adapters", "testing.strategies", "testing"),
     *(
         "cli",
         "cli.options",
