@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loraformat.verbs.graph import detach, extract
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
+    from loraformat.verbs.resize import Resized, resize
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
     from loraformat.verbs.verify import verify
 
@@ -50,6 +51,7 @@ __all__ = [
     "Problem",
     "ReadOptions",
     "Replace",
+    "Resized",
     "Rows",
     "Update",
     "Validation",
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "merge",
     "open_base",
+    "resize",
     "save",
     "validate",
     "validate_all",
@@ -75,6 +78,7 @@ _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
     **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
     **dict.fromkeys(("Combined", "combine"), "verbs.combine"),
+    **dict.fromkeys(("Resized", "resize"), "verbs.resize"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
     **dict.fromkeys(("detach", "extract"), "verbs.graph"),
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),

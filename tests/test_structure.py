@@ -64,7 +64,7 @@ ORDER = (
         "verbs.adapt",
         "verbs.convert",
     ),
-    *("verbs.validate", "verbs.combine", "testing.adapters", "testing.strategies", "testing"),
+    *("verbs.validate", "verbs.combine", "verbs.resize", "testing.adapters", "testing.strategies", "testing"),
     *(
         "cli",
         "cli.options",
