@@ -53,7 +53,7 @@ ORDER = (
     *("sketch", "bound"),
     *("combining", "combining.weights", "combining.terms", "combining.entries", "combining.methods"),
     *("combining.settings", "combining.peft", "combining.beside"),
-    *("combining.agree", "combining.absolutes"),
+    *("combining.agree", "combining.absolutes", "combining.finite"),
     *(
         "verbs",
         "verbs.merge",
@@ -64,7 +64,15 @@ ORDER = (
         "verbs.adapt",
         "verbs.convert",
     ),
-    *("verbs.validate", "verbs.combine", "verbs.resize", "testing.adapters", "testing.strategies", "testing"),
+    *(
+        "verbs.validate",
+        "verbs.combine",
+        "verbs.resize",
+        "verbs.recipe",
+        "testing.adapters",
+        "testing.strategies",
+        "testing",
+    ),
     *(
         "cli",
         "cli.options",
@@ -77,7 +85,7 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
+    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.algebra", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

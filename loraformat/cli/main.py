@@ -24,6 +24,8 @@ _VERBS = {
     "layouts": ("layouts", "list the layouts that can be read and written"),
     "convert": ("create", "write an adapter in another layout"),
     "bind": ("create", "write into an adapter what its base says"),
+    "combine": ("algebra", "make one adapter of several, by a method that is defined on ΔW"),
+    "resize": ("algebra", "write an adapter with fewer ranks, and what that loses"),
     "resolve": ("check", "say where every target lies in a base, and by which evidence"),
     "merge": ("deploy", "write a base with adapters added to its weights"),
     "attach": ("deploy", "write an ONNX model that runs adapters beside its weights"),

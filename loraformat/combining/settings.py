@@ -75,6 +75,8 @@ def _wrong_rank(name: str, rank: int | str | None) -> Iterator[tuple[str, str]]:
         yield f"a rank of {rank}", "at least 1"
     if rank is None and (name in DENSE or name == "svd"):
         yield "the result has no low rank of its own", f"give --rank R{', or full' if name in DENSE else ''}"
+    if isinstance(rank, str) and rank != "full":
+        yield f"a rank of {rank!r}", "a number, or full"
     if rank == "full" and name not in DENSE:
         yield "only methods on dense ΔW have a full result", "linear keeps every digit, in factors"
     if rank is not None and (name == "cat" or (name in PEFT and not name.endswith("svd"))):

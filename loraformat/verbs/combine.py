@@ -15,6 +15,7 @@ from loraformat.combining import peft
 from loraformat.combining.absolutes import kept
 from loraformat.combining.agree import check_agree, common, placed_as
 from loraformat.combining.beside import beside
+from loraformat.combining.finite import check_values, finite
 from loraformat.combining.methods import DENSE, LINEAR, PEFT
 from loraformat.combining.settings import How, check_settings, settings
 from loraformat.combining.terms import Term
@@ -72,14 +73,15 @@ def combine(
         any_base: combine adapters that say they belong to different bases.
 
     Raises:
-        LoraFormatError: LF-507, LF-605, LF-606, LF-607 the adapters are not of one model; LF-612 what has no exact
-            combination; LF-705 settings that the method does not have, or that are impossible.
+        LoraFormatError: LF-312 an adapter holds NaN; LF-507, LF-605, LF-606, LF-607 the adapters are not of one model; LF-612 what has no exact
+            combination, or is beyond float32; LF-705 settings that the method does not have, or that are impossible.
     """
     how = How(method, rank, density, gamma, epsilon, seed)
     check_settings(how, len(adapters))
     weights = [by_pattern(weight, adapter) for adapter, weight in adapters]
     sources = [adapter for adapter, _ in adapters]
     check_agree(sources, any_base)
+    check_values(sources)
     digests = [digest(adapter) for adapter in sources]
     made, residuals, dropped = _Making(how, sources, weights, digests).all()
     result = replace(sources[0], targets=made, base_model=common([a.base_model for a in sources]))
@@ -115,7 +117,9 @@ class _Making:
         for key, terms in self.terms.items():
             if not terms:
                 continue
-            parts, residual = self._parts(key, terms)
+            with finite(key) as check:
+                parts, residual = self._parts(key, terms)
+                check(parts)
             if residual is not None:
                 residuals[key] = residual
             parts = sorted((*parts, *self.kept[key]), key=lambda part: ORDER.index(part.kind))

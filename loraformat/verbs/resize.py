@@ -11,6 +11,7 @@ import numpy as np
 
 from loraformat import progress
 from loraformat.blas import one_blas_thread
+from loraformat.combining.finite import check_values, finite
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
 from loraformat.lowrank import lowrank, norm, svd, total
@@ -68,18 +69,22 @@ def resize(
         per_target: keep that in every target by itself.
 
     Raises:
-        LoraFormatError: LF-705 not one of the three, or out of its range; LF-612 no target has a rank.
+        LoraFormatError: LF-705 not one of the three, or out of its range; LF-312 the adapter holds NaN;
+            LF-612 no target has a rank, or what is stored is beyond float32.
     """
     lost = _allowed(rank, energy, residual, per_target)
     keys = [key for key, update in adapter.items() if _ranked(update)]
     if not keys:
         raise fault("LF-612", "no target of the adapter has a rank: it holds dense or absolute parts alone")
+    check_values((adapter,))
     wanted = None if lost is None or per_target else _fewest({key: _decomposed(adapter[key]) for key in keys}, lost)
     targets, ranks, left = dict(adapter.targets), {}, {}
     for key in keys:
         pairs = _Pairs(adapter[key])
         most = rank or (wanted[key] if wanted else _beyond(pairs.squares, lost or 0.0))
-        targets[key] = pairs.cut(most)
+        with finite(key) as check:
+            targets[key] = pairs.cut(most)
+            check(targets[key].parts)
         ranks[key] = (pairs.rank, targets[key]["lora"].r)
         left[key] = pairs.lost(targets[key])
         progress.advance(math.prod(pairs.exact.shape))
