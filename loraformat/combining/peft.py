@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.combining.entries import trim
+from loraformat.combining.entries import elect, trim
 from loraformat.errors import Problem
 from loraformat.lowrank import SVD, lowrank, svd, total
 from loraformat.parts import Lora
@@ -89,7 +89,10 @@ def _cat(terms: Sequence[Term]) -> Lora:
 
 def _of_deltas(terms: Sequence[Term], how: How, name: str, rank: int, stream: Stream) -> tuple[Lora, float]:
     turned = [_in_first(term.update) for term in terms]  # PEFT prunes ΔW as it lies in the base
-    deltas = [t.change.matrix().T if turn else t.change.matrix() for t, turn in zip(terms, turned, strict=True)]
+    deltas = [
+        np.ascontiguousarray(m.T if turn else m)
+        for m, turn in zip((t.change.matrix() for t in terms), turned, strict=True)
+    ]
     matrix = _BY_ENTRIES[name](deltas, [term.weight for term in terms], how, stream)
     found, residual = truncated(matrix.T if turned[0] else matrix, rank)
     return _pair(found, rank), residual
@@ -114,7 +117,7 @@ def _linear(tensors: Sequence[F32], weights: Sequence[float], how: How, stream: 
 
 
 def _ties(tensors: Sequence[F32], weights: Sequence[float], how: How, stream: Stream) -> F32:
-    return _elect([_trimmed(tensor, how) for tensor in tensors], weights)
+    return elect([_trimmed(tensor, how) for tensor in tensors], weights)
 
 
 def _prune(tensors: Sequence[F32], weights: Sequence[float], how: How, stream: Stream) -> F32:
@@ -126,22 +129,11 @@ def _dare_linear(tensors: Sequence[F32], weights: Sequence[float], how: How, str
 
 
 def _dare_ties(tensors: Sequence[F32], weights: Sequence[float], how: How, stream: Stream) -> F32:
-    return _elect([_dropped(tensor, how, stream) for tensor in tensors], weights)
-
-
-def _elect(tensors: Sequence[F32], weights: Sequence[float]) -> F32:
-    """The sign of the sum without weights; the mean, over those that have it, with them."""
-    sign = np.where(sum(tensors[1:], start=tensors[0]) >= 0, np.float32(1), np.float32(-1))
-    total, count = np.zeros_like(sign), np.zeros_like(sign)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        agrees = np.sign(tensor) == sign
-        total += tensor * np.float32(weight) * agrees
-        count += agrees
-    return np.asarray(total / np.maximum(count, np.float32(1)), np.float32)
+    return elect([_dropped(tensor, how, stream) for tensor in tensors], weights)
 
 
 def _trimmed(tensor: F32, how: How) -> F32:
-    copy = np.array(tensor)
+    copy = np.array(tensor, order="C")
     if how.kept < 1:
         trim(copy, how.kept)
     return copy

@@ -40,9 +40,8 @@ class Term:
         return replace(self.update, parts=self.update.additive)
 
     def delta(self) -> F32:
-        """weight · ΔW, float32 [*batch, out, in]."""
-        matrix = self.change.matrix()
-        return np.multiply(matrix, np.float32(self.weight), out=matrix if matrix.flags.writeable else None)
+        """weight · ΔW, float32 [*batch, out, in], contiguous, an array of its own."""
+        return np.multiply(self.change.matrix(), np.float32(self.weight), order="C")
 
     def draw(self, key: str, seed: int, row: int, count: int) -> F64:
         """``count`` uniform numbers in (0, 1) for a row of this target: the same on every machine."""

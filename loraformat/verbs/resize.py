@@ -77,11 +77,11 @@ def resize(
     if not keys:
         raise fault("LF-612", "no target of the adapter has a rank: it holds dense or absolute parts alone")
     check_values((adapter,))
-    wanted = None if lost is None or per_target else _fewest({key: _decomposed(adapter[key]) for key in keys}, lost)
+    wanted = None if lost is None or per_target else _fewest({key: _squares(adapter[key]) for key in keys}, lost)
     targets, ranks, left = dict(adapter.targets), {}, {}
     for key in keys:
-        pairs = _Pairs(adapter[key])
-        most = rank or (wanted[key] if wanted else _beyond(pairs.squares, lost or 0.0))
+        pairs = _Pairs(adapter[key], rank or (wanted[key] if wanted else None))
+        most = pairs.vectors or _beyond(pairs.squares, lost or 0.0)
         with finite(key) as check:
             targets[key] = pairs.cut(most)
             check(targets[key].parts)
@@ -101,11 +101,11 @@ def resize(
 class _Pairs:
     """The parts of one target that have a rank, decomposed together."""
 
-    def __init__(self, update: Update) -> None:
-        self.update = update
+    def __init__(self, update: Update, vectors: int | None) -> None:
+        self.update, self.vectors = update, vectors
         self.old = tuple(part for part in update.additive if not isinstance(part, Delta))
         self.exact = lowrank(replace(update, parts=self.old))
-        self.found = svd(self.exact)
+        self.found = svd(self.exact, vectors)
         own = math.prod(self.exact.shape[:-2])
         self.times = math.prod(update.placement.batch_sizes) // own if update.placement else 1
         """How many matrices of the base one of these changes."""
@@ -134,9 +134,12 @@ class _Pairs:
 
     def lost(self, made: Update) -> tuple[float, float]:
         """(‖ΔW' − ΔW‖ as stored, ‖ΔW‖), over all matrices that share them."""
-        root, whole = math.sqrt(self.times), norm(self.exact)
+        root, whole = math.sqrt(self.times), float(np.linalg.norm(self.found.s))
         if made is self.update:
             return 0.0, root * whole
+        gone = self.found.residual(made["lora"].r)
+        if gone > _ROUNDING:  # what is cut off is orthogonal to what stays, and hides its rounding
+            return root * gone * whole, root * whole
         stored = lowrank(replace(made, parts=(made["lora"],)))
         return root * norm(total([(1.0, self.exact), (-1.0, stored)])), root * whole
 
@@ -163,8 +166,8 @@ def _ranked(update: Update) -> bool:
     return any(not isinstance(part, Delta) for part in update.additive)
 
 
-def _decomposed(update: Update) -> F64:
-    return _Pairs(update).squares
+def _squares(update: Update) -> F64:
+    return _Pairs(update, 1).squares
 
 
 def _fewest(held: Mapping[str, F64], lost: float) -> dict[str, int]:
@@ -179,6 +182,7 @@ def _fewest(held: Mapping[str, F64], lost: float) -> dict[str, int]:
     return kept
 
 
+_ROUNDING = 1e-4  # of ‖ΔW‖: beside it the rounding of float32 changes a residual by less than 1e-6 of it
 _ROUND = 1 + 1e-12  # a share that was asked for to the last digit is not missed by rounding
 
 
