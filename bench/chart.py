@@ -13,7 +13,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def time_and_memory(
-    name: str, what: str, series: Mapping[str, Mapping[float, Timing]], silent: tuple[str, ...]
+    name: str, what: str, series: Mapping[str, Mapping[float, Timing]], silent: tuple[str, ...], *, log: bool = False
 ) -> None:
     """``docs/NAME.svg``: medians with their spread, and peaks; nothing where matplotlib is not installed.
 
@@ -21,6 +21,7 @@ def time_and_memory(
         what: the size that is varied, with its unit.
         series: label → size → measurement.
         silent: labels whose memory says nothing, such as that of ``cp``.
+        log: whether sizes and seconds differ by powers of ten.
     """
     try:
         from matplotlib import pyplot
@@ -38,6 +39,9 @@ def time_and_memory(
             right.plot(sizes, [t.peak / 2**20 for t in timings], style, label=label, color=color)
     left.set(xlabel=what, ylabel="seconds", ylim=(0, None), xlim=(0, None))
     right.set(xlabel=what, ylabel="peak resident memory, MiB", yscale="log", ylim=(10, None), xlim=(0, None))
+    if log:
+        left.set(xscale="log", yscale="log", ylim=(None, None), xlim=(None, None))
+        right.set(xscale="log", xlim=(None, None))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(series), frameon=False)
     DOCS.mkdir(exist_ok=True)
     figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})

@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     from loraformat.resolve import Hints
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
+    from loraformat.verbs.combine import Combined, combine
     from loraformat.verbs.convert import convert
     from loraformat.verbs.graph import detach, extract
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
     from loraformat.verbs.retarget import retarget
+    from loraformat.verbs.resize import Resized, resize
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
     from loraformat.verbs.verify import verify
 
 __all__ = [
     "Adapter",
+    "Combined",
     "Delta",
     "Hints",
     "Limits",
@@ -49,11 +52,13 @@ __all__ = [
     "Problem",
     "ReadOptions",
     "Replace",
+    "Resized",
     "Rows",
     "Update",
     "Validation",
     "attach",
     "bind",
+    "combine",
     "convert",
     "detach",
     "digest",
@@ -64,6 +69,7 @@ __all__ = [
     "merge",
     "open_base",
     "retarget",
+    "resize",
     "save",
     "validate",
     "validate_all",
@@ -73,6 +79,8 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
     **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
+    **dict.fromkeys(("Combined", "combine"), "verbs.combine"),
+    **dict.fromkeys(("Resized", "resize"), "verbs.resize"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
     **dict.fromkeys(("detach", "extract"), "verbs.graph"),
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),

@@ -42,7 +42,15 @@ ORDER = (
         "verbs.retarget",
         "verbs.convert",
     ),
-    *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
+    *(
+        "verbs.validate",
+        "verbs.combine",
+        "verbs.resize",
+        "verbs.recipe",
+        "testing.adapters",
+        "testing.strategies",
+        "testing",
+    ),
     *(
         "cli",
         "cli.options",

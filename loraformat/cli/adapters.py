@@ -54,7 +54,7 @@ def parse(word: str) -> Given:
     return Given(path, "default", weight)
 
 
-def scales(items: Iterable[str]) -> dict[str, float]:
+def scales(items: Iterable[str], option: str = "--scale") -> dict[str, float]:
     """``PATTERN=NUMBER`` as a mapping; LF-705 where it is none."""
     found = {}
     for item in items:
@@ -64,7 +64,7 @@ def scales(items: Iterable[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals or not pattern:
-            raise fault("LF-705", f"--scale {item!r} is not PATTERN=NUMBER", fix="such as '*.mlp.*=0.5'")
+            raise fault("LF-705", f"{option} {item!r} is not PATTERN=NUMBER", fix="such as '*.mlp.*=0.5'")
     return found
 
 

@@ -25,6 +25,8 @@ _VERBS = {
     "convert": ("create", "write an adapter in another layout"),
     "retarget": ("retarget", "write an adapter under the names of another framework or version"),
     "bind": ("create", "write into an adapter what its base says"),
+    "combine": ("algebra", "make one adapter of several, by a method that is defined on ΔW"),
+    "resize": ("algebra", "write an adapter with fewer ranks, and what that loses"),
     "resolve": ("check", "say where every target lies in a base, and by which evidence"),
     "merge": ("deploy", "write a base with adapters added to its weights"),
     "attach": ("deploy", "write an ONNX model that runs adapters beside its weights"),

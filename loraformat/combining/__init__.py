@@ -1,0 +1,1 @@
+"""Several adapters as one: what each method makes of the changes that they make to one target."""
