@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from loraformat.verbs.graph import detach, extract
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
-    from loraformat.verbs.retarget import retarget
     from loraformat.verbs.resize import Resized, resize
+    from loraformat.verbs.retarget import retarget
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
     from loraformat.verbs.verify import verify
 
@@ -68,8 +68,8 @@ __all__ = [
     "load",
     "merge",
     "open_base",
-    "retarget",
     "resize",
+    "retarget",
     "save",
     "validate",
     "validate_all",
