@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
     from loraformat.verbs.convert import convert
-    from loraformat.verbs.graph import detach, extract
+    from loraformat.verbs.extract import extract
+    from loraformat.verbs.graph import detach
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
     from loraformat.verbs.validate import Limits, Validation, validate, validate_all
@@ -72,7 +73,7 @@ _HOMES = {
     **dict.fromkeys(("Delta", "Loha", "Lokr", "Lora", "Magnitude", "Replace", "Rows"), "parts"),
     **dict.fromkeys(("from_tensors", "load", "open_base"), "registry"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
-    **dict.fromkeys(("detach", "extract"), "verbs.graph"),
+    "detach": "verbs.graph",
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),
     "Adapter": "adapter",
     "Placement": "axes",
@@ -80,7 +81,7 @@ _HOMES = {
     "ReadOptions": "layout",
     "Update": "updates",
     "save": "file",
-    **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "verify")},
+    **{name: f"verbs.{name}" for name in ("bind", "convert", "extract", "init", "verify")},
     "digest": "identity",
 }
 

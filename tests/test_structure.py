@@ -29,13 +29,14 @@ ORDER = (
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
-    *("sketch", "bound"),
+    *("sketch", "bound", "quantised", "randomised", "counterparts", "linears", "others"),
     *(
         "verbs",
         "verbs.merge",
         "verbs.bind",
         "verbs.init",
         "verbs.graph",
+        "verbs.extract",
         "verbs.verify",
         "verbs.adapt",
         "verbs.convert",
@@ -53,7 +54,7 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
+    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.extract", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

@@ -28,7 +28,7 @@ _VERBS = {
     "merge": ("deploy", "write a base with adapters added to its weights"),
     "attach": ("deploy", "write an ONNX model that runs adapters beside its weights"),
     "detach": ("graph", "write an attached model as it was before"),
-    "extract": ("graph", "write the adapter that is attached to a model"),
+    "extract": ("extract", "write the adapter in a model, or between two"),
     "verify": ("check", "check that a merged base is base + adapter"),
     "completion": ("completion", "print the completion script of a shell"),
 }
