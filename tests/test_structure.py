@@ -37,6 +37,7 @@ ORDER = (
         "verbs.init",
         "verbs.graph",
         "verbs.extract",
+        "verbs.cause",
         "verbs.verify",
         "verbs.adapt",
         "verbs.convert",
