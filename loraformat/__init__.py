@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loraformat.updates import Update
     from loraformat.verbs.bind import bind
     from loraformat.verbs.convert import convert
+    from loraformat.verbs.diff import diff
     from loraformat.verbs.extract import extract
     from loraformat.verbs.graph import detach
     from loraformat.verbs.init import init
@@ -56,6 +57,7 @@ __all__ = [
     "bind",
     "convert",
     "detach",
+    "diff",
     "digest",
     "extract",
     "from_tensors",
@@ -81,7 +83,7 @@ _HOMES = {
     "ReadOptions": "layout",
     "Update": "updates",
     "save": "file",
-    **{name: f"verbs.{name}" for name in ("bind", "convert", "extract", "init", "verify")},
+    **{name: f"verbs.{name}" for name in ("bind", "convert", "diff", "extract", "init", "verify")},
     "digest": "identity",
 }
 

@@ -50,6 +50,8 @@ ORDER = (
         "verbs.init",
         "verbs.graph",
         "verbs.extract",
+        "verbs.compare",
+        "verbs.diff",
         "verbs.cause",
         "verbs.verify",
         "verbs.adapt",
@@ -68,7 +70,17 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *("cli.completion", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.extract", "cli.main"),
+    *(
+        "cli.completion",
+        "cli.create",
+        "cli.check",
+        "cli.proof",
+        "cli.deploy",
+        "cli.graph",
+        "cli.extract",
+        "cli.diff",
+        "cli.main",
+    ),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

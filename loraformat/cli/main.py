@@ -29,6 +29,7 @@ _VERBS = {
     "attach": ("deploy", "write an ONNX model that runs adapters beside its weights"),
     "detach": ("graph", "write an attached model as it was before"),
     "extract": ("extract", "write the adapter in a model, or between two"),
+    "diff": ("diff", "say how two adapters, or two models, differ"),
     "verify": ("check", "check that a merged base is base + adapter"),
     "completion": ("completion", "print the completion script of a shell"),
 }
