@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loraformat.file import save
     from loraformat.identity import digest
     from loraformat.layout import ReadOptions
+    from loraformat.pages import report
     from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Replace, Rows
     from loraformat.registry import from_tensors, load, open_base
     from loraformat.resolve import Hints
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "merge",
     "open_base",
+    "report",
     "save",
     "validate",
     "validate_all",
@@ -82,6 +84,7 @@ _HOMES = {
     "Hints": "resolve",
     "ReadOptions": "layout",
     "Update": "updates",
+    "report": "pages",
     "save": "file",
     **{name: f"verbs.{name}" for name in ("bind", "convert", "diff", "extract", "init", "verify")},
     "digest": "identity",

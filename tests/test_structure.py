@@ -58,6 +58,7 @@ ORDER = (
         "verbs.adapt",
         "verbs.convert",
     ),
+    *("pages.html", "pages.style", "pages.facts", "pages.heat", "pages.spectra", "pages.page", "pages"),
     *("verbs.validate", "testing.adapters", "testing.strategies", "testing"),
     *(
         "cli",
@@ -81,6 +82,7 @@ ORDER = (
         "cli.graph",
         "cli.extract",
         "cli.diff",
+        "cli.report",
         "cli.main",
     ),
 )

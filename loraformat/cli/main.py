@@ -31,6 +31,7 @@ _VERBS = {
     "extract": ("extract", "write the adapter in a model, or between two"),
     "diff": ("diff", "say how two adapters, or two models, differ"),
     "verify": ("check", "check that a merged base is base + adapter"),
+    "report": ("report", "write a page about an adapter: heat map, spectra, problems"),
     "completion": ("completion", "print the completion script of a shell"),
 }
 """Verb → (module, what the overview says of it): no module is imported for one line of text."""
