@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loraformat.file import save
     from loraformat.identity import digest
     from loraformat.layout import ReadOptions
+    from loraformat.pages import report
     from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Replace, Rows
     from loraformat.registry import from_tensors, load, open_base
     from loraformat.resolve import Hints
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from loraformat.verbs.bind import bind
     from loraformat.verbs.combine import Combined, combine
     from loraformat.verbs.convert import convert
-    from loraformat.verbs.graph import detach, extract
+    from loraformat.verbs.diff import diff
+    from loraformat.verbs.extract import extract
+    from loraformat.verbs.graph import detach
     from loraformat.verbs.init import init
     from loraformat.verbs.merge import attach, merge
     from loraformat.verbs.resize import Resized, resize
@@ -61,6 +64,7 @@ __all__ = [
     "combine",
     "convert",
     "detach",
+    "diff",
     "digest",
     "extract",
     "from_tensors",
@@ -70,6 +74,7 @@ __all__ = [
     "open_base",
     "resize",
     "retarget",
+    "report",
     "save",
     "validate",
     "validate_all",
@@ -82,15 +87,17 @@ _HOMES = {
     **dict.fromkeys(("Combined", "combine"), "verbs.combine"),
     **dict.fromkeys(("Resized", "resize"), "verbs.resize"),
     **dict.fromkeys(("attach", "merge"), "verbs.merge"),
-    **dict.fromkeys(("detach", "extract"), "verbs.graph"),
+    "detach": "verbs.graph",
     **dict.fromkeys(("Limits", "Validation", "validate", "validate_all"), "verbs.validate"),
     "Adapter": "adapter",
     "Placement": "axes",
     "Hints": "resolve",
     "ReadOptions": "layout",
     "Update": "updates",
+    "report": "pages",
     "save": "file",
     **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "retarget", "verify")},
+    **{name: f"verbs.{name}" for name in ("bind", "convert", "diff", "extract", "init", "verify")},
     "digest": "identity",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,3 +49,8 @@ class Adapter(Mapping[str, Update]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the facts and a heat map."""
+        page: str = importlib.import_module("loraformat.pages").html_of(self)  # by name: it is made of adapters itself
+        return page

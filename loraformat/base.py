@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "Graph", "Options", "Parameter", "Runnable"]
+__all__ = ["Base", "BaseKind", "Graph", "Options", "Parameter", "Runnable", "Tying"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,14 @@ class Runnable(Protocol):
 
     def how(self, language: str) -> str:
         """Code that runs it, for its own inputs and outputs: python, cpp, csharp, js or genai; LF-705 where none is."""
+
+
+@runtime_checkable
+class Tying(Protocol):
+    """A base whose modules may share a tensor."""
+
+    def ties(self) -> Mapping[str, str]:
+        """Name → the name of the tensor that is loaded for it, whether or not it is stored too."""
 
 
 class Graph(Base, Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["linear_spec"]
+__all__ = ["is_embedding", "linear_spec"]
 
 # transformers 5.23.0: every model whose modeling file builds pytorch_utils.Conv1D, whose weight is [in, out].
 _CONV1D: Mapping[str, frozenset[str]] = {
@@ -15,6 +15,26 @@ _CONV1D: Mapping[str, frozenset[str]] = {
     "clvp": frozenset({"c_proj", "c_fc"}),
     "decision_transformer": frozenset({"c_attn", "q_attn", "c_proj", "c_fc"}),
 }
+
+# transformers 5.23.0: what its models call an nn.Embedding.
+_EMBEDDINGS = frozenset(
+    {
+        *("embed_tokens", "embed_positions", "embed_tokens_per_layer", "embed_in", "tok_embeddings", "wte", "wpe"),
+        *("word_embeddings", "position_embeddings", "token_type_embeddings", "shared", "tokens_embed"),
+        *("positions_embed", "position_embedding", "token_embedding", "word_embedding", "relative_attention_bias"),
+        *("embedding", "embeddings", "entity_embeddings", "entity_type_embeddings", "rel_embeddings"),
+    }
+)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether ``name`` is the two-axis weight of a module that looks rows up, by what such modules are called.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("gpt_neox.embed_out.weight")
+    (True, False)
+    """
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def linear_spec(config: Mapping[str, Any], name: str) -> tuple[str, str] | None:

@@ -80,6 +80,10 @@ class Checkpoint:
         found = {name: Parameter(name, info.shape, info.dtype) for name, info in self.infos}
         return found | {name: Parameter(name, found[e].shape, found[e].dtype) for name, e in self.tied.items()}
 
+    def ties(self) -> Mapping[str, str]:
+        """Head → embedding, where the configuration ties them or only one is stored."""
+        return {**self.tied, **ties.paired(self.files.homes, self.config)}
+
     def describe(self) -> Mapping[str, Any]:
         """See ``loraformat.description``."""
         stored = {name: Parameter(name, info.shape, info.dtype) for name, info in self.infos}
@@ -164,7 +168,7 @@ class Checkpoint:
 
     def _partners(self, weight: str) -> list[str]:
         """The other names of the same tensor."""
-        pairs = {**self.tied, **ties.paired(self.files.homes, self.config)}
+        pairs = self.ties()
         partners = [head for head, e in pairs.items() if e == weight] + [
             e for head, e in pairs.items() if head == weight
         ]

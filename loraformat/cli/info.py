@@ -35,8 +35,9 @@ _LOOKED_AT = 100  # files under a folder: enough to find a download's adapter, f
     "--for", "loader", metavar="LOADER", shell_complete=complete_loader, help="Say whether vllm, diffusers, … load it."
 )
 @click.option("--how", type=Choice(_LANGUAGES), help="Print code that runs this model, for its own inputs.")
+@click.option("--deep", is_flag=True, help="Of an adapter: singular values, effective ranks, what is dead or double.")
 @json_flag
-def info(path: str, layout: str | None, loader: str | None, how: str | None, as_json: bool) -> None:
+def info(path: str, layout: str | None, loader: str | None, how: str | None, deep: bool, as_json: bool) -> None:
     """Say what PATH is.
 
     Of an adapter: layout, targets, ranks, scales, size. Of a checkpoint: architecture, dtypes, tied weights. Of an
@@ -59,14 +60,24 @@ def info(path: str, layout: str | None, loader: str | None, how: str | None, as_
     except LoraFormatError as error:
         if layout or not all(p.rule in ("LF-501", "LF-502", "LF-704") for p in error.problems):
             raise
-        _show_base(path, _base(path, error), as_json)
+        base = _base(path, error)
+        if deep:
+            fix = "of a model with an adapter attached: loraformat extract it first; of two models: loraformat diff"
+            raise fault("LF-705", f"--deep looks into an adapter, and {path} is a base", fix=fix) from None
+        _show_base(path, base, as_json)
         return
     if as_json:
-        echo_json(_info_json(path, found.name, reading.adapter))
+        echo_json(_info_json(path, found.name, reading.adapter, deep))
         return
     click.echo(f"{printable(path)}: {found.name} ({printable(evidence)})")
     for line in _lines(reading.adapter, reading):
         click.echo(line)
+    if deep:
+        from loraformat.cli.deep import deep_lines
+        from loraformat.verbs.anatomy import anatomy
+
+        for line in ("", *deep_lines(anatomy(reading.adapter))):
+            click.echo(line)
 
 
 def _show_how(path: str, language: str, as_json: bool) -> None:
@@ -134,7 +145,7 @@ def _show_base(path: str, base: Base, as_json: bool) -> None:
         click.echo(printable(line))
 
 
-def _info_json(path: str, layout: str, adapter: Adapter) -> dict[str, Any]:
+def _info_json(path: str, layout: str, adapter: Adapter, deep: bool) -> dict[str, Any]:
     from loraformat.container import dtype_name
     from loraformat.identity import digest
     from loraformat.metadata import VERSION, part_json
@@ -157,6 +168,15 @@ def _info_json(path: str, layout: str, adapter: Adapter) -> dict[str, Any]:
             "bytes": sum(t.nbytes for t in tensors),
             "parts": [part_json(part) for part in update.parts],
         }
+    more: dict[str, Any] = {}
+    if deep:
+        from loraformat.cli.deep import deep_json, organ_json
+        from loraformat.verbs.anatomy import anatomy
+
+        found = anatomy(adapter)
+        more["deep"] = deep_json(found)
+        for key, target in targets.items():
+            target["deep"] = organ_json(found.organs[key]) if key in found.organs else None
     return {
         "schema": 1,
         "path": path,
@@ -166,6 +186,7 @@ def _info_json(path: str, layout: str, adapter: Adapter) -> dict[str, Any]:
         "names": adapter.names,
         "base_model": dict(adapter.base_model),
         "targets": targets,
+        **more,
     }
 
 

@@ -31,8 +31,10 @@ _VERBS = {
     "merge": ("deploy", "write a base with adapters added to its weights"),
     "attach": ("deploy", "write an ONNX model that runs adapters beside its weights"),
     "detach": ("graph", "write an attached model as it was before"),
-    "extract": ("graph", "write the adapter that is attached to a model"),
+    "extract": ("extract", "write the adapter in a model, or between two"),
+    "diff": ("diff", "say how two adapters, or two models, differ"),
     "verify": ("check", "check that a merged base is base + adapter"),
+    "report": ("report", "write a page about an adapter: heat map, spectra, problems"),
     "completion": ("completion", "print the completion script of a shell"),
 }
 """Verb → (module, what the overview says of it): no module is imported for one line of text."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from loraformat.base import Tying
 from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
@@ -18,6 +19,7 @@ from loraformat.rounding import rounded, widened
 from loraformat.shapes import FLOATS
 from loraformat.strength import weighed
 from loraformat.tiles import applied, prepared, read_runs
+from loraformat.verbs.cause import NOT_APPLIED, cause
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -51,12 +53,25 @@ class Verdict:
 
 @dataclass(slots=True)
 class _Touched:
-    """A weight that changes: its name in the base and in the result, and what is applied, in order."""
+    """A weight that changes: its name in the base and in the result, and what is applied, in order.
+
+    ``tie``: what says that it is another module's tensor too, where that is why it changes.
+    """
 
     before: str
     after: str
     keys: list[str] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    tie: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """The relative distance of one weight, what is wrong, and which mistake it was, as far as they are known."""
+
+    distance: float
+    wrong: str = ""
+    mistake: str = ""
 
 
 @one_blas_thread()
@@ -75,20 +90,56 @@ def verify(
     for _, one in weighed(adapter):
         _gather(base, one, merged, hints, weights)
     old, new = base.parameters(), merged.parameters()
-    problems: list[Problem] = []
+    compared = {
+        name: _compare(base, old.get(weight.before), merged, new[weight.after], weight.updates)
+        for name, weight in weights.items()
+    }
     touched: dict[str, float] = {}
-    for weight in weights.values():
-        distance, why = _compare(base, old.get(weight.before), merged, new[weight.after], weight.updates)
-        touched |= {key: max(distance, touched.get(key, 0.0)) for key in weight.keys}
-        if why:
-            problems.append(Problem("LF-611", why, weight.keys[0]))
+    for name, weight in weights.items():
+        touched |= {key: max(compared[name].distance, touched.get(key, 0.0)) for key in weight.keys}
+    problems = list(_told(weights, compared))
     changed = {name for weight in weights.values() for name in (weight.before, weight.after)}
     problems += [Problem("LF-611", f"the tensor {n} is gone", n) for n in old if n not in new and n not in changed]
     problems += [Problem("LF-611", f"the tensor {n} is new", n) for n in new if n not in old and n not in changed]
     same = [n for n in old if n in new and n not in changed]
     found = ((n, _difference(base, old[n], merged, new[n])) for n in same)
-    problems += [Problem("LF-611", f"no target, and yet {why}", n) for n, why in found if why]
+    problems += [Problem("LF-611", _untouched(n, why, base, changed), n) for n, why in found if why]
+    problems += _torn(merged, new, changed)
     return Verdict(touched, len(same), problems)
+
+
+def _told(weights: Mapping[str, _Touched], compared: Mapping[str, _Compared]) -> Iterator[Problem]:
+    """What is wrong with each weight; one that was left out among others that were not is called skipped."""
+    applied_elsewhere = any(one.mistake != NOT_APPLIED for one in compared.values())
+    for name, weight in weights.items():
+        one = compared[name]
+        if not one.wrong:
+            continue
+        mistake = one.mistake
+        if mistake == NOT_APPLIED and weight.tie:
+            mistake = f"the tie was broken ({weight.tie}): {mistake} to {weight.after}"
+        elif mistake == NOT_APPLIED and applied_elsewhere:
+            mistake = f"the target was skipped: {mistake}"
+        yield Problem("LF-611", f"{mistake}: {one.wrong}" if mistake else one.wrong, weight.keys[0])
+
+
+def _untouched(name: str, why: str, base: Base, changed: Collection[str]) -> str:
+    """Of a tensor that no target means."""
+    ties = base.ties() if isinstance(base, Tying) else {}
+    partners = [other for pair in ties.items() if name in pair for other in pair if other != name and other in changed]
+    if partners:
+        return f"no target, and yet {why}, as {partners[0]}, to which it is tied in the base: the tie was to be ended"
+    return f"no target, and yet {why}"
+
+
+def _torn(merged: Base, new: Mapping[str, Parameter], changed: Collection[str]) -> Iterator[Problem]:
+    """LF-611 where two tensors that differ are stored, and the configuration says that they are one."""
+    for head, embedding in (merged.ties() if isinstance(merged, Tying) else {}).items():
+        if not {head, embedding} & set(changed) or not {head, embedding} <= new.keys():
+            continue
+        if _difference(merged, new[embedding], merged, new[head]):
+            what = f"config.json ties it to {embedding}, and the two hold different values: loading loses one of them"
+            yield Problem("LF-611", what, head, "tie_word_embeddings must be false in config.json")
 
 
 def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
@@ -104,6 +155,9 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
             weight = weights.setdefault(source, _Touched(source, results[i] if i < len(results) else source))
             weight.keys.append(key)
             weight.updates.append(match.turned(adapter[key]))
+            weight.tie = weight.tie or next((e for e in match.evidence[:1] if e.startswith("tied: ")), "").removeprefix(
+                "tied: "
+            )
 
 
 def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:
@@ -127,24 +181,22 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
 
 def _compare(
     base: Base, before: Parameter | None, merged: Base, after: Parameter, updates: Sequence[Update]
-) -> tuple[float, str]:
-    """(relative distance, what is wrong or "")."""
+) -> _Compared:
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in _expected(base, before, after.shape, [prepared(update) for update in updates]):
         if rows is None and wanted.shape != after.shape:
-            return math.inf, f"the tensor is {list(after.shape)}, expected {list(wanted.shape)}"
+            return _Compared(math.inf, f"the tensor is {list(after.shape)}, expected {list(wanted.shape)}")
         got = merged.read(after.name, rows)
         wrong += _count_wrong(wanted, got)
         square += _square((widened(got) if wanted.dtype == np.float32 else got.astype(np.float64)) - wanted)
         whole += _square(wanted)
     relative = math.sqrt(square / whole) if whole else math.sqrt(square)
     if not wrong:
-        return relative, ""
+        return _Compared(relative)
     told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded once, relative distance {relative:.2g}"
-    if before is None or before.shape != after.shape or len(updates) != 1 or not updates[0].linear:
-        return relative, told
-    cause = _cause(base, before, merged, after, updates[0], square)
-    return relative, f"{cause}: {told}" if cause else told
+    if before is None or before.shape != after.shape or not after.shape or not {before.dtype, after.dtype} <= FLOATS:
+        return _Compared(relative, told)
+    return _Compared(relative, told, cause(base, before, merged, after, updates, square))
 
 
 def _expected(
@@ -168,43 +220,6 @@ def _count_wrong(wanted: Array, got: Array) -> int:
     # Rounding is monotone: what lies between the rounded bounds is one rounding of a value between the bounds.
     least, most = ((expected + sign * noise).astype(got.dtype).astype(np.float64) for sign in (-1, 1))
     return int((~((values >= least) & (values <= most))).sum())
-
-
-def _cause(base: Base, before: Parameter, merged: Base, after: Parameter, update: Update, square: float) -> str:
-    """Which of the usual wrong merges was made, if one explains the values but for their rounding."""
-    sums: dict[str, float] = {}
-    turned, rounding = _turned(update), 0.0
-    for rows, value in read_runs(base, before):
-        stored = merged.read(after.name, rows)
-        got = stored.astype(np.float64)
-        rounding += _square(got) * float(np.spacing(np.ones((), stored.dtype))) ** 2
-        for words, guess in _suspects(update, value.astype(np.float64), rows, turned):
-            sums[words] = sums.get(words, 0.0) + _square(guess - got)
-    words = min(sums, key=sums.__getitem__, default="")
-    return words if words and sums[words] < min(0.04 * square, 1e-4 * square + rounding) else ""
-
-
-def _turned(update: Update) -> Array | None:
-    """ΔW transposed, where its shape hides that."""
-    shape = update.placement.shape if update.placement is not None else ()
-    return update.delta().T if len(shape) == 2 and shape[0] == shape[1] else None
-
-
-def _suspects(
-    update: Update, weight: Array, rows: tuple[int, int] | None, turned: Array | None
-) -> Iterator[tuple[str, Array]]:
-    """The usual wrong merges, for a run of rows."""
-    delta = update.delta(rows=rows).astype(np.float64)
-    yield "the adapter was not applied", weight
-    yield "the adapter was applied twice", weight + 2 * delta
-    if turned is not None and rows is not None:
-        yield "ΔW was added transposed", weight + turned[slice(*rows)]
-    if update.scale and update.kind == "lora":
-        part = update["lora"]
-        yield "the scale was lost (ΔW = B·A)", weight + delta / part.scale
-        yield "alpha was taken for the scale", weight + delta / part.scale * part.alpha
-        if part.scale_rule == "alpha/sqrt(r)":
-            yield "rsLoRA was ignored (alpha/r)", weight + delta / part.scale * part.alpha / part.r
 
 
 def _square(values: Array) -> float:
