@@ -93,7 +93,7 @@ class OnnxBase:
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""
         sites = (s for s in self.index.sites if s.refusal is None and not s.vector and len(s.placement.shape) == 2)
-        named = ((self._key(site), site.placement) for site in sites if site.operator != "Gather")
+        named = ((self._key(site), site.placement) for site in sites if not site.looks_up)
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
     def _key(self, site: Site) -> str | None:
@@ -207,8 +207,8 @@ class OnnxBase:
         """‖ΔW‖ of one change of the weight as it is stored."""
         if change.update.linear:
             return change.update.norm()
-        weight = array(spot.sites[0].root, self.path.parent)
-        return float(np.linalg.norm(change.turned(spot.sites[0].placement).delta(weight)))
+        weight, place = self.values.read(self.index.sites[spot.sites[0].number]) or (None, spot.sites[0].placement)
+        return float(np.linalg.norm(change.turned(place).delta(weight)))
 
     @property
     def attached(self) -> list[str]:
@@ -252,7 +252,7 @@ class OnnxBase:
         out = plan.options.out
         other = out.with_name(f".{out.name}.proof.onnx")
         verb = "attach" if plan.verb == "merge" else "merge"
-        limit = tolerance({spot.sites[0].root.data_type for spot in plan.state})
+        limit = tolerance({spot.sites[0].dtype for spot in plan.state})
         try:
             self.apply(self.plan(verb, plan.jobs, Options(other)), force=True)
             return compare(out, other, self.path, feeds, limit)

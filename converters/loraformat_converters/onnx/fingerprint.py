@@ -100,7 +100,7 @@ class Finder:
         shape = _matrix_shape(self.adapter[key], self.matches.get(key))
         embedding = self.adapter[key].op == "embedding"
         fit = (s for s in self.sites if shape is not None and self.values.shape(s) == shape)
-        return [site for site in fit if (site.node.op_type == "Gather") == embedding]
+        return [site for site in fit if site.looks_up == embedding]
 
     def _equal(self, key: str, sites: Sequence[Site]) -> Sighting | None:
         """The sites whose weight is the tensor of ``--base``, cast to the graph's dtype."""

@@ -141,7 +141,7 @@ def _of_kind(said: Sequence[Witness], embedding: bool) -> list[Witness]:
     """
     left = []
     for witness in said:
-        right = tuple(s for s in witness.sites if (s.node.op_type == "Gather") == embedding)
+        right = tuple(s for s in witness.sites if s.looks_up == embedding)
         if right or witness.rung != "initializer":
             left.append(replace(witness, sites=right or witness.sites))
     return left or list(said)
