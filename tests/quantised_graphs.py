@@ -38,7 +38,7 @@ def filled(text, *, opset=21, **tensors):
 
 HEAD = f"g (float[N,T,{IN}] x) => (float[N,T,{OUT}] y)"
 QUERY = '["/m/q/MatMul"]'
-INT8 = codes(IN, OUT, low=-128, high=128, seed=1)
+INT8 = codes(IN, OUT, low=-63, high=64, seed=1)  # ONNX Runtime adds products of 16 bits on older processors
 ZERO8 = codes(OUT, low=-9, high=9, seed=2)
 UINT8 = INT8 + 128
 PER_OUT = scales(OUT)

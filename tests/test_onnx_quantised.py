@@ -11,11 +11,15 @@ from graphs import feeds, lora, run, save, session
 from quantised_graphs import FORMS, IN, KEY, OUT
 
 import loraformat as lf
+from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.sketch import sketch
 from loraformat.testing import relative_error
-from loraformat.verbs.graph import detach, extract
-from loraformat.verbs.merge import attach, merge
+from loraformat.verbs.graph import detach, extract, prove
+from loraformat.verbs.merge import attach, merge, prepare
+
+ROUND_X = {"QDQ", "MatMulInteger", "MatMulInteger, uint8", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+ROUND_X |= {"QLinearMatMul", "QGemm", "ConvInteger"}
 
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -104,3 +108,38 @@ def test_a_merge_is_refused_because_the_weight_is_quantised(form, tmp_path):
     ) as caught:
         merge(update, open_base(path), tmp_path / "out.onnx")
     assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@every_form
+def test_it_is_proved_by_another_way_of_computing_it(form, kind, tmp_path):
+    path, update, _ = given(form, tmp_path)
+    base = open_base(path)
+    if kind == "dora":
+        site = next(site for site in base.index.sites if not site.vector)
+        weight, place = base.values.read(site)
+        norms = np.linalg.norm(place.to_matrix(weight), axis=-1)
+        magnitude = lf.Magnitude((norms * np.linspace(0.5, 1.5, len(norms))).astype(np.float32))
+        update = lf.Adapter({KEY: replace(update[KEY], parts=(*update[KEY].parts, magnitude))})
+    plan = prepare("attach", [("default", update)], base, Options(tmp_path / "out.onnx"))
+    base.apply(plan)
+    proof = prove(base, plan)
+    rounded = kind == "dora" and form in ROUND_X
+    assert (proof.limit, proof.error <= (proof.limit if rounded else TOLERANCE)) == (5e-2 if rounded else 1e-5, True)
+    assert proof.moved > 0.05
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.onnx", "out.onnx"]
+
+
+def test_a_weight_that_is_not_like_the_sketch_is_not_changed_by_its_name(tmp_path):
+    made, weight = FORMS["MatMulNBits 4"]()
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    linear = lf.Placement(weight.shape, (0,), (1,))
+    for values, like in ((weight, True), (np.random.default_rng(7).standard_normal(weight.shape), False)):
+        bound = replace(lora(OUT, IN), placement=linear, sketch=sketch(values.astype(np.float32), linear))
+        ours = [("default", lf.Adapter({KEY: bound}))]
+        if like:
+            assert prepare("attach", ours, base, Options(tmp_path / "out.onnx")).steps
+            continue
+        with pytest.raises(lf.LoraFormatError, match="LF-607  q is not like the tensor"):
+            prepare("attach", ours, base, Options(tmp_path / "out.onnx"))
+        assert prepare("attach", ours, base, Options(tmp_path / "out.onnx"), any_base=True).steps

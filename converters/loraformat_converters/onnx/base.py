@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat_converters.onnx.attach import Attachment
+from loraformat_converters.onnx.dense import beside
 from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.info import describe
@@ -34,7 +35,7 @@ from loraformat_converters.onnx.model import FLOATS, array, load
 from loraformat_converters.onnx.names import names_of
 from loraformat_converters.onnx.orient import parameter_of
 from loraformat_converters.onnx.part import Part
-from loraformat_converters.onnx.prove import compare, tolerance
+from loraformat_converters.onnx.prove import ROUNDED, compare, tolerance
 from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
 from loraformat_converters.onnx.spots import Change, Spot, by_tensor, every_change, gathered, spots
@@ -106,6 +107,10 @@ class OnnxBase:
             self._last = (name, array(self.index.roots[name], self.path.parent))
         return self._last[1] if rows is None else self._last[1][slice(*rows)]
 
+    def sketch(self, match: Match) -> Array | None:
+        """Of what is computed with at a place, where its weight is quantised or packed."""
+        return self.values.sketch(match.handle)
+
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor names and node names, which must agree."""
         if adapter.components or adapter.names != "torch":
@@ -172,10 +177,7 @@ class OnnxBase:
     @one_blas_thread()
     def changed(self, plan: Plan) -> tuple[Storage, Mapping[str, Norms]]:
         """The changed copy, ready to be written, and the norms, which are known when it has been."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        index = Index(model)
-        places = [replace(s, sites=tuple(index.sites[site.number] for site in s.sites)) for s in plan.state]
+        model, index, places = self._copied(plan.state)
         norms = {change.key: Norms() for change in every_change(places)}
         if plan.verb == "merge":
             data = self._merge(index, places, norms)
@@ -183,6 +185,13 @@ class OnnxBase:
             data = []
             self._attach(model, index, plan, places, norms)
         return Storage(model, self.path, plan.options.out, data, _tag(plan.jobs)), norms
+
+    def _copied(self, places: Iterable[Spot]) -> tuple[onnx.ModelProto, Index, list[Spot]]:
+        """A copy of the model to be changed, and the same spots in it."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        index = Index(model)
+        return model, index, [replace(s, sites=tuple(index.sites[site.number] for site in s.sites)) for s in places]
 
     def _merge(self, index: Index, places: Sequence[Spot], norms: dict[str, Norms]) -> Data:
         data = []
@@ -251,14 +260,31 @@ class OnnxBase:
         feeds = stated(inputs) if inputs else generated(self.model, self.index)
         out = plan.options.out
         other = out.with_name(f".{out.name}.proof.onnx")
-        verb = "attach" if plan.verb == "merge" else "merge"
         limit = tolerance({spot.sites[0].dtype for spot in plan.state})
+        if any("magnitude" in change.update for s in plan.state if s.rounds for change in s.changes):
+            limit = max(limit, ROUNDED)
         try:
-            self.apply(self.plan(verb, plan.jobs, Options(other)), force=True)
+            if plan.verb == "merge":
+                self.apply(self.plan("attach", plan.jobs, Options(other)), force=True)
+            else:
+                self._put_together(plan, other).write(force=True)
             return compare(out, other, self.path, feeds, limit)
         finally:
             for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
                 path.unlink(missing_ok=True)
+
+    @one_blas_thread()
+    def _put_together(self, plan: Plan, out: Path) -> Storage:
+        """Base and adapter without a branch: merged, and beside weights that hold no change one product more."""
+        changes = gathered(plan.jobs)
+        sealed = {sites: wanted for sites, wanted in changes.items() if any(site.sealed for site in sites)}
+        whole = by_tensor({sites: wanted for sites, wanted in changes.items() if sites not in sealed})
+        found = [spots(self.model, self.index, some, self.path.parent) for some in (whole, sealed)]
+        model, index, places = self._copied([*found[0], *found[1]])
+        merged, dense = places[: len(found[0])], places[len(found[0]) :]
+        data = self._merge(index, merged, {change.key: Norms() for change in every_change(merged)})
+        beside(index, self.values, dense)
+        return Storage(model, self.path, out, data, _tag(plan.jobs))
 
     def _recorded(self) -> Record:
         if self.record is None:

@@ -40,6 +40,7 @@ class Product:
         end: the node that gives y.
         dtype: of x and y.
         refusal: why no change can be put beside it; None if one can.
+        rounds: whether x or y is rounded to 8 bits on the way.
         scale, zero: values that dequantise the codes of the weight; "" where the operator itself says how, or there is none.
     """
 
@@ -51,6 +52,7 @@ class Product:
     zero: str = ""
     bias: str | None = ""
     refusal: str | None = None
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def product(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader
             what = widened.op_type if widened is not None else "more than one node"
             refusal = refusal or f"{operator(node)} gives 8 bits, which {what} reads: a change would be rounded to them"
     kept = None if bias and words.end == "codes" else bias
-    return Product(words.like, x, end, _dtype(scale, scope), scale, zero, kept, refusal)
+    rounds = x != node.input[words.x] or operator(node).endswith("DynamicQuantizeMatMul")
+    return Product(words.like, x, end, _dtype(scale, scope), scale, zero, kept, refusal, rounds)
 
 
 def _gather(node: onnx.NodeProto, scope: Scope, reader: Reader) -> Product | None:
@@ -144,7 +147,8 @@ def _between(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reade
         widened = reader(scope, rounded.output[0])
         if widened is not None and widened.op_type == "DequantizeLinear":
             end = widened
-    return Product(operator(node), x, end, kind, bias=_input(node, _BIASED.get(operator(node), -1)))
+    bias = _input(node, _BIASED.get(operator(node), -1))
+    return Product(operator(node), x, end, kind, bias=bias, rounds=x != node.input[1 - position] or end is not node)
 
 
 def _weighs(name: str, scope: Scope) -> bool:

@@ -61,6 +61,11 @@ class Spot:
         return self.changes[0].key
 
     @property
+    def rounds(self) -> bool:
+        """Whether what its operators multiply is rounded on the way, to 8 bits."""
+        return any(site.product is not None and site.product.rounds for site in self.sites)
+
+    @property
     def updates(self) -> tuple[Update, ...]:
         """What happens to the stored tensor, in its own axes, one after the other."""
         return tuple(change.turned(self.sites[0].placement) for change in self.changes)
