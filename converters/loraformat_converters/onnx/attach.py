@@ -110,16 +110,17 @@ class Attachment:
         make, first = self._nodes(change), spot.sites[0]
         form = FORMS[first.like]
         norms = self._norms(spot, n) if "magnitude" in change.update else None
-        pair, rescaling = self._constants(make, form, first, change.update, norms)
+        pair, rescaling = self._constants(make, form, first, change, norms)
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
             self._use(make if len(spot.sites) == 1 else make.below(str(i)), form, site, pair, rescaling)
 
     def _constants(
-        self, make: Nodes, form: Form, site: Site, update: Update, norms: Array | None
+        self, make: Nodes, form: Form, site: Site, change: Change, norms: Array | None
     ) -> tuple[Pair, _Rescaling | None]:
         """A and s·B in the graph's dtype, from A, B and s as stored; with a magnitude, what rescales the output."""
-        lora, dtype = update["lora"], site.dtype
+        update, dtype = change.update, site.dtype
+        lora = update["lora"]
         kind = np.float64 if wide(dtype) == onnx.TensorProto.DOUBLE else np.float32
         k, _ = balance(lora, site.factor, dtype)
         a, b = make.store("lora_A", lora.lora_A), make.store("lora_B", lora.lora_B)
@@ -130,6 +131,7 @@ class Attachment:
         if ratio is not None:
             column = make.reshape(ratio, lora.lora_B.shape[:1], [lora.lora_B.shape[0], 1], "magnitude/column")
             b = make.node("Mul", [b, column], "lora_B/rescaled")
+        b, b_shape = make.spread(b, lora.lora_B.shape, change.rows, site.operand.matrix_shape[-2], "lora_B/rows")
         b = make.cast(b, dtype, "lora_B/cast", wide(dtype))
         if k:
             half = make.store("lora_A/power", np.asarray(2.0**-k, kind))
@@ -137,7 +139,7 @@ class Attachment:
             a = make.cast(a, dtype, "lora_A/cast", wide(dtype))
         else:
             a = make.cast(a, dtype, "lora_A/cast")
-        pair = form.constants(make, site, Pair(a, b, lora.lora_A.shape, lora.lora_B.shape))
+        pair = form.constants(make, site, Pair(a, b, lora.lora_A.shape, b_shape))
         rescaling = None if ratio is None else self._rescaling(make, form, site, ratio)
         if self.prefold:
             make.fold(pair.a, pair.b, *((rescaling.ratio, rescaling.rest) if rescaling else ()))
@@ -214,7 +216,7 @@ class Attachment:
             place = change.parameter or spot.sites[0].operand
             if "magnitude" in change.update:
                 norms = self._norms(spot, n)
-            weight = Weight(make, change.update, place, spot.sites[0].dtype, norms)
+            weight = Weight(make, change.update, place, spot.sites[0].dtype, norms, change.rows)
             self.editor.lay(self.index.scopes[0], "", make.list)
             for value in now:
                 site = next(site for site in spot.sites if read[site.number] == value)

@@ -141,9 +141,10 @@ class OnnxBase:
 
     def _match(self, key: str, update: Update, found: Found, site: Site, hints: Hints) -> Match:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
-        parameter = None if site.refusal else parameter_of(key, update, site, hints.spec(key))
+        whole = site.refusal or found.rows
+        parameter = None if whole else parameter_of(key, update, site, hints.spec(key))
         where = (self.path.name, site.node.name, site.root_name, site.placement)
-        return Match(*where, evidence, found.confidence, parameter, site)
+        return Match(*where, evidence, found.confidence, parameter, site, rows=found.rows)
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""

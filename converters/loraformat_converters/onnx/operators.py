@@ -24,6 +24,7 @@ WEIGHTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), (1,)),
     "Gather": (0,),
     "GatherBlockQuantized": (0,),
+    **dict.fromkeys(("Attention", "QAttention"), (1,)),
     **dict.fromkeys(("QLinearMatMul", "QGemm", "QLinearConv"), (3,)),
 }
 """Operator → the inputs that may be its weight, in the order in which they are looked at; the first stored one is it.
@@ -140,6 +141,11 @@ def _einsum(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Mean
     return Meaning(letters.out, letters.in_, letters.batch)
 
 
+def _attention(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """com.microsoft.Attention: [in, out of q | out of k | out of v], multiplied before anything else is done."""
+    return Meaning((1,), (0,)) if len(shape) == 2 else f"its weight {list(shape)} is no matrix"
+
+
 def _product(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
     """QGemm and the quantised MatMuls: what they are named after, with the weight on the right."""
     return _matmul(node, 1, shape)
@@ -167,6 +173,7 @@ _MEANINGS: Mapping[str, Callable[[onnx.NodeProto, int, tuple[int, ...]], Meaning
     **dict.fromkeys(("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4"), _packed_product),
     **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv"), _conv),
     "ConvTranspose": _conv_transpose,
+    "com.microsoft.Attention": _attention,
     "Gather": _gather,
     "com.microsoft.GatherBlockQuantized": _packed_table,
     "Einsum": _einsum,

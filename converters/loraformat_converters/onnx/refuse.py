@@ -19,6 +19,10 @@ _SCATTER = 11
 """The first opset with ScatterND, without which rows of a weight cannot be set in the graph."""
 
 
+_PAD = 11
+"""The first opset whose Pad takes sizes that are values: a change of some rows of a weight needs it."""
+
+
 def obstacles(verb: str, changes: Mapping[tuple[Site, ...], Sequence[Change]], opset: int) -> Iterator[Problem]:
     """At most one problem a change, the first that matters."""
     owners: dict[int, tuple[Site, ...]] = {}
@@ -28,6 +32,9 @@ def obstacles(verb: str, changes: Mapping[tuple[Site, ...], Sequence[Change]], o
             if verb == "attach" and "rows" in change.update and opset < _SCATTER:
                 what = f"opset {opset} has no operator that sets rows of a weight (ScatterND is of opset {_SCATTER})"
                 yield Problem("LF-608", what, change.key, "merge it")
+            if verb == "attach" and change.rows is not None and opset < _PAD:
+                what = f"opset {opset} has no operator that fills B up with zeros (Pad takes its sizes since {_PAD})"
+                yield Problem("LF-608", what, change.key, "convert the model's opset first")
         if any(owners.setdefault(site.number, sites) is not sites for site in sites):
             what = f"two adapters change {sites[0].root_name}, one at some of its uses, one at others"
             yield Problem("LF-609", what, wanted[0].key, "apply one after the other: merge, then merge into the result")
@@ -39,6 +46,9 @@ def _obstacle(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Pr
     if refused is not None:
         yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key)
     yield from _sealed(verb, change, sites)
+    if change.rows is not None and not update.linear:
+        what = f"{first.node.name or first.operator}: its weight holds several parameters, and {update.kind} is no sum"
+        yield Problem("LF-608", what, key, "put it into the model as it was before it was optimised")
     if len({(site.factor, site.placement) for site in sites}) > 1:
         what = "its uses read the weight in two orientations, or scale it differently"
         yield Problem("LF-608", what, key, "name the node that is meant: --names")
@@ -71,6 +81,8 @@ def _sealed(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Prob
 def _misfit(change: Change, update: Update, site: Site) -> Iterator[Problem]:
     """Other sizes, or axes that cannot be turned into the graph's."""
     matrix, wanted = update.matrix_shape(), site.placement.matrix_shape
+    if change.rows is not None:
+        wanted = (*wanted[:-2], change.rows[1] - change.rows[0], wanted[-1])
     if matrix is not None and not _covers(matrix, wanted):
         what = f"the update gives [out, in] = {list(matrix)}, {site.node.name or site.operator} computes with {list(wanted)}"
         yield Problem("LF-606", what, change.key, "is this the base that the adapter was trained on?")

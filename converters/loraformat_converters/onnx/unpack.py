@@ -33,7 +33,9 @@ def unpacked(site: Site, read: Read) -> Array | None:
 
 def readable(site: Site) -> bool:
     """Whether the floats that the codes stand for are known."""
-    return site.operator not in _UNKNOWN
+    if not site.dequantises or site.operator in _RULES:
+        return True
+    return site.operator not in _UNKNOWN and site.product is not None and bool(site.product.scale)
 
 
 def _affine(site: Site, read: Read) -> Array | None:

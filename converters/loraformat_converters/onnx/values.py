@@ -16,7 +16,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from loraformat.axes import Placement
-from loraformat.sketch import sketch
+from loraformat.sketch import sketch, sketches
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.model import FLOATS, array
 from loraformat_converters.onnx.operators import meaning
@@ -50,6 +50,7 @@ class Values:
         self.producers = {name: node for node in index.graph.node for name in node.output}
         self._shapes: dict[int, tuple[int, ...] | None] = {}
         self._sketches: dict[Hashable, Array | None] = {}
+        self._runs: dict[Hashable, Mapping[int, Array]] = {}
         self._fingerprints: dict[Hashable, str | None] = {}
 
     def key(self, site: Site) -> Hashable:
@@ -106,6 +107,14 @@ class Values:
             found = self.read(site)
             self._sketches[key] = None if found is None else sketch(*found)
         return self._sketches[key]
+
+    def sketches(self, site: Site, rows: int, step: int) -> Mapping[int, Array]:
+        """Start → sketch of the runs of ``rows`` rows of the matrix; none where it cannot be read."""
+        key = (self.key(site), rows, step)
+        if key not in self._runs:
+            found = self.read(site)
+            self._runs[key] = {} if found is None else sketches(found[1].to_matrix(found[0]), rows, step)
+        return self._runs[key]
 
     def fingerprint(self, site: Site) -> str | None:
         """The fingerprint of the matrix in the dtype in which it is stored; None for a quantised one."""
