@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
     from loraformat.axes import Placement
     from loraformat.plan import Job, Outcome, Plan, Proof
-    from loraformat.resolve import Hints, Resolution
+    from loraformat.resolve import Hints, Match, Resolution
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "Graph", "Options", "Parameter", "Runnable", "Tying"]
+__all__ = ["Base", "BaseKind", "Graph", "Options", "Parameter", "Recognising", "Runnable", "Tying"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,14 @@ class Tying(Protocol):
 
     def ties(self) -> Mapping[str, str]:
         """Name → the name of the tensor that is loaded for it, whether or not it is stored too."""
+
+
+@runtime_checkable
+class Recognising(Protocol):
+    """A base whose weights need not be plain tensors of it, and that can say which they are: a graph with quantised ones."""
+
+    def sketch(self, match: Match) -> npt.NDArray[np.float32] | None:
+        """The sketch of what is computed with at a place; None where it has none."""
 
 
 class Graph(Base, Protocol):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loraformat.base import Recognising
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.identity import runs_sha256
 from loraformat.sketch import ACCEPT, cosine, sketch
 from loraformat.tiles import Lazy, read_runs
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from loraformat.adapter import Adapter
     from loraformat.base import Base, Parameter
     from loraformat.resolve import Match, Resolution
@@ -25,15 +29,16 @@ def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
     for key, places in resolution.targets.items():
         for match in places:
             name = match.name_in(known)
-            if name is not None and (problem := _other(key, adapter[key], base, match, known[name])):
+            problem = _other(key, adapter[key], base, match, known[name] if name is not None else None)
+            if problem is not None:
                 problems.append(problem)
     if problems:
         raise LoraFormatError(problems)
 
 
-def _other(key: str, update: Update, base: Base, match: Match, parameter: Parameter) -> Problem | None:
+def _other(key: str, update: Update, base: Base, match: Match, parameter: Parameter | None) -> Problem | None:
     """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
-    if update.base_sha256 is not None and update.placement == match.placement:
+    if parameter is not None and update.base_sha256 is not None and update.placement == match.placement:
         found = runs_sha256(tile for _, tile in read_runs(base, parameter))
         if found == update.base_sha256:
             return None
@@ -42,7 +47,9 @@ def _other(key: str, update: Update, base: Base, match: Match, parameter: Parame
     recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
     if update.sketch is None or update.placement is None or recognised or not update.sketch.any():
         return None
-    drawn = sketch(Lazy(base, parameter), match.placement) if parameter.shape == match.placement.shape else None
+    if parameter is None and not isinstance(base, Recognising):
+        return None
+    drawn = _drawn(base, match, parameter)
     like = 0.0 if drawn is None else cosine(update.sketch, drawn)
     if like >= ACCEPT:
         return None
@@ -50,3 +57,12 @@ def _other(key: str, update: Update, base: Base, match: Match, parameter: Parame
     return Problem(
         "LF-607", what, key, "another base, or a name that means another weight; --any-base takes it all the same"
     )
+
+
+def _drawn(base: Base, match: Match, parameter: Parameter | None) -> npt.NDArray[np.float32] | None:
+    """The sketch of what is there; None where it cannot be told."""
+    if isinstance(base, Recognising):
+        return base.sketch(match)
+    if parameter is None or parameter.shape != match.placement.shape:
+        return None
+    return sketch(Lazy(base, parameter), match.placement)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.packed import spread
 from loraformat.turned import turned
 from loraformat.updates import Update
 
@@ -36,6 +37,7 @@ class Match:
             update speaks of them; None where only the matrix matters.
         handle: what the base itself needs to find the place again; opaque to everyone else.
         parts: the kinds of parts that act here, where it is not all: of a tied module's change some do.
+        rows: which rows [start, stop) of the matrix are the target's, where the stored tensor holds several parameters.
     """
 
     file: str
@@ -47,11 +49,14 @@ class Match:
     parameter: Placement | None = None
     handle: Any = field(default=None, compare=False, repr=False)
     parts: tuple[str, ...] | None = None
+    rows: tuple[int, int] | None = None
 
     def turned(self, update: Update) -> Update:
         """What of the update acts here, in the stored tensor's own axes."""
         if self.parts is not None:
             update = replace(update, parts=tuple(part for part in update.parts if part.kind in self.parts))
+        if self.rows is not None:
+            update = spread(update, self.rows, self.placement.matrix_shape[-2])
         return turned(update, self.parameter or self.placement, self.placement)
 
     def as_json(self) -> dict[str, Any]:
@@ -60,7 +65,7 @@ class Match:
             "file": self.file,
             "node": self.node,
             "weight": self.weight,
-            "slice": None,
+            "slice": list(self.rows) if self.rows else None,
             "target_slice": None,
             "permute": None,
             "axes": self.placement.spec,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     F32 = npt.NDArray[np.float32]
     F64 = npt.NDArray[np.float64]
 
-__all__ = ["ACCEPT", "GAP", "Recognised", "cosine", "recognise", "sketch", "telling"]
+__all__ = ["ACCEPT", "GAP", "Recognised", "cosine", "recognise", "sketch", "sketches", "telling"]
 
 ACCEPT = 0.90
 """The least cosine at which a weight is recognised."""
@@ -81,6 +81,20 @@ def sketch(weight: Tensor, placement: Placement) -> F32 | None:
             rows = np.arange(grid.shape[axis])[run.index]
             total += left[grid.take(rows, axis).reshape(-1)].T @ (matrix @ right)
     return _unit(total)
+
+
+@one_blas_thread()
+def sketches(matrix: Array, rows: int, step: int) -> Mapping[int, F32]:
+    """Start → sketch of every run of ``rows`` rows of a matrix [out, in] that starts at a multiple of ``step``.
+
+    Each is the sketch of the weight [rows, in] that the run would be by itself.
+    """
+    out, in_ = matrix.shape
+    left, right = _signs("out", rows), _signs("in", in_)
+    tiles = max(1, _TILE // max(1, in_))
+    summed = np.concatenate([matrix[i : i + tiles].astype(np.float64) @ right for i in range(0, out, tiles)])
+    drawn = {start: _unit(left.T @ summed[start : start + rows]) for start in range(0, out - rows + 1, step)}
+    return {start: found for start, found in drawn.items() if found is not None}
 
 
 def telling(place: Placement) -> bool:

@@ -181,7 +181,7 @@ def test_one_part_that_cannot_be_changed_stops_all(tmp_path):
     second = model(quantised)
     second.graph.initializer.append(numpy_helper.from_array(np.ones((6, 6), np.int8), "q"))
     base = folder(tmp_path, first=one("/k/MatMul", 1), second=second)
-    with pytest.raises(lf.LoraFormatError, match=r"LF-608  second\.onnx: .* lies between"):
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608  second\.onnx: .*its weight is INT8, quantised"):
         merge(adapter({"k.weight": (6, 6), "q.weight": (6, 6)}), base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -226,7 +226,7 @@ def test_a_part_without_names_is_found_by_sketches(t5, tmp_path):
 
 
 PACKED = {
-    "MatMulNBits": "y = com.microsoft.MatMulNBits <K = 6, N = 6, bits = 4, block_size = 16> (x, q, s)",
+    "MatMulBnb4": "y = com.microsoft.MatMulBnb4 <K = 6, N = 6, block_size = 16, quant_type = 1> (x, q, s)",
     "MatMulInteger": "i = Cast <to = 2> (x) z = MatMulInteger(i, q) y = Cast <to = 1> (z)",
 }
 
@@ -237,6 +237,14 @@ def test_a_part_with_packed_weights_that_have_no_name_is_not_passed_over(op, tmp
     second.graph.initializer.append(numpy_helper.from_array(np.ones((6, 6), np.uint8), "q"))
     base = folder(tmp_path, first=one("/q/MatMul", 1), second=second)
     assert "second.onnx has 1 packed weights" in only_problem(base, "q.weight").what
+
+
+def test_a_part_with_a_quantised_weight_that_has_no_name_is_not_passed_over(tmp_path):
+    op = "y = com.microsoft.MatMulNBits <K = 6, N = 6, bits = 4, block_size = 16> (x, q, s)"
+    second = model(f"g (float[N,6] x) => (float[N,6] y) <float[6] s> {{ {op} }}")
+    second.graph.initializer.append(numpy_helper.from_array(np.ones((6, 1, 8), np.uint8), "q"))
+    base = folder(tmp_path, first=one("/q/MatMul", 1), second=second)
+    assert "second.onnx has 1 weights of its shape without a module's name" in only_problem(base, "q.weight").what
 
 
 def test_parts_without_names_are_found_by_the_base(tmp_path):

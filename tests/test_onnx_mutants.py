@@ -109,9 +109,9 @@ def trans_b_is_ignored(patch):
 def the_scale_is_dropped_in_attach(patch):
     whole = Attachment._constants
 
-    def unscaled(self, make, form, site, update, norms):
-        kept = [replace(p, alpha=1.0, scale_rule="factor") if p.kind == "lora" else p for p in update.parts]
-        return whole(self, make, form, site, replace(update, parts=tuple(kept)), norms)
+    def unscaled(self, make, form, site, change, norms):
+        kept = [replace(p, alpha=1.0, scale_rule="factor") if p.kind == "lora" else p for p in change.update.parts]
+        return whole(self, make, form, site, replace(change, update=replace(change.update, parts=tuple(kept))), norms)
 
     patch.setattr(Attachment, "_constants", unscaled)
 

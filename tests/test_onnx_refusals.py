@@ -58,25 +58,44 @@ BODIES = {
         { ["/m/q/FusedMatMul"] y = com.microsoft.FusedMatMul <transBatchB = 1> (x, w) }""",
     "its weight is INT32": """
         g (int32[N,5] x) => (int32[N,7] y) <int32[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }""",
-    "MatMulInteger is not rewritten yet": """
+    "the sums of MatMulInteger are not scaled as ONNX Runtime's quantiser does it": """
+        g (float[N,5] x, float[1] s) => (float[N,7] y) <int8[5,7] w, int8 z>
+        { a, xs, xz = DynamicQuantizeLinear(x)  ["/m/q/MatMul_quant"] i = MatMulInteger(a, w, xz, z)
+          f = Cast <to = 1> (i)  y = Mul(f, s) }""",
+    "the sums of MatMulInteger are not scaled": """
+        g (float[N,5] x) => (float[N,7] y, int32[N,7] i) <int8[5,7] w, int8 z, float s>
+        { a, xs, xz = DynamicQuantizeLinear(x)  ["/m/q/MatMul_quant"] i = MatMulInteger(a, w, xz, z)
+          f = Cast <to = 1> (i)  t = Mul(xs, s)  y = Mul(f, t) }""",
+    "MatMulInteger takes its x in 8 bits, and no float of it is at hand": """
         g (uint8[N,5] x) => (int32[N,7] y) <int8[5,7] w> { ["/m/q/MatMul_quant"] y = MatMulInteger(x, w) }""",
-    r"com.microsoft.MatMulNBits is not rewritten yet": """
-        g (float[N,32] x) => (float[N,7] y) <uint8[7,1,16] w, float[7] s>
-        { ["/m/q/MatMul_Q4"] y = com.microsoft.MatMulNBits <K = 32, N = 7, bits = 4, block_size = 32> (x, w, s) }""",
-    "DequantizeLinear lies between its weight and it": """
-        g (float[N,5] x) => (float[N,7] y) <int8[5,7] w, float s>
-        { v = DequantizeLinear(w, s)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
-    "Cast lies between its weight and it": """
-        g (float[N,5] x) => (float[N,7] y) <float16[5,7] w>
-        { v = Cast <to = 1> (w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "QLinearMatMul gives 8 bits, which QLinearAdd reads: a change would be rounded to them": """
+        g (float[N,5] x) => (uint8[N,7] y) <int8[5,7] w, float s, int8 z, uint8 u, uint8[7] b>
+        { a = QuantizeLinear(x, s, u)  ["/m/q/MatMul_quant"] c = QLinearMatMul(a, s, u, w, s, z, s, u)
+          y = com.microsoft.QLinearAdd(c, s, u, b, s, u, s, u) }""",
+    "QLinearMatMul gives 8 bits, which more than one node reads": """
+        g (float[N,5] x) => (uint8[N,7] c) <int8[5,7] w, float s, int8 z, uint8 u>
+        { a = QuantizeLinear(x, s, u)  ["/m/q/MatMul_quant"] c = QLinearMatMul(a, s, u, w, s, z, s, u) }""",
+    r"it multiplies by the weight the other way": """
+        g (float[N,7] x) => (float[N,32] y) <uint8[112] w, float[14] s>
+        { ["/m/q/MatMul_Q4"] y = com.microsoft.MatMulBnb4
+          <K = 32, N = 7, block_size = 16, quant_type = 1, transB = 0> (x, w, s) }""",
+    "Cast lies between its weight and it, and no scale": """
+        g (float[N,5] x) => (float[N,7] y) <int8[5,7] w, float[7] s>
+        { v = Cast <to = 1> (w)  ["/m/q/MatMul"] h = MatMul(x, v)  y = Mul(h, s) }""",
+    "Cast lies between its weight and it, which makes integers of it": """
+        g (int32[N,5] x) => (int32[N,7] y) <float[5,7] w>
+        { v = Cast <to = 6> (w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+    "Relu lies between its weight and it": """
+        g (float[N,5] x) => (float[N,7] y) <int8[5,7] w, float[5,1] s>
+        { v = Cast <to = 1> (w)  u = Mul(v, s)  t = Relu(u)  ["/m/q/MatMul"] y = MatMul(x, t) }""",
     "Dropout lies between its weight and it": """
         g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { v = Dropout(w)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
     "Mul lies between its weight and it": """
         g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float s>
         { u = Mul(w, s)  v = Identity(u)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
     "Reshape lies between its weight and it": """
-        g (float[N,5] x) => (float[N,7] y) <float[35] w>
-        { s = Constant <value_ints = [5, 7]> ()  v = Reshape(w, s)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
+        g (float[N,5] x, int64[2] s) => (float[N,7] y) <float[35] w, int64[2] u>
+        { r = Add(u, u)  v = Reshape(w, r)  ["/m/q/MatMul"] y = MatMul(x, v) }""",
     "Mul lies between its weight and it, which comes after a scale": """
         g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[7] s>
         { u = Mul(s, w)  ["/m/q/MatMul"] y = MatMul(x, u) }""",

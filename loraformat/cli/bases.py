@@ -58,6 +58,8 @@ def _onnx(path: str, found: Mapping[str, Any]) -> Iterator[str]:
     rows = [("uses", "weights of", "dtype", "")]
     for row in found["weights"]:
         said = f"can be changed, such as {row['examples'][0]}" if row["refused"] is None else f"not: {row['refused']}"
+        if row["refused"] is None and row["attach_only"]:
+            said = f"can be attached to, such as {row['examples'][0]}: {row['attach_only']}"
         rows.append((str(row["uses"]), row["operator"], "/".join(row["dtypes"]), said))
     yield from table(rows)
     for entry in found["external"]:

@@ -19,13 +19,14 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from loraformat.errors import fault
 from loraformat_converters.onnx.branches import FORMS, Form, Pair
 from loraformat_converters.onnx.index import Index, Site, Value
-from loraformat_converters.onnx.model import array
 from loraformat_converters.onnx.nodes import Editor, Nodes
 from loraformat_converters.onnx.operators import attribute
 from loraformat_converters.onnx.rounding import balance
 from loraformat_converters.onnx.spots import Change, Spot
+from loraformat_converters.onnx.values import Values
 from loraformat_converters.onnx.weight import Weight, wide
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from loraformat.axes import Placement
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -42,10 +44,10 @@ __all__ = ["Attachment", "has_branch"]
 
 def has_branch(spot: Spot) -> bool:
     """Whether every change of this weight is a pair, or a pair with a magnitude, that its operators can run beside it."""
-    first, form = spot.sites[0], FORMS.get(spot.sites[0].operator)
+    first, form = spot.sites[0], FORMS.get(spot.sites[0].like)
     if form is None or first.vector or any(s.operand != first.operand for s in spot.sites):
         return False
-    if any(FORMS.get(site.operator) is not form for site in spot.sites):
+    if any(FORMS.get(site.like) is not form for site in spot.sites):
         return False
     return all(_is_pair(change.update, form, first) for change in spot.changes)
 
@@ -106,18 +108,19 @@ class Attachment:
 
     def _branch(self, spot: Spot, n: int, change: Change) -> None:
         make, first = self._nodes(change), spot.sites[0]
-        form = FORMS[first.operator]
+        form = FORMS[first.like]
         norms = self._norms(spot, n) if "magnitude" in change.update else None
-        pair, rescaling = self._constants(make, form, first, change.update, norms)
+        pair, rescaling = self._constants(make, form, first, change, norms)
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
             self._use(make if len(spot.sites) == 1 else make.below(str(i)), form, site, pair, rescaling)
 
     def _constants(
-        self, make: Nodes, form: Form, site: Site, update: Update, norms: Array | None
+        self, make: Nodes, form: Form, site: Site, change: Change, norms: Array | None
     ) -> tuple[Pair, _Rescaling | None]:
         """A and s·B in the graph's dtype, from A, B and s as stored; with a magnitude, what rescales the output."""
-        lora, dtype = update["lora"], site.root.data_type
+        update, dtype = change.update, site.dtype
+        lora = update["lora"]
         kind = np.float64 if wide(dtype) == onnx.TensorProto.DOUBLE else np.float32
         k, _ = balance(lora, site.factor, dtype)
         a, b = make.store("lora_A", lora.lora_A), make.store("lora_B", lora.lora_B)
@@ -128,6 +131,7 @@ class Attachment:
         if ratio is not None:
             column = make.reshape(ratio, lora.lora_B.shape[:1], [lora.lora_B.shape[0], 1], "magnitude/column")
             b = make.node("Mul", [b, column], "lora_B/rescaled")
+        b, b_shape = make.spread(b, lora.lora_B.shape, change.rows, site.operand.matrix_shape[-2], "lora_B/rows")
         b = make.cast(b, dtype, "lora_B/cast", wide(dtype))
         if k:
             half = make.store("lora_A/power", np.asarray(2.0**-k, kind))
@@ -135,7 +139,7 @@ class Attachment:
             a = make.cast(a, dtype, "lora_A/cast", wide(dtype))
         else:
             a = make.cast(a, dtype, "lora_A/cast")
-        pair = form.constants(make, site, Pair(a, b, lora.lora_A.shape, lora.lora_B.shape))
+        pair = form.constants(make, site, Pair(a, b, lora.lora_A.shape, b_shape))
         rescaling = None if ratio is None else self._rescaling(make, form, site, ratio)
         if self.prefold:
             make.fold(pair.a, pair.b, *((rescaling.ratio, rescaling.rest) if rescaling else ()))
@@ -149,11 +153,11 @@ class Attachment:
 
     @staticmethod
     def _rescaling(make: Nodes, form: Form, site: Site, ratio: str) -> _Rescaling:
-        kind, out = wide(site.root.data_type), site.operand.matrix_shape[-2]
+        kind, out = wide(site.dtype), site.operand.matrix_shape[-2]
         spread = make.reshape(ratio, [out], _sizes(form, site), "magnitude/spread")
         one = make.store("one", np.ones((), helper.tensor_dtype_to_np_dtype(kind)))
         rest = make.node("Sub", [one, spread], "magnitude/rest")
-        return _Rescaling(make.cast(spread, site.root.data_type, "magnitude/cast", kind), rest)
+        return _Rescaling(make.cast(spread, site.dtype, "magnitude/cast", kind), rest)
 
     def _use(self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: _Rescaling | None) -> None:
         """The branch beside one use."""
@@ -176,29 +180,29 @@ class Attachment:
     @staticmethod
     def _rest(make: Nodes, form: Form, site: Site, bias: str, rescaling: _Rescaling) -> str:
         """(1 − m/‖V‖) ⊙ bias: the magnitude rescales W, and W alone."""
-        dtype = site.root.data_type
+        dtype = site.dtype
         bias = make.cast(bias, wide(dtype), "bias/wide", dtype)
         if (beta := attribute(site.node, "beta", 1.0)) != 1.0 and site.operator == "Gemm":
             scale = np.asarray(beta, helper.tensor_dtype_to_np_dtype(wide(dtype)))
             bias = make.node("Mul", [bias, make.store("bias/beta", scale)], "bias/scaled")
-        if site.operator in ("Conv", "ConvTranspose"):
+        if site.like in ("Conv", "ConvTranspose"):
             bias = make.reshape(bias, [site.operand.matrix_shape[-2]], _sizes(form, site), "bias/spread")
         rest = make.node("Mul", [bias, rescaling.rest], "bias/rest")
         return make.cast(rest, dtype, "bias/cast", wide(dtype))
 
     def _end(self, site: Site) -> _End:
         """The node whose output the branch is added to: the bias's Add, where the weight's operator feeds only that."""
-        own = site.node.input[2] if len(site.node.input) > 2 and site.operator != "Einsum" else ""
-        y = Value(site.scope, site.node.output[0])
+        own = site.bias or ""
+        y = Value(site.scope, site.end.output[0])
         readers = self.index.readers(y)
         if own or len(readers) != 1 or readers[0].node.op_type != "Add" or y.name in site.scope.outputs:
-            return _End(site.node, own)
+            return _End(site.end, own)
         add = readers[0].node
         bias = add.input[1 - readers[0].position]
         before = self.values.get(bias, bias)
         home = site.scope.home(before, "roots")
         if home is None or len(home.roots[before].dims) != 1 or add.output[0] not in site.scope.producers:
-            return _End(site.node)
+            return _End(site.end)
         return _End(add, bias)
 
     # The weight.
@@ -212,7 +216,7 @@ class Attachment:
             place = change.parameter or spot.sites[0].operand
             if "magnitude" in change.update:
                 norms = self._norms(spot, n)
-            weight = Weight(make, change.update, place, spot.sites[0].root.data_type, norms)
+            weight = Weight(make, change.update, place, spot.sites[0].dtype, norms, change.rows)
             self.editor.lay(self.index.scopes[0], "", make.list)
             for value in now:
                 site = next(site for site in spot.sites if read[site.number] == value)
@@ -225,14 +229,13 @@ class Attachment:
 
     def _folded(self, spot: Spot) -> None:
         """W' itself, stored beside W."""
-        root = spot.sites[0].root
-        value = array(root, self.folder).astype(np.float32)
+        value, place = self._read(spot)
         for change in spot.changes:
-            value = change.turned(spot.sites[0].placement).apply(value)
-        make = self._nodes(spot.changes[0])
-        kind = helper.tensor_dtype_to_np_dtype(root.data_type)
+            value = change.turned(place).apply(value)
+        make, matrix = self._nodes(spot.changes[0]), place.to_matrix(value)
+        kind = helper.tensor_dtype_to_np_dtype(spot.sites[0].dtype)
         for site in spot.sites:
-            name = make.store("weight", value.transpose(site.axes).astype(kind))
+            name = make.store("weight", site.operand.from_matrix(matrix).astype(kind))
             self.values[name] = site.values[-1].name
             site.node.input[site.position] = name
 
@@ -245,13 +248,21 @@ class Attachment:
 
     def _norms(self, spot: Spot, n: int) -> Array:
         """What the magnitude of change number ``n`` divides by, on the weight that the changes before it leave."""
-        root = spot.sites[0].placement
-        value = array(spot.sites[0].root, self.folder).astype(np.float32)
+        value, root = self._read(spot)
         for change in spot.changes[:n]:
             value = change.turned(root).apply(value)
         change = spot.changes[n]
         place = change.parameter or root
         return replace(change.update, placement=place).norms(place.from_matrix(root.to_matrix(value)))
+
+    def _read(self, spot: Spot) -> tuple[Array, Placement]:
+        """The weight as float32, and how [out, in] lies in it."""
+        site = spot.sites[0]
+        found = Values(self.index, self.folder).read(site)
+        if found is None:
+            what = f"{site.node.name or site.operator}: its weight cannot be computed, and {spot.key} needs its values"
+            raise fault("LF-608", what, where=spot.key, fix="loraformat convert --to-lora R makes a plain pair of it")
+        return found[0].astype(np.float32), found[1]
 
 
 def _sizes(form: Form, site: Site) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat_converters.onnx.attach import Attachment
+from loraformat_converters.onnx.dense import beside
 from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.info import describe
@@ -34,7 +35,7 @@ from loraformat_converters.onnx.model import FLOATS, array, load
 from loraformat_converters.onnx.names import names_of
 from loraformat_converters.onnx.orient import parameter_of
 from loraformat_converters.onnx.part import Part
-from loraformat_converters.onnx.prove import compare, tolerance
+from loraformat_converters.onnx.prove import ROUNDED, compare, tolerance
 from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
 from loraformat_converters.onnx.spots import Change, Spot, by_tensor, every_change, gathered, spots
@@ -93,7 +94,7 @@ class OnnxBase:
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""
         sites = (s for s in self.index.sites if s.refusal is None and not s.vector and len(s.placement.shape) == 2)
-        named = ((self._key(site), site.placement) for site in sites if site.operator != "Gather")
+        named = ((self._key(site), site.placement) for site in sites if not site.looks_up)
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
     def _key(self, site: Site) -> str | None:
@@ -105,6 +106,10 @@ class OnnxBase:
         if name != self._last[0]:  # protobuf copies a tensor's bytes at each access: once is enough for all its runs
             self._last = (name, array(self.index.roots[name], self.path.parent))
         return self._last[1] if rows is None else self._last[1][slice(*rows)]
+
+    def sketch(self, match: Match) -> Array | None:
+        """Of what is computed with at a place, where its weight is quantised or packed."""
+        return self.values.sketch(match.handle)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor names and node names, which must agree."""
@@ -136,9 +141,10 @@ class OnnxBase:
 
     def _match(self, key: str, update: Update, found: Found, site: Site, hints: Hints) -> Match:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
-        parameter = None if site.refusal else parameter_of(key, update, site, hints.spec(key))
+        whole = site.refusal or found.rows
+        parameter = None if whole else parameter_of(key, update, site, hints.spec(key))
         where = (self.path.name, site.node.name, site.root_name, site.placement)
-        return Match(*where, evidence, found.confidence, parameter, site)
+        return Match(*where, evidence, found.confidence, parameter, site, rows=found.rows)
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
@@ -172,10 +178,7 @@ class OnnxBase:
     @one_blas_thread()
     def changed(self, plan: Plan) -> tuple[Storage, Mapping[str, Norms]]:
         """The changed copy, ready to be written, and the norms, which are known when it has been."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        index = Index(model)
-        places = [replace(s, sites=tuple(index.sites[site.number] for site in s.sites)) for s in plan.state]
+        model, index, places = self._copied(plan.state)
         norms = {change.key: Norms() for change in every_change(places)}
         if plan.verb == "merge":
             data = self._merge(index, places, norms)
@@ -183,6 +186,13 @@ class OnnxBase:
             data = []
             self._attach(model, index, plan, places, norms)
         return Storage(model, self.path, plan.options.out, data, _tag(plan.jobs)), norms
+
+    def _copied(self, places: Iterable[Spot]) -> tuple[onnx.ModelProto, Index, list[Spot]]:
+        """A copy of the model to be changed, and the same spots in it."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        index = Index(model)
+        return model, index, [replace(s, sites=tuple(index.sites[site.number] for site in s.sites)) for s in places]
 
     def _merge(self, index: Index, places: Sequence[Spot], norms: dict[str, Norms]) -> Data:
         data = []
@@ -207,8 +217,8 @@ class OnnxBase:
         """‖ΔW‖ of one change of the weight as it is stored."""
         if change.update.linear:
             return change.update.norm()
-        weight = array(spot.sites[0].root, self.path.parent)
-        return float(np.linalg.norm(change.turned(spot.sites[0].placement).delta(weight)))
+        weight, place = self.values.read(self.index.sites[spot.sites[0].number]) or (None, spot.sites[0].placement)
+        return float(np.linalg.norm(change.turned(place).delta(weight)))
 
     @property
     def attached(self) -> list[str]:
@@ -251,14 +261,31 @@ class OnnxBase:
         feeds = stated(inputs) if inputs else generated(self.model, self.index)
         out = plan.options.out
         other = out.with_name(f".{out.name}.proof.onnx")
-        verb = "attach" if plan.verb == "merge" else "merge"
-        limit = tolerance({spot.sites[0].root.data_type for spot in plan.state})
+        limit = tolerance({spot.sites[0].dtype for spot in plan.state})
+        if any("magnitude" in change.update for s in plan.state if s.rounds for change in s.changes):
+            limit = max(limit, ROUNDED)
         try:
-            self.apply(self.plan(verb, plan.jobs, Options(other)), force=True)
+            if plan.verb == "merge":
+                self.apply(self.plan("attach", plan.jobs, Options(other)), force=True)
+            else:
+                self._put_together(plan, other).write(force=True)
             return compare(out, other, self.path, feeds, limit)
         finally:
             for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
                 path.unlink(missing_ok=True)
+
+    @one_blas_thread()
+    def _put_together(self, plan: Plan, out: Path) -> Storage:
+        """Base and adapter without a branch: merged, and beside weights that hold no change one product more."""
+        changes = gathered(plan.jobs)
+        sealed = {sites: wanted for sites, wanted in changes.items() if any(site.sealed for site in sites)}
+        whole = by_tensor({sites: wanted for sites, wanted in changes.items() if sites not in sealed})
+        found = [spots(self.model, self.index, some, self.path.parent) for some in (whole, sealed)]
+        model, index, places = self._copied([*found[0], *found[1]])
+        merged, dense = places[: len(found[0])], places[len(found[0]) :]
+        data = self._merge(index, merged, {change.key: Norms() for change in every_change(merged)})
+        beside(index, self.values, dense)
+        return Storage(model, self.path, out, data, _tag(plan.jobs))
 
     def _recorded(self) -> Record:
         if self.record is None:

@@ -48,22 +48,22 @@ class _Linear:
     """MatMul, Gemm, FusedMatMul: two MatMuls, x on the left or on the right of the weight."""
 
     def constants(self, make: Nodes, site: Site, pair: Pair) -> Pair:
-        if site.position == 0:
+        if site.side == 0:
             return pair
         a = make.turn(pair.a, len(pair.a_shape), "lora_A/T")
         return Pair(a, make.turn(pair.b, len(pair.b_shape), "lora_B/T"), pair.a_shape, pair.b_shape)
 
     def run(self, make: Nodes, site: Site, pair: Pair) -> str:
-        side = "BA"[site.position]
+        side = "BA"[site.side]
         turns = {name: attribute(site.node, name, 0) for name in (f"trans{side}", f"transBatch{side}")}
-        if site.position == 0:
+        if site.side == 0:
             hidden = _multiply(make, site, pair.a, site.x, turns)
             return make.node("MatMul", [pair.b, hidden], "change")
         hidden = _multiply(make, site, site.x, pair.a, turns)
         return make.node("MatMul", [hidden, pair.b], "change")
 
     def spread(self, site: Site) -> Sequence[int] | None:
-        return [-1] if site.position == 1 and not site.operand.batch else None
+        return [-1] if site.side == 1 and not site.operand.batch else None
 
 
 def _multiply(make: Nodes, site: Site, left: str, right: str, turns: Mapping[str, int]) -> str:
@@ -85,13 +85,13 @@ class _Conv:
         a = [pair.a_shape[0], site.operand.shape[site.operand.in_[0]], *kernel]
         b = [*pair.b_shape, *(1 for _ in kernel)]
         turn = list(range(len(a)))
-        if site.operator == "ConvTranspose":  # its kernels are [in, r, *kernel]
+        if site.like == "ConvTranspose":  # its kernels are [in, r, *kernel]
             turn[:2] = 1, 0
         laid = make.transpose(make.reshape(pair.a, pair.a_shape, a, "lora_A/kernel"), turn, "lora_A/T")
         return Pair(laid, make.reshape(pair.b, pair.b_shape, b, "lora_B/kernel"), tuple(a), tuple(b))
 
     def run(self, make: Nodes, site: Site, pair: Pair) -> str:
-        hidden = make.node(site.operator, [site.x, pair.a], "hidden", **_attributes(site.node))
+        hidden = make.node(site.like, [site.x, pair.a], "hidden", **_attributes(site.node))
         return make.node("Conv", [hidden, pair.b], "change")
 
     def spread(self, site: Site) -> Sequence[int] | None:

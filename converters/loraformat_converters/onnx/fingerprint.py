@@ -6,11 +6,13 @@ are twins, and only a name says which of them is meant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraformat.container import numpy_dtype
+from loraformat.errors import fault
 from loraformat.resolve import Hints, Match
 from loraformat.sketch import Recognised, cosine, recognise, sketch, telling
 from loraformat_converters.onnx.index import Site
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["Finder", "Sighting", "own_sketch"]
 
 
+_RUNS = 512
+"""How many runs of rows are looked at in one weight: more would be no packed weight, but a vocabulary."""
+
+
 @dataclass(frozen=True)
 class Sighting:
     """The sites whose values are those of a target.
@@ -37,12 +43,14 @@ class Sighting:
         rung: ``fingerprint`` or ``sketch``.
         told: what was seen, in words.
         cosine: of the best; 1.0 for equal values.
+        rows: which rows of the sites' matrix the target is, where they hold several.
     """
 
     rung: str
     told: str
     sites: tuple[Site, ...]
     cosine: float = 1.0
+    rows: tuple[int, int] | None = None
 
 
 class Finder:
@@ -86,6 +94,8 @@ class Finder:
         if equal and own_sketch(self.adapter[key]) is None:  # a sketch of the same tensor would say it again
             return [equal]
         alike = self._alike(key, here) or self._alike(key, elsewhere)
+        if not alike and not equal:
+            alike = self._within(key)
         return [sighting for sighting in (equal, alike) if sighting]
 
     def silence(self, key: str) -> str:
@@ -100,7 +110,7 @@ class Finder:
         shape = _matrix_shape(self.adapter[key], self.matches.get(key))
         embedding = self.adapter[key].op == "embedding"
         fit = (s for s in self.sites if shape is not None and self.values.shape(s) == shape)
-        return [site for site in fit if (site.node.op_type == "Gather") == embedding]
+        return [site for site in fit if site.looks_up == embedding]
 
     def _equal(self, key: str, sites: Sequence[Site]) -> Sighting | None:
         """The sites whose weight is the tensor of ``--base``, cast to the graph's dtype."""
@@ -140,6 +150,36 @@ class Finder:
             return None
         fits = tuple(site for site in sites if self.values.key(site) in met.names)
         return Sighting("sketch", _told(met), fits, met.cosine)
+
+    def _within(self, key: str) -> Sighting | None:
+        """The run of rows that the target's sketch recognises, in a weight that holds several parameters."""
+        wanted, shape = self._sketch(key), _matrix_shape(self.adapter[key], self.matches.get(key))
+        if wanted is None or not wanted.any() or shape is None or len(shape) != 2:
+            return None
+        known: dict[Hashable, Array] = {}
+        places: dict[Hashable, list[tuple[Site, int]]] = {}
+        for site in self.sites:
+            whole = None if site.vector or site.looks_up else self.values.shape(site)
+            if whole is None or len(whole) != 2 or whole[1] != shape[1] or whole[0] <= shape[0]:
+                continue
+            step = math.gcd(whole[0], shape[0])
+            if whole[0] // step > _RUNS:
+                continue
+            for start, drawn in self.values.sketches(site, shape[0], step).items():
+                run = (self.values.key(site), start)
+                known[run] = drawn
+                places.setdefault(run, []).append((site, start))
+        met = recognise(wanted, known)
+        found = [place for run in met.names for place in places[run]]
+        if not found:
+            return None
+        sites, starts = [site for site, _ in found], sorted({start for _, start in found})
+        if len(starts) > 1:
+            what = f"its sketch means {len(starts)} runs of rows of {sites[0].root_name}: from {starts[0]}, from {starts[1]}"
+            raise fault("LF-603", what, where=key)
+        rows = (starts[0], starts[0] + shape[0])
+        told = f"rows {rows[0]} to {rows[1]} of {self.values.shape(sites[0])}, {_told(met)}"
+        return Sighting("sketch", told, tuple(sites), met.cosine, rows)
 
     def _sketch(self, key: str) -> Array | None:
         """The adapter's own; else that of the tensor in ``--base``. Beside an unplaced target it says nothing."""

@@ -87,6 +87,10 @@ class OnnxFolder:
         file, _, tensor = name.partition(":")
         return self.models[file].base.read(tensor, rows)
 
+    def sketch(self, match: Match) -> Array | None:
+        """Of what is computed with at a place of one of the files."""
+        return self.models[match.file].base.sketch(match)
+
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """Every target in every part that has its module; LF-602 where a part may have it and nothing says so."""
         targets: dict[str, tuple[Match, ...]] = {}

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import onnx
 
 from loraformat.axes import Placement
 from loraformat_converters.onnx.model import FLOATS
-from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, Meaning, meaning, operator, refused, vector_axis
+from loraformat_converters.onnx.operators import (
+    VECTORS,
+    WEIGHTS,
+    Meaning,
+    attribute,
+    meaning,
+    operator,
+    refused,
+    vector_axis,
+)
+from loraformat_converters.onnx.quantised import Product, product
 from loraformat_converters.onnx.scopes import STANDARD, Scope, scopes
-from loraformat_converters.onnx.trace import Trace, Value, trace
+from loraformat_converters.onnx.trace import CODES, Trace, Value, trace
 
 __all__ = ["Index", "Site", "Use", "Value"]
 
@@ -33,14 +43,17 @@ class Site:
         position: which of its inputs the parameter is.
         parameter: what the parameter is called in its module: weight or bias.
         root: the stored tensor: an initializer, or the value of a Constant.
-        chain: the nodes between root and operator, root first: Identity and Transpose, or the use is refused.
+        chain: the nodes between root and operator, root first.
         scope: where the operator is.
         values: the root, then what each node of the chain makes of it; the last is what the operator reads.
         operand: how [out, in] lies in what the operator reads.
-        placement: how it lies in the root.
+        placement: how it lies in the root; where that is packed, in what it stands for.
         factor: what the operator multiplies x·W with.
         natural: whether torch keeps the named parameter in the operator's own axes.
         refusal: why this use cannot be changed; None if it can.
+        sealed: why the root cannot hold a change, though one can be put beside it: it is quantised, or laid otherwise.
+        product: what a quantised operator computes in floats; None for one that is of floats itself.
+        dtype: the float type that the operator computes with.
     """
 
     number: int
@@ -57,6 +70,9 @@ class Site:
     factor: float = 1.0
     natural: bool = False
     refusal: str | None = None
+    sealed: str | None = None
+    product: Product | None = None
+    dtype: int = onnx.TensorProto.FLOAT
 
     @property
     def operator(self) -> str:
@@ -74,9 +90,41 @@ class Site:
         return self.node.op_type in WEIGHTS or self.vector
 
     @property
+    def like(self) -> str:
+        """The operator in whose words a change is put beside this one: itself, or what it is in floats."""
+        return self.product.like if self.product else self.operator
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether rows of a table are taken: an embedding."""
+        return self.node.op_type in ("Gather", "GatherBlockQuantized")
+
+    @property
+    def dequantises(self) -> bool:
+        """Whether the operator takes the codes, and no node before it makes floats of them."""
+        return self.product is not None and (self.product.like != self.operator or bool(self.product.scale))
+
+    @property
+    def side(self) -> int:
+        """On which side of a float product the weight stands: 0 left, 1 right."""
+        return self.position if self.position < 2 else 1
+
+    @property
     def x(self) -> str:
-        """The input that the weight is multiplied with."""
-        return str(self.node.input[1 - self.position])
+        """The float that the weight is multiplied with."""
+        return self.product.x if self.product else str(self.node.input[1 - self.position])
+
+    @property
+    def end(self) -> onnx.NodeProto:
+        """The node that gives the product as floats."""
+        return self.product.end if self.product else self.node
+
+    @property
+    def bias(self) -> str | None:
+        """The bias that is in the product, "" if none is, None if it is no float."""
+        if self.product:
+            return self.product.bias
+        return self.node.input[2] if len(self.node.input) > 2 and self.operator != "Einsum" else ""
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -115,6 +163,7 @@ class Index:
         self._stems: set[str] = set()
         for scope in self.scopes:
             self._note(scope)
+        for scope in self.scopes:
             for node in scope.nodes:
                 self._add_sites(node, scope)
 
@@ -144,21 +193,21 @@ class Index:
         found = trace(node.input[position], scope) if position < len(node.input) else None
         if found is None:
             return False
-        dims = tuple(found.root.dims)
-        shape = tuple(dims[axis] for axis in found.axes)
-        means = _meaning(node, position, shape, found)
+        means = _meaning(node, position, found)
         if means is None:
             return False
-        operand = Placement(shape, means.out, means.in_, means.batch)
-        out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (means.out, means.in_, means.batch))
-        refusal = means.refusal or found.refusal or _dtype_refusal(found.root.data_type)
+        operand = Placement(means.shape or found.shape, means.out, means.in_, means.batch)
+        placement = operand if means.shape else _in_root(operand, found)
+        floats = product(node, position, found.dtype, scope, self._reader) if found.sealed else None
+        refusal = means.refusal or found.refusal or (floats.refusal if floats else _dtype_refusal(found.dtype))
         if (node.domain, node.op_type) in self._functions:
             refusal = f"{operator(node)} is a function of the model's own: give --inline, which writes its body into the graph"
         if not scope.rewritable:
             refusal = f"it lies inside {scope.where}: give --inline, which writes the function's body into the graph"
         site = Site(
             *(len(self.sites), node, position, parameter, found.root, _full_name(found.values[0]), found.chain),
-            *(scope, found.values, operand, Placement(dims, out, in_, batch), means.factor, means.natural, refusal),
+            *(scope, found.values, operand, placement, means.factor, means.natural, refusal),
+            *(found.sealed, floats, floats.dtype if floats else found.dtype),
         )
         self.sites.append(site)
         return True
@@ -170,6 +219,12 @@ class Index:
     def readers(self, value: Value) -> list[Use]:
         """Every input that reads a value, inside other nodes' graphs too."""
         return self._readers.get((id(value.scope), value.name), [])
+
+    def _reader(self, scope: Scope, name: str) -> onnx.NodeProto | None:
+        """The only node that reads a value; None where there are several, or it leaves its graph."""
+        home = scope.home(name, "defined")
+        uses = self.readers(Value(home, name)) if home is not None and name not in home.outputs else []
+        return uses[0].node if len(uses) == 1 else None
 
     def fresh(self, name: str) -> str:
         """``name``, or ``name`` with a number, that no value or node of the model has; it is taken from now on."""
@@ -205,17 +260,33 @@ def _full_name(value: Value) -> str:
     return f"{value.scope.where}/{value.name}" if value.scope.where else value.name
 
 
-def _meaning(node: onnx.NodeProto, position: int, shape: tuple[int, ...], found: Trace) -> Meaning | None:
+def _in_root(operand: Placement, found: Trace) -> Placement:
+    """How a matrix that the operator reads so lies in the stored tensor."""
+    out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (operand.out, operand.in_, operand.batch))
+    return Placement(found.dims, out, in_, batch)
+
+
+def _entries(node: onnx.NodeProto, found: Trace) -> tuple[int, ...]:
+    """The sizes of an operand; a byte of GatherBlockQuantized holds several values (onnxruntime 1.32)."""
+    if node.op_type != "GatherBlockQuantized" or found.dtype != onnx.TensorProto.UINT8 or not found.shape:
+        return found.shape
+    return (*found.shape[:-1], found.shape[-1] * (8 // max(1, attribute(node, "bits", 4))))
+
+
+def _meaning(node: onnx.NodeProto, position: int, found: Trace) -> Meaning | None:
     """What the operand is; None where it is no parameter: a number, a shape, indices."""
-    real = found.root.data_type in FLOATS
+    real, shape = found.root.data_type in FLOATS, _entries(node, found)
     if position not in VECTORS.get(node.op_type, {}):
         means = meaning(node, position, shape) if shape else None
-        if means is None or len(shape) > 1:
+        if means is None or len(means.shape or shape) > 1:
+            return means
+        if node.op_type in WEIGHTS and found.dtype in CODES and means.refusal:
             return means
         # Of one axis as it is stored, and a matrix by what lies between.
         return refused(shape, means.refusal or found.refusal) if real and found.refusal else None
     if real and _is_vector(node, shape):
-        return meaning(node, position, shape)
+        means = meaning(node, position, shape)
+        return replace(means, refusal=means.refusal or found.sealed)
     several = real and sum(n != 1 for n in shape) > 1
     return (
         refused(shape, f"{operator(node)} takes it as it is, {list(shape)}: no matrix, no vector") if several else None

@@ -68,8 +68,11 @@ def _dtype(kind: int) -> str:
 
 
 def _weights(index: Index, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Uses of the base's weights, one row for an operator and a reason: ``refused`` is null where one can be changed."""
-    rows: dict[tuple[str, str | None], dict[str, Any]] = {}
+    """Uses of the base's weights, one row for an operator and its reasons.
+
+    ``refused`` is null where a weight can be changed, ``attach_only`` says why a change can only be put beside it.
+    """
+    rows: dict[tuple[str | None, ...], dict[str, Any]] = {}
     stems = tuple(f"{stem}/" for record in records for stem in _targets(record).values() if isinstance(stem, str))
     for site in index.sites:
         if site.node.name.startswith(stems):
@@ -78,10 +81,8 @@ def _weights(index: Index, records: Sequence[Mapping[str, Any]]) -> list[dict[st
             continue  # a constant of shapes or indices, not a weight
         domain = f"{site.node.domain}." if site.node.domain not in ("", "ai.onnx") else ""
         operator = domain + site.node.op_type
-        row = rows.setdefault(
-            (operator, site.refusal),
-            {"operator": operator, "refused": site.refusal, "uses": 0, "dtypes": [], "examples": []},
-        )
+        why = {"operator": operator, "refused": site.refusal, "attach_only": site.sealed}
+        row = rows.setdefault(tuple(why.values()), {**why, "uses": 0, "dtypes": [], "examples": []})
         row["uses"] += 1
         dtype = _dtype(site.root.data_type)
         if dtype not in row["dtypes"]:

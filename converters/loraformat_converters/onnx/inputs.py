@@ -79,7 +79,7 @@ def _bounds(index: Index) -> dict[str, int]:
     """Input → the rows of the smallest table that it indexes, directly or through what only moves it."""
     bounds: dict[str, int] = {}
     for site in index.sites:
-        if site.node.op_type != "Gather" or site.position != 0:
+        if not site.looks_up or site.position != 0:
             continue
         queue = [site.node.input[1]]
         seen: set[str] = set()

@@ -31,12 +31,14 @@ _OF_TENSORS = frozenset({"initializer", "fingerprint", "sketch"})
 class Found:
     """The sites of one target, all uses of one stored weight by one module, and what says so.
 
-    ``confidence`` is 1.0, or the cosine where nothing but a sketch speaks.
+    ``confidence`` is 1.0, or the cosine where nothing but a sketch speaks; ``rows`` are those of the target, where the
+    weight holds several.
     """
 
     sites: tuple[Site, ...]
     evidence: tuple[str, ...]
     confidence: float = 1.0
+    rows: tuple[int, int] | None = None
 
 
 def climb(
@@ -55,7 +57,7 @@ def climb(
         try:
             said = names.of(key, embedding=update.op == "embedding")
             seen = finder.look(key, [site for witness in said for site in witness.sites])
-            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine) for s in seen]
+            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows) for s in seen]
             if not said:
                 raise names.silence(key, finder.silence(key))
             found[key] = _agree(index, key, said)
@@ -80,7 +82,8 @@ def _agree(index: Index, key: str, said: Sequence[Witness]) -> Found:
         _require_one_module(key, common)
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
     sites = tuple(_calls(index.uses(common[0].root_name), common))
-    return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said))
+    rows = next((witness.rows for witness in said if witness.rows), None)
+    return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows)
 
 
 def _require_one_module(key: str, sites: Sequence[Site]) -> None:
@@ -109,9 +112,15 @@ def _calls(uses: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
 
 
 def _one_target_each(found: Mapping[str, Found], ambiguous: list[Problem]) -> None:
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
     for key, place in found.items():
         for site in place.sites:
-            other = owners.setdefault(site.number, key)
-            if other != key:
-                ambiguous.append(Problem("LF-603", f"{other} means the node {site.node.name} too", key))
+            mine = owners.setdefault(site.number, [])
+            both = [other for other in mine if _meet(place.rows, found[other].rows)]
+            ambiguous += [Problem("LF-603", f"{other} means the node {site.node.name} too", key) for other in both]
+            mine.append(key)
+
+
+def _meet(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    """Whether two targets of one weight have rows in common."""
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])

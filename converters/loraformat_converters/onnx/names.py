@@ -19,14 +19,17 @@ MODULES = ("name_scopes", "node_name")
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NUMBER = re.compile(r"_\d+$")
-_QUANTISED = re.compile(r"_(quant|Q\d+)$")
+_QUANTISED = re.compile(r"_(quant|(matmul_)?Q\d+(G\d+)?)$")
+_CODES = re.compile(r"_(quantized|(DQ_)?Q\d+(G\d+)?)$")
+"""What ONNX Runtime's quantisers (1.32) put behind the name of a tensor whose codes they store."""
+
 _OWN_COPY = re.compile(r"lora/(.+)/weight(_\d+)?")
 
 
 def names_of(site: Site, rung: str) -> str | None:
     """The module path (``initializer``: the parameter's name) that one witness gives, or None if it is silent."""
     if rung == "initializer":
-        return own_copy(site.root_name) or site.root_name
+        return own_copy(site.root_name) or (_CODES.sub("", site.root_name) if site.sealed else site.root_name)
     if not (site.known_operator or site.vector):
         return None
     return _scope(site.node) if rung == "name_scopes" else _node_path(site.node)

@@ -83,6 +83,17 @@ class Nodes:
         shape = self.store(f"{role}/shape", np.array(want, np.int64))
         return self.node("Reshape", [value, shape], role)
 
+    def spread(
+        self, value: str, shape: Sequence[int], rows: tuple[int, int] | None, out: int, role: str = "rows"
+    ) -> tuple[str, tuple[int, ...]]:
+        """(a matrix [*batch, n, m] as the ``rows`` of one of ``out`` rows, zeros in the others; its shape)."""
+        if rows is None:
+            return value, tuple(shape)
+        before = [0] * (len(shape) - 2) + [rows[0], 0]
+        after = [0] * (len(shape) - 2) + [out - rows[1], 0]
+        pads = self.store(f"{role}/pads", np.array([*before, *after], np.int64))
+        return self.node("Pad", [value, pads], role), (*shape[:-2], out, shape[-1])
+
     def to_matrix(self, value: str, place: Placement, role: str = "matrix") -> str:
         """A tensor laid like ``place`` as [*batch, out, in]."""
         order = (*place.batch, *place.out, *place.in_)

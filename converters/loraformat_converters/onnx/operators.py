@@ -20,10 +20,12 @@ __all__ = ["VECTORS", "WEIGHTS", "Meaning", "attribute", "meaning", "operator", 
 WEIGHTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum"), (1, 0)),
     **dict.fromkeys(("Conv", "ConvTranspose", "MatMulInteger", "ConvInteger"), (1,)),
-    **dict.fromkeys(("MatMulNBits", "FusedGemm", "FusedConv", "DynamicQuantizeMatMul"), (1,)),
+    **dict.fromkeys(("FusedGemm", "FusedConv", "MatMulNBits", "MatMulBnb4"), (1,)),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), (1,)),
     "Gather": (0,),
     "GatherBlockQuantized": (0,),
-    "QLinearMatMul": (3,),
+    **dict.fromkeys(("Attention", "QAttention"), (1,)),
+    **dict.fromkeys(("QLinearMatMul", "QGemm", "QLinearConv"), (3,)),
 }
 """Operator → the inputs that may be its weight, in the order in which they are looked at; the first stored one is it.
 
@@ -53,6 +55,7 @@ class Meaning:
         factor: what the operator multiplies x·W with.
         natural: whether torch keeps the named parameter in these very axes.
         refusal: why the operand cannot be changed; None if it can.
+        shape: the sizes of the axes, where the stored tensor is packed and has others.
     """
 
     out: tuple[int, ...]
@@ -61,6 +64,7 @@ class Meaning:
     factor: float = 1.0
     natural: bool = False
     refusal: str | None = None
+    shape: tuple[int, ...] | None = None
 
 
 def operator(node: onnx.NodeProto) -> str:
@@ -137,10 +141,40 @@ def _einsum(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Mean
     return Meaning(letters.out, letters.in_, letters.batch)
 
 
+def _attention(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """com.microsoft.Attention: [in, out of q | out of k | out of v], multiplied before anything else is done."""
+    return Meaning((1,), (0,)) if len(shape) == 2 else f"its weight {list(shape)} is no matrix"
+
+
+def _product(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """QGemm and the quantised MatMuls: what they are named after, with the weight on the right."""
+    return _matmul(node, 1, shape)
+
+
+def _packed_product(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """MatMulNBits, MatMulBnb4: bytes of a matrix [N, K], which is out and in whatever the bytes' own axes are."""
+    if not attribute(node, "transB", 1):
+        return "it multiplies by the weight the other way (transB = 0)"
+    sizes = attribute(node, "N", 0), attribute(node, "K", 0)
+    return Meaning((0,), (1,), shape=sizes) if min(sizes) > 0 else "it does not say how large its matrix is"
+
+
+def _packed_table(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """GatherBlockQuantized: rows of a table."""
+    if len(shape) != 2 or attribute(node, "gather_axis", 0) not in (0, -2):
+        return f"it does not take rows of a table: axis {attribute(node, 'gather_axis', 0)} of {list(shape)}"
+    return Meaning((1,), (0,), natural=True, shape=shape)
+
+
 _MEANINGS: Mapping[str, Callable[[onnx.NodeProto, int, tuple[int, ...]], Meaning | str]] = {
     **dict.fromkeys(("MatMul", "Gemm", "com.microsoft.FusedMatMul"), _matmul),
-    "Conv": _conv,
+    **dict.fromkeys(("MatMulInteger", "QLinearMatMul", "com.microsoft.QGemm"), _product),
+    **dict.fromkeys(("com.microsoft.DynamicQuantizeMatMul", "com.microsoft.MatMulIntegerToFloat"), _product),
+    **dict.fromkeys(("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4"), _packed_product),
+    **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv"), _conv),
     "ConvTranspose": _conv_transpose,
+    "com.microsoft.Attention": _attention,
     "Gather": _gather,
+    "com.microsoft.GatherBlockQuantized": _packed_table,
     "Einsum": _einsum,
 }

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["compare", "tolerance"]
+__all__ = ["ROUNDED", "compare", "tolerance"]
 
 _TOLERANCES: Mapping[int, float] = {
     onnx.TensorProto.FLOAT16: 5e-3,
     onnx.TensorProto.BFLOAT16: 2e-2,
 }
 """Largest relative difference (L2) of a whole model's output, by the type of its weights; 1e-5 for wider ones."""
+
+ROUNDED = 5e-2
+"""The same where a magnitude rescales a product of 8-bit numbers, and the other way knows the exact one only."""
 
 _BFLOAT16, _FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 

@@ -19,36 +19,70 @@ _SCATTER = 11
 """The first opset with ScatterND, without which rows of a weight cannot be set in the graph."""
 
 
+_PAD = 11
+"""The first opset whose Pad takes sizes that are values: a change of some rows of a weight needs it."""
+
+
 def obstacles(verb: str, changes: Mapping[tuple[Site, ...], Sequence[Change]], opset: int) -> Iterator[Problem]:
     """At most one problem a change, the first that matters."""
     owners: dict[int, tuple[Site, ...]] = {}
     for sites, wanted in changes.items():
         for change in wanted:
-            yield from list(_obstacle(change, sites))[:1]
+            yield from list(_obstacle(verb, change, sites))[:1]
             if verb == "attach" and "rows" in change.update and opset < _SCATTER:
                 what = f"opset {opset} has no operator that sets rows of a weight (ScatterND is of opset {_SCATTER})"
                 yield Problem("LF-608", what, change.key, "merge it")
+            if verb == "attach" and change.rows is not None and opset < _PAD:
+                what = f"opset {opset} has no operator that fills B up with zeros (Pad takes its sizes since {_PAD})"
+                yield Problem("LF-608", what, change.key, "convert the model's opset first")
         if any(owners.setdefault(site.number, sites) is not sites for site in sites):
             what = f"two adapters change {sites[0].root_name}, one at some of its uses, one at others"
             yield Problem("LF-609", what, wanted[0].key, "apply one after the other: merge, then merge into the result")
 
 
-def _obstacle(change: Change, sites: tuple[Site, ...]) -> Iterator[Problem]:
+def _obstacle(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Problem]:
     key, update, first = change.key, change.update, sites[0]
     refused = next((site for site in sites if site.refusal), None)
     if refused is not None:
         yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key)
+    yield from _sealed(verb, change, sites)
+    if change.rows is not None and not update.linear:
+        what = f"{first.node.name or first.operator}: its weight holds several parameters, and {update.kind} is no sum"
+        yield Problem("LF-608", what, key, "put it into the model as it was before it was optimised")
     if len({(site.factor, site.placement) for site in sites}) > 1:
         what = "its uses read the weight in two orientations, or scale it differently"
         yield Problem("LF-608", what, key, "name the node that is meant: --names")
-    if update.op == "embedding" and first.operator != "Gather":
+    if update.op == "embedding" and not first.looks_up:
         yield Problem("LF-608", f"an embedding's update cannot act on {first.operator}", key)
     yield from _misfit(change, update, first)
+
+
+def _sealed(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Problem]:
+    """A weight that cannot hold a change, and what cannot be put beside one."""
+    site = next((site for site in sites if site.sealed), None)
+    if site is None:
+        return
+    named, update = site.node.name or site.operator, change.update
+    if verb == "merge":
+        yield Problem(
+            "LF-608", f"{named}: {site.sealed}", change.key, "attach it: the change then runs beside the weight"
+        )
+    elif "rows" in update or "replace" in update:
+        what = f"{named}: {site.sealed}, and {update.kind} is no change beside a weight, but another one"
+        yield Problem("LF-608", what, change.key, "put it into the model as it was before that, or leave it out")
+    elif site.dequantises and update.kind not in ("lora", "dora"):
+        what = f"{named}: {site.sealed}: only a pair A, B runs beside it, and this is {update.kind}"
+        yield Problem("LF-608", what, change.key, "loraformat convert --to-lora R makes one of it, and says how near")
+    elif "magnitude" in update and site.bias is None:
+        what = f"{named}: a magnitude rescales all but the bias, which is in the product as integers"
+        yield Problem("LF-608", what, change.key, "put it into the model as it was before quantisation")
 
 
 def _misfit(change: Change, update: Update, site: Site) -> Iterator[Problem]:
     """Other sizes, or axes that cannot be turned into the graph's."""
     matrix, wanted = update.matrix_shape(), site.placement.matrix_shape
+    if change.rows is not None:
+        wanted = (*wanted[:-2], change.rows[1] - change.rows[0], wanted[-1])
     if matrix is not None and not _covers(matrix, wanted):
         what = f"the update gives [out, in] = {list(matrix)}, {site.node.name or site.operator} computes with {list(wanted)}"
         yield Problem("LF-606", what, change.key, "is this the base that the adapter was trained on?")

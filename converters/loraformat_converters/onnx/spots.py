@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from loraformat.packed import spread
 from loraformat.turned import turned
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.model import External, external, overlapping
@@ -31,16 +32,19 @@ class Change:
         job: which adapter, by its place in the plan.
         key: the target.
         parameter: how the parameter lies that the adapter names; None where only the matrix matters.
+        rows: which rows of the matrix it changes; None for all.
     """
 
     job: int
     key: str
     update: Update
     parameter: Placement | None = None
+    rows: tuple[int, int] | None = None
 
     def turned(self, place: Placement) -> Update:
         """The update in the axes of a tensor laid like ``place``."""
-        return turned(self.update, self.parameter or place, place)
+        update = self.update if self.rows is None else spread(self.update, self.rows, place.matrix_shape[-2])
+        return turned(update, self.parameter or place, place)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Spot:
         return self.changes[0].key
 
     @property
+    def rounds(self) -> bool:
+        """Whether what its operators multiply is rounded on the way, to 8 bits."""
+        return any(site.product is not None and site.product.rounds for site in self.sites)
+
+    @property
     def updates(self) -> tuple[Update, ...]:
         """What happens to the stored tensor, in its own axes, one after the other."""
         return tuple(change.turned(self.sites[0].placement) for change in self.changes)
@@ -72,7 +81,7 @@ def gathered(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
     for number, job in enumerate(jobs):
         for key, places in job.resolution.require().targets.items():
             for alike in _alike(places):
-                change = Change(number, key, job.adapter[key], alike[0].parameter)
+                change = Change(number, key, job.adapter[key], alike[0].parameter, alike[0].rows)
                 changes.setdefault(tuple(match.handle for match in alike), []).append(change)
     return changes
 

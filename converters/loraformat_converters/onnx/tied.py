@@ -51,13 +51,13 @@ def partners(match: Match, index: Index, meant: Container[int], folder: Path) ->
 
 def _is_tied(site: Site, end: Site, folder: Path) -> bool:
     """Whether one of two uses looks up what the other multiplies by: one tensor, or two of equal values."""
-    if (site.operator == "Gather") == (end.operator == "Gather") or end.vector:
+    if site.looks_up == end.looks_up or end.vector:
         return False
     if site.placement.matrix_shape != end.placement.matrix_shape[::-1]:
         return False
     if site.root_name == end.root_name:
         return site.placement.out == end.placement.in_
-    if site.root.data_type != end.root.data_type:
+    if site.root.data_type != end.root.data_type or site.sealed or end.sealed:
         return False
     one, two = (place.to_matrix(array(s.root, folder)) for s, place in ((site, site.placement), (end, end.placement)))
     return bool(np.array_equal(one, two.T))

@@ -43,7 +43,7 @@ def notes(verb: str, places: Sequence[Spot]) -> Iterator[str]:
 def _roundings(places: Sequence[Spot]) -> Iterator[str]:
     """What 16-bit weights leave of the factors."""
     pairs = [
-        (spot.key, *balance(change.update["lora"], spot.sites[0].factor, spot.sites[0].root.data_type))
+        (spot.key, *balance(change.update["lora"], spot.sites[0].factor, spot.sites[0].dtype))
         for spot in places
         for change in spot.changes
         if "lora" in change.update

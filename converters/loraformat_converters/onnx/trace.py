@@ -1,16 +1,29 @@
-"""Back from an operator's input to the stored tensor that it is made of."""
+"""Back from an operator's input to the stored tensor that it is made of, through what moves, casts and dequantises it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import onnx
+from onnx import TensorProto, numpy_helper
 
+from loraformat_converters.onnx.model import FLOATS
 from loraformat_converters.onnx.operators import attribute
 from loraformat_converters.onnx.scopes import STANDARD, Scope
 
-__all__ = ["Trace", "Value", "trace"]
+__all__ = ["CODES", "Trace", "Value", "trace"]
+
+_INTEGERS = ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4", "INT2", "UINT2")
+
+CODES = frozenset(
+    value for name, value in TensorProto.DataType.items() if name in _INTEGERS or name.startswith(("FLOAT8", "FLOAT4"))
+)
+"""The data types in which quantisers store weights. INT32 and INT64 are indices, shapes and biases."""
+
+_ARITHMETIC = frozenset({"Sub", "Mul", "Add", "Div"})
 
 
 class Value(NamedTuple):
@@ -22,18 +35,35 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """From an operator's input back to a stored tensor; ``axes``: the root's axis of each axis of the input."""
+    """From an operator's input back to a stored tensor.
+
+    Attributes:
+        values: the stored tensor, then what each node of the chain makes of it.
+        dims: the sizes of the stored tensor; after a Reshape, what that makes of them.
+        axes: which of ``dims`` each axis of the input is.
+        dtype: the data type of the input.
+        refusal: why the input is no weight that a change could be put beside.
+        sealed: why the stored tensor itself cannot hold a change.
+    """
 
     values: tuple[Value, ...]
     chain: tuple[onnx.NodeProto, ...]
+    dims: tuple[int, ...]
     axes: tuple[int, ...]
-    refusal: str | None
+    dtype: int
+    refusal: str | None = None
+    sealed: str | None = None
 
     @property
     def root(self) -> onnx.TensorProto:
         """The stored tensor."""
         scope, name = self.values[0]
         return scope.roots[name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the input."""
+        return tuple(self.dims[axis] for axis in self.axes)
 
 
 def trace(name: str, scope: Scope) -> Trace | None:
@@ -54,20 +84,98 @@ def trace(name: str, scope: Scope) -> Trace | None:
             return None
         home = found
         values.insert(0, Value(home, name))
-    axes = tuple(range(len(home.roots[name].dims)))
-    for node in chain:
-        perm = attribute(node, "perm", tuple(reversed(range(len(axes)))))
-        if node.domain not in STANDARD or node.op_type not in ("Identity", "Transpose"):
-            return Trace(tuple(values), tuple(chain), axes, f"{node.op_type} lies between its weight and it")
-        if node.op_type == "Transpose":
-            if sorted(perm) != list(range(len(axes))):
-                what = f"{node.name} has perm {list(perm)} of {len(axes)} axes"
-                return Trace(tuple(values), tuple(chain), axes, what)
-            axes = tuple(axes[i] for i in perm)
-    return Trace(tuple(values), tuple(chain), axes, None)
+    root = home.roots[name]
+    dims, kind = tuple(root.dims), root.data_type
+    sealed = f"its weight is {TensorProto.DataType.Name(kind)}, quantised" if kind in CODES else None
+    traced = Trace(tuple(values), tuple(chain), dims, tuple(range(len(dims))), kind, sealed=sealed)
+    for node, value, result in zip(chain, values, values[1:], strict=False):
+        if traced.refusal is None:
+            traced = _step(traced, node, value.name, result.scope)
+    return replace(traced, refusal=traced.refusal or _unscaled(traced))
 
 
 def _weight_of(node: onnx.NodeProto, scope: Scope) -> str:
     """Which input the weight is: the first; of scale and weight, whichever comes first, the larger."""
     names = node.input if node.op_type in ("Mul", "Add") else node.input[:1]
     return str(max(names, key=lambda name: scope.size(name) or 0))
+
+
+def _step(before: Trace, node: onnx.NodeProto, value: str, scope: Scope) -> Trace:
+    """What one node of the chain, in ``scope``, makes of ``value``."""
+    op = node.op_type
+    between = replace(before, refusal=f"{op} lies between its weight and it")
+    if node.domain not in STANDARD:
+        return between
+    if op == "Identity":
+        return before
+    if op == "Transpose":
+        return _transposed(before, node)
+    if op == "Reshape":
+        shape = _reshaped(before.shape, node, scope)
+        axes = tuple(range(len(shape or ())))
+        sealed = before.sealed or "Reshape lies between its weight and it"
+        return between if shape is None else replace(before, dims=shape, axes=axes, sealed=sealed)
+    if op == "Cast":
+        return _cast(before, attribute(node, "to", 0)) or between
+    if op == "DequantizeLinear" and before.dtype in CODES:
+        return replace(before, dtype=_dequantised(node, scope))
+    if op == "QuantizeLinear" and before.dtype in FLOATS:
+        # A model trained for 8 bits keeps its weights as floats, which the graph itself rounds.
+        sealed = before.sealed or "QuantizeLinear lies between its weight and it: a merge would be rounded by it"
+        return replace(before, dtype=TensorProto.INT8, sealed=sealed)
+    if op in _ARITHMETIC and before.root.data_type in CODES and _keeps(before.shape, node, value, scope):
+        return before
+    return between
+
+
+def _transposed(before: Trace, node: onnx.NodeProto) -> Trace:
+    perm = attribute(node, "perm", tuple(reversed(range(len(before.axes)))))
+    if sorted(perm) != list(range(len(before.axes))):
+        return replace(before, refusal=f"{node.name} has perm {list(perm)} of {len(before.axes)} axes")
+    return replace(before, axes=tuple(before.axes[i] for i in perm))
+
+
+def _cast(before: Trace, to: int) -> Trace | None:
+    """Of floats to floats, and of codes to floats; what is cast to integers is no weight any more."""
+    return replace(before, dtype=to) if to in FLOATS and before.dtype in FLOATS.keys() | CODES else None
+
+
+def _dequantised(node: onnx.NodeProto, scope: Scope) -> int:
+    """The data type that DequantizeLinear gives: what it says (opset 23), else that of its scale."""
+    scale = trace(node.input[1], scope) if len(node.input) > 1 else None
+    return int(attribute(node, "output_dtype", 0) or (scale.dtype if scale else TensorProto.FLOAT))
+
+
+def _reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tuple[int, ...] | None:
+    home = scope.home(node.input[1], "roots") if len(node.input) > 1 else None
+    tensor = home.roots[node.input[1]] if home is not None else None
+    if tensor is None or tensor.data_location == TensorProto.EXTERNAL or tensor.data_type != TensorProto.INT64:
+        return None
+    wanted = [int(n) for n in np.ravel(numpy_helper.to_array(tensor))]
+    if not attribute(node, "allowzero", 0):
+        wanted = [shape[i] if n == 0 and i < len(shape) else n for i, n in enumerate(wanted)]
+    known, total = math.prod(n for n in wanted if n != -1), math.prod(shape)
+    if wanted.count(-1) > 1 or min(wanted, default=0) < -1 or (known and total % known) or not known:
+        return None
+    made = tuple(total // known if n == -1 else n for n in wanted)
+    return made if math.prod(made) == total else None
+
+
+def _unscaled(traced: Trace) -> str | None:
+    """Codes that are floats and nothing else: their scale is somewhere behind the operator, and a branch would miss it."""
+    if traced.root.data_type not in CODES or traced.dtype not in FLOATS:
+        return None
+    if any(node.op_type in ("Mul", "Div", "DequantizeLinear") for node in traced.chain):
+        return None
+    return f"{traced.chain[-1].op_type} lies between its weight and it, and no scale"
+
+
+def _keeps(shape: tuple[int, ...], node: onnx.NodeProto, value: str, scope: Scope) -> bool:
+    """Whether the other operand of an arithmetic node is spread over the weight, which keeps its shape."""
+    others = [trace(name, scope) for name in node.input if name != value]
+    if len(others) != 1 or others[0] is None:
+        return False
+    try:
+        return np.broadcast_shapes(shape, others[0].shape) == shape
+    except ValueError:
+        return False

@@ -1,7 +1,7 @@
 """What an operator multiplies by: the values of its weight as the matrix [out, in], for finding a target by its values.
 
-A float weight is read where it lies. A quantised one is computed as the graph computes it (DequantizeLinear, or
-Cast, Sub and Mul), by onnx's own reference operators: it can be recognised, though not changed.
+A float weight is read where it lies. A quantised one is computed as the graph computes it: by onnx's own reference
+where nodes dequantise it (DequantizeLinear, or Cast, Sub and Mul), by ``unpack`` where its operator does.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from loraformat.axes import Placement
-from loraformat.sketch import sketch
+from loraformat.sketch import sketch, sketches
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.model import FLOATS, array
 from loraformat_converters.onnx.operators import meaning
 from loraformat_converters.onnx.scopes import STANDARD
+from loraformat_converters.onnx.trace import trace
+from loraformat_converters.onnx.unpack import readable, unpacked
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Values", "fingerprint"]
 
 _MOVES = frozenset({"Identity", "Transpose"})
-_SPREADS = frozenset({"Sub", "Mul"})
-_COMPUTES = _MOVES | _SPREADS | {"Cast", "DequantizeLinear"}
+_SPREADS = frozenset({"Sub", "Mul", "Add", "Div"})
+_COMPUTES = _MOVES | _SPREADS | {"Cast", "DequantizeLinear", "QuantizeLinear", "Reshape"}
 """The operators that dequantisation is made of."""
 
 _DEPTH = 8
@@ -48,6 +50,7 @@ class Values:
         self.producers = {name: node for node in index.graph.node for name in node.output}
         self._shapes: dict[int, tuple[int, ...] | None] = {}
         self._sketches: dict[Hashable, Array | None] = {}
+        self._runs: dict[Hashable, Mapping[int, Array]] = {}
         self._fingerprints: dict[Hashable, str | None] = {}
 
     def key(self, site: Site) -> Hashable:
@@ -61,7 +64,7 @@ class Values:
 
     def shape(self, site: Site) -> tuple[int, ...] | None:
         """The shape of the matrix, without reading it; None where it cannot be read."""
-        if self._direct(site):
+        if self._direct(site) or (site.product is not None and readable(site) and self._in_main(site)):
             return site.placement.matrix_shape
         if site.number not in self._shapes:
             name = site.node.input[site.position]
@@ -87,6 +90,9 @@ class Values:
         if node.op_type == "Transpose":
             perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), tuple(range(len(first)))[::-1])
             return tuple(first[i] for i in perm) if sorted(perm) == list(range(len(first))) else None
+        if node.op_type == "Reshape":
+            traced = trace(name, self.index.scopes[0])
+            return traced.shape if traced is not None and traced.refusal is None else None
         return _spread([sizes or () for sizes in inputs]) if node.op_type in _SPREADS else first
 
     def _step(self, name: str) -> onnx.NodeProto | None:
@@ -98,25 +104,43 @@ class Values:
         """The sketch of the matrix; None where it has none."""
         key = self.key(site)
         if key not in self._sketches:
-            found = self._read(site)
+            found = self.read(site)
             self._sketches[key] = None if found is None else sketch(*found)
         return self._sketches[key]
+
+    def sketches(self, site: Site, rows: int, step: int) -> Mapping[int, Array]:
+        """Start → sketch of the runs of ``rows`` rows of the matrix; none where it cannot be read."""
+        key = (self.key(site), rows, step)
+        if key not in self._runs:
+            found = self.read(site)
+            self._runs[key] = {} if found is None else sketches(found[1].to_matrix(found[0]), rows, step)
+        return self._runs[key]
 
     def fingerprint(self, site: Site) -> str | None:
         """The fingerprint of the matrix in the dtype in which it is stored; None for a quantised one."""
         key = self.key(site)
         if key not in self._fingerprints:
-            found = self._read(site) if self._direct(site) else None
+            found = self.read(site) if self._direct(site) else None
             self._fingerprints[key] = None if found is None else fingerprint(found[1].to_matrix(found[0]))
         return self._fingerprints[key]
 
     def _direct(self, site: Site) -> bool:
-        """Whether the weight is a stored float tensor, turned at most."""
-        return site.root.data_type in FLOATS and all(node.op_type in _MOVES for node in site.chain)
+        """Whether the weight is a stored float tensor, turned or cast at most."""
+        moved = all(node.op_type in _MOVES or node.op_type == "Cast" for node in site.chain)
+        return site.root.data_type in FLOATS and moved
 
-    def _read(self, site: Site) -> tuple[Array, Placement] | None:
+    def read(self, site: Site) -> tuple[Array, Placement] | None:
+        """The weight and how [out, in] lies in it; None where it cannot be computed."""
         if self._direct(site):
             return array(site.root, self.folder), site.placement
+        if not self._in_main(site):
+            return None
+        if site.dequantises:
+            try:
+                value = unpacked(site, self._compute)
+            except ValueError:  # of tensors that do not fit each other
+                return None
+            return None if value is None else (value, site.operand)
         value = self._compute(site.node.input[site.position])
         place = _laid(site, value.shape) if value is not None else None
         return (value, place) if value is not None and place is not None else None

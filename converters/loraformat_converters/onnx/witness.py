@@ -25,7 +25,7 @@ class Witness:
     """What one rung says about one target: in words, and the sites that it means.
 
     ``by`` the user, where he said it; ``rule`` says how the graph's names differ from the adapter's; ``cosine`` how
-    sure a sketch is.
+    sure a sketch is, ``rows`` which rows of the matrix it means, where that holds several parameters.
     """
 
     rung: str
@@ -34,6 +34,7 @@ class Witness:
     by: str = ""
     rule: str = ""
     cosine: float = 1.0
+    rows: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"{self.by or self.rung}: {self.name}"
@@ -141,7 +142,7 @@ def _of_kind(said: Sequence[Witness], embedding: bool) -> list[Witness]:
     """
     left = []
     for witness in said:
-        right = tuple(s for s in witness.sites if (s.node.op_type == "Gather") == embedding)
+        right = tuple(s for s in witness.sites if s.looks_up == embedding)
         if right or witness.rung != "initializer":
             left.append(replace(witness, sites=right or witness.sites))
     return left or list(said)

@@ -1,0 +1,53 @@
+"""A change of some rows of a matrix that holds several parameters, one below the other: q, k and v in one product.
+
+The rows of the others do not change: B has zeros there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat.errors import fault
+from loraformat.parts import Delta
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["spread"]
+
+
+def spread(update: Update, rows: tuple[int, int], out: int) -> Update:
+    """``update``, whose matrix is the ``rows`` [start, stop) of one of ``out`` rows, as an update of that one.
+
+    Raises:
+        LoraFormatError: LF-606 its matrix has another number of rows; LF-612 it is no sum.
+
+    >>> from loraformat import Lora, Update
+    >>> pair = Lora(np.ones((1, 2)), np.ones((3, 1)), 1.0, "factor")
+    >>> spread(Update((pair,)), (1, 4), 5).matrix().tolist()
+    [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    """
+    if not update.linear:
+        raise fault("LF-612", f"{update.kind} is no sum: of some rows of a matrix it is not defined")
+    start, stop = rows
+    shape = update.matrix_shape() or ()
+    if shape[-2] != stop - start:
+        raise fault("LF-606", f"the update gives {shape[-2]} rows, and its place has {stop - start}")
+    if update.kind == "lora" and update["lora"].mid is None:
+        pair = update["lora"]
+        parts: tuple[Any, ...] = (replace(pair, lora_B=_between(pair.lora_B, start, out - stop)),)
+    else:
+        parts = (Delta(_between(update.matrix(), start, out - stop)),)
+    return replace(update, parts=parts, placement=None, base_sha256=None, sketch=None)
+
+
+def _between(matrix: Array, before: int, after: int) -> Array:
+    """Zero rows before and after."""
+    return np.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(before, after), (0, 0)])
