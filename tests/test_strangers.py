@@ -258,7 +258,7 @@ def test_quantised_weights_are_changed_beside_them(name, tmp_path):
         targets[f"t{number}.weight"] = Update((pair,), op="embedding" if site.looks_up else None)
         names[f"t{number}.weight"] = root
     adapter, hints = Adapter(targets), Hints(names=names)
-    with pytest.raises(LoraFormatError, match="LF-608.* quantised"):
+    with pytest.raises(LoraFormatError, match=r"LF-608.* quantised"):
         prepare("merge", [("default", adapter)], base, Options(tmp_path / "out.onnx"), hints)
     plan = prepare("attach", [("default", adapter)], base, Options(tmp_path / "out.onnx"), hints)
     base.apply(plan)
