@@ -116,9 +116,11 @@ class _Way:
             what = f"no installed name space leads from {adapter.names} to {self.to}"
             raise fault("LF-705", what, fix=f"known: {', '.join(sorted(_known()))}; or --names MAP for every target")
         known = Known(adapter, self.names if self.torch else {}, self.config)
+        there = self.names if adapter.names == TORCH and not self.torch else {}  # the base's own, in the space itself
         for item in found:
             for link in item.links(known):
-                yield link if adapter.names == TORCH else link.reversed()
+                if not there or link.there.name in there:
+                    yield link if adapter.names == TORCH else link.reversed()
 
     def _same_space(self, adapter: Adapter) -> Iterator[Link]:
         """Other names of the same space: the base's own, those of another version of the model, the same values."""
