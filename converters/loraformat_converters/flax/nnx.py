@@ -69,7 +69,12 @@ class Nnx:
         return Reading(draft.finish("flax", {"nnx": json.dumps(form)}, str(source.path)))
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
-        """Pairs of kernels [in, out] whose scale is 1; LF-508 for any other."""
+        """See ``leaves``."""
+        form = _form(adapter)
+        return output(self.leaves(adapter), options.ending, value=form is not None and form["value"])
+
+    def leaves(self, adapter: Adapter) -> dict[str, Array]:
+        """Path → array, of pairs of kernels [in, out] whose scale is 1; LF-508 for any other."""
         form = _form(adapter)
         arrays: dict[str, Array] = {}
         problems = []
@@ -82,7 +87,7 @@ class Nnx:
             arrays |= {f"{module}/lora_a": part.lora_A.T, f"{module}/lora_b": part.lora_B.T}
         if problems:
             raise LoraFormatError(problems)
-        return output(arrays, options.ending, value=form is not None and form["value"])
+        return arrays
 
 
 def _split(path: str) -> tuple[str, str] | None:

@@ -87,7 +87,14 @@ class Qwix:
         return Reading(draft.finish("flax", {"qwix": json.dumps(form, sort_keys=True)}, str(source.path)))
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
-        """Pairs in the shapes that qwix would give them; one alpha / rank for all, which the file does not hold.
+        """See ``leaves``; the one scale of all, which no file of this layout holds, is said."""
+        made = output(self.leaves(adapter), options.ending, value=_form(adapter).get("value") is True)
+        scale = next(iter(adapter.values()))["lora"].scale
+        what = f"the scale {scale:g} is in no file of this layout: give the rule alpha = {scale:g} · rank"
+        return Output(made.files, made.folder, [Problem("LF-509", what, severity="warning")])
+
+    def leaves(self, adapter: Adapter) -> dict[str, Array]:
+        """Path → array, in the shapes that qwix would give them.
 
         Raises:
             LoraFormatError: LF-508 scales that differ; a target whose shape in the base is not known.
@@ -107,10 +114,7 @@ class Qwix:
                 problems.append(Problem("LF-508", str(error), key))
         if problems:
             raise LoraFormatError(problems)
-        made = output(arrays, options.ending, value=form.get("value") is True)
-        (scale,) = scales
-        what = f"the scale {scale:g} is in no file of this layout: give the rule alpha = {scale:g} · rank"
-        return Output(made.files, made.folder, [Problem("LF-509", what, severity="warning")])
+        return arrays
 
 
 def _split(path: str) -> tuple[str, str] | None:

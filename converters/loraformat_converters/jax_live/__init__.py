@@ -3,6 +3,8 @@
 ``apply`` gives merged parameters. ``branch`` gives parameters beside which the factors stay: an unchanged function of
 the parameters then computes W·x + s·B·(A·x), and no ΔW is formed. Both work under ``jit``, ``vmap`` and ``grad``.
 
+``from_pytree`` and ``to_pytree`` turn trees of factors (NNX's, Qwix's) into adapters and back.
+
 ``tree`` names the leaves, ``places`` finds the targets, ``merged`` adds, ``factored`` is a weight with its factors,
 ``interpret`` evaluates a traced function in which such weights stand, and ``branched`` puts them together.
 """
@@ -11,5 +13,6 @@ from __future__ import annotations
 
 from loraformat_converters.jax_live.branched import Branched, branch
 from loraformat_converters.jax_live.merged import apply
+from loraformat_converters.jax_live.pytrees import from_pytree, to_pytree
 
-__all__ = ["Branched", "apply", "branch"]
+__all__ = ["Branched", "apply", "branch", "from_pytree", "to_pytree"]
