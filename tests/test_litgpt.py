@@ -13,6 +13,7 @@ from loraformat import testing
 from loraformat.layout import ReadOptions
 from loraformat.source import open_source
 from loraformat_converters.litgpt import NAMES, layout, read
+from loraformat_converters.litgpt.heads import heads_of
 
 HERE = Path(__file__).parent / "golden/litgpt"
 CASES = ("query_value", "all", "key")
@@ -42,8 +43,7 @@ def key_for_value(patch):
 
 
 def equal_parts(patch):
-    real = read._heads
-    patch.setattr(read, "_heads", lambda model, config: (sum(real(model, config)) // 2,) * 2)
+    patch.setattr(read, "heads_of", lambda model: (sum(heads_of(model)) // 2,) * 2)
 
 
 def alpha_as_the_scale(patch):
