@@ -101,6 +101,13 @@ def test_without_the_files_beside_it_the_parts_are_not_known(tmp_path):
     assert problems(layout.read, open_source(path), wrong) == {"LF-507"}
 
 
+def test_heads_that_no_model_has_are_not_allocated(tmp_path):
+    path = alone("key", tmp_path, "hyperparameters.yaml")
+    for heads in (10**18, 10**6, 0, -4):
+        (tmp_path / "model_config.yaml").write_text(f"n_head: {heads}\nn_query_groups: 2\nhead_size: 10\n")
+        assert problems(lf.load, path) == {"LF-504"}
+
+
 def test_a_folder_is_read_by_the_file_in_it():
     assert lf.digest(lf.load(HERE / "all")) == lf.digest(lf.load(HERE / "all/lit_model.pth.lora"))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 __all__ = ["heads_of"]
 
+_MOST = 1 << 20  # rows; what states more would only have zeros allocated
+
 
 def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """(rows of the query, rows of the key and of the value) by litgpt's ``model_config`` or a ``config.json``."""
@@ -18,4 +20,5 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
             size = width // heads
     if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(size, int)):
         return None
-    return (heads * size, groups * size) if min(heads, groups, size) > 0 else None
+    possible = min(heads, groups, size) > 0 and max(heads, groups) * size <= _MOST
+    return (heads * size, groups * size) if possible else None
