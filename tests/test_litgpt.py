@@ -13,6 +13,7 @@ from loraformat import testing
 from loraformat.layout import ReadOptions
 from loraformat.source import open_source
 from loraformat_converters.litgpt import NAMES, layout, read
+from loraformat_converters.litgpt.heads import heads_of
 
 HERE = Path(__file__).parent / "golden/litgpt"
 CASES = ("query_value", "all", "key")
@@ -42,8 +43,7 @@ def key_for_value(patch):
 
 
 def equal_parts(patch):
-    real = read._heads
-    patch.setattr(read, "_heads", lambda model, config: (sum(real(model, config)) // 2,) * 2)
+    patch.setattr(read, "heads_of", lambda model: (sum(heads_of(model)) // 2,) * 2)
 
 
 def alpha_as_the_scale(patch):
@@ -99,6 +99,13 @@ def test_without_the_files_beside_it_the_parts_are_not_known(tmp_path):
     testing.check_golden(adapter, truth("query_value"))
     wrong = ReadOptions(config=config | {"num_key_value_heads": 4})
     assert problems(layout.read, open_source(path), wrong) == {"LF-507"}
+
+
+def test_heads_that_no_model_has_are_not_allocated(tmp_path):
+    path = alone("key", tmp_path, "hyperparameters.yaml")
+    for heads in (10**18, 10**6, 0, -4):
+        (tmp_path / "model_config.yaml").write_text(f"n_head: {heads}\nn_query_groups: 2\nhead_size: 10\n")
+        assert problems(lf.load, path) == {"LF-504"}
 
 
 def test_a_folder_is_read_by_the_file_in_it():

@@ -22,7 +22,7 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 # A module may import only modules to its left.
 ORDER = (
     *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
-    *("links", "spaces"),
+    *("links", "spaces", "templates"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),

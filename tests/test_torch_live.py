@@ -517,23 +517,33 @@ def test_what_is_merged_is_not_trained():
 @pytest.mark.parametrize("mode", ["branch", "merge"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_under_torch_compile_everything_that_is_changed_meanwhile_is_seen(mode, kind):
-    model, x = net(proj=nn.Linear(7, 11)), torch.randn(4, 7)
-    one = two_kinds()[kind == "dora"]
+    model, x = net(nn.Linear(7, 11)), torch.randn(4, 7)
+    one = adapter(**{"0__weight": two_kinds()[kind == "dora"]["proj.weight"]})
     torch._dynamo.reset()
-    compiled = torch.compile(model["proj"], backend="aot_eager")
-    base = model["proj"](x)
+    compiled = torch.compile(model, backend="aot_eager")
+    base = model(x)
     assert close(compiled(x), base)
     handle = torch_live.apply(one, model, mode=mode)
-    torch._dynamo.reset()
     for weight in (1.0, 0.5, -2.0):
         handle.weight = weight
-        assert close(compiled(x), model["proj"](x))
+        assert close(compiled(x), model(x))
         assert not close(compiled(x), base, 1e-3)
     handle.enabled = False
     assert close(compiled(x), base)
+    handle.enabled = True
+    assert close(compiled(x), model(x))
     handle.remove()
-    torch._dynamo.reset()
     assert close(compiled(x), base)
+
+
+def test_a_weight_that_overflows_changes_nothing():
+    model = net(a=nn.Linear(7, 11), b=nn.Linear(7, 11)).half()
+    handle = torch_live.apply(adapter(a__weight=pair(11, 7), b__weight=pair(11, 7, alpha=1e3)), model, mode="merge")
+    before = frozen(model)
+    with pytest.raises(lf.LoraFormatError, match="LF-611"):
+        handle.weight = 1e4
+    assert frozen(model) == before
+    assert handle.weight == 1.0
 
 
 def test_the_readme_of_the_module_names_what_it_has():

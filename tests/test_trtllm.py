@@ -146,7 +146,10 @@ def test_arrays_of_another_form_are_refused(weights, table, tmp_path):
     assert {rule for rule, _ in problems(layout.read, arrays(tmp_path / "x", weights, table), OPTIONS)} == {"LF-701"}
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00\xff\xff{", b"PK\x03\x04", b"\x80\x04N."])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\x93NUMPY\x01\x00\xff\xff{", b"PK\x03\x04", b"\x80\x04N.", b"\x93NUMPY\x01\x00\x0a\x00c'a': (1, }\n"],
+)
 def test_a_file_that_is_no_array_is_refused(damage, tmp_path):
     shutil.copytree(HERE / "plain-float32", tmp_path / "x")
     (tmp_path / "x" / WEIGHTS).write_bytes(damage)

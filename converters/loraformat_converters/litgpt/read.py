@@ -14,6 +14,7 @@ from loraformat.layout import Reading, ReadOptions
 from loraformat.loose import Loose, by_module
 from loraformat.parts import Lora
 from loraformat_converters.litgpt import NAMES
+from loraformat_converters.litgpt.heads import heads_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -48,7 +49,11 @@ def read(source: Source, options: ReadOptions) -> Reading:
             continue
         a, b = roles["lora_A"], roles["lora_B"]
         scale = draft.scale(module, b.shape[1])
-        whole = _fused(module, a, b, hyper, _heads(model, options.config), draft) if module.endswith(".qkv") else b
+        whole = (
+            _fused(module, a, b, hyper, heads_of(model) or heads_of(options.config), draft)
+            if module.endswith(".qkv")
+            else b
+        )
         if scale is None or whole is None:
             continue
         times = a.shape[0] // b.shape[1]
@@ -69,21 +74,6 @@ def _scalars(text: str | None) -> dict[str, Any]:
     for name, boolean, integer, number in _SCALAR.findall(text or ""):
         found[name] = boolean == "true" if boolean else int(integer) if integer else float(number)
     return found
-
-
-def _heads(model: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """How many rows the query has, and how many the key and the value: by litgpt's own file, or by a config.json."""
-    names = ("n_head", "n_query_groups", "head_size")
-    heads, groups, size = (model.get(name) for name in names)
-    if not all(isinstance(n, int) for n in (heads, groups, size)):
-        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-        groups = config.get("num_key_value_heads", heads)
-        size = config.get("head_dim") or (
-            width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
-        )
-    if not all(isinstance(n, int) and n > 0 for n in (heads, groups, size)):
-        return None
-    return heads * size, groups * size  # type: ignore[operator]
 
 
 def _fused(

@@ -46,11 +46,12 @@ class Peft:
     def detect(self, source: Source) -> str | None:
         """A configuration with ``peft_type``, or the key endings of PEFT in a bare file."""
         if config.has_type(source):
-            return f"{config.FILE} has peft_type"
+            return None if _is_tinkers(source) else f"{config.FILE} has peft_type"
         if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
             return None
         if any(_is_own(name) for name in source.tensors):
-            return None if _is_pipeline(source) else "keys end with .lora_A.weight"
+            others = _is_pipeline(source) or _is_tinkers(source)
+            return None if others else "keys end with .lora_A.weight"
         return None
 
     def read(self, source: Source, options: ReadOptions) -> Reading:
@@ -71,6 +72,16 @@ def _is_own(name: str) -> bool:
     module, _, rest = name.partition(".")
     mangled = module.startswith(("lora_", "lycoris_")) and rest == "lora_A.weight"
     return name.endswith((".lora_A.weight", ".lora_embedding_A")) and not mangled
+
+
+def _is_tinkers(source: Source) -> bool:
+    """Whether the folder holds Tinker's names, which PEFT has not: experts stacked under w1 … w3, another word for the head.
+
+    tinker-cookbook 0.6.1 has the same two files, and the same words in the configuration.
+    """
+    if source.file is None or source.torch or source.file.suffix != ".safetensors":
+        return False
+    return any(".experts.w" in name or ".unembed_tokens." in name for name in source.tensors)
 
 
 layout = Peft()

@@ -16,6 +16,7 @@ from loraformat.resolve import Hints
 from loraformat.strength import strengthen
 from loraformat_converters.torch_live import merged, stack
 from loraformat_converters.torch_live.base import ModuleBase, Place
+from loraformat_converters.torch_live.beside import uncalled
 from loraformat_converters.torch_live.factors import Factors, UpdateModule
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ def apply(
 
     ``branch``: W stays what it is. A pair of a Linear, Conv1D, convolution or embedding runs beside the module,
     h = Wx + s·B(Ax), by a forward hook; every other kind, and every module that overrides ``forward``, gets its changed
-    weight by a parametrization, and then ``state_dict`` has ``parametrizations.<leaf>.original``. A module whose weight
-    others read without calling it sees a hook do nothing: merge there.
+    weight by a parametrization, and then ``state_dict`` has ``parametrizations.<leaf>.original``. Where a parent reads a
+    weight without calling its module a hook does nothing: of torch's own modules these are known, elsewhere merge.
+    Under ``torch.compile`` weight and switch may change at any time; that an adapter came or went makes torch compile
+    again. ``torch.jit`` takes merged modules only.
 
     ``merge``: W + ΔW in the place of W, bit for bit as ``loraformat.merge`` writes it; the original tensor is kept, so
     that the weights of the targets are held twice.
@@ -74,12 +77,14 @@ def apply(
     places = [(key, match, match.turned(chosen[key])) for key, found in resolution.targets.items() for match in found]
     _check(places, mode)
     handle = Handle(chosen, acting, weight, mode)
+    apart = uncalled(module)
     try:
         for key, match, update in places:
-            handle._put(key, match, update, module, trainable)
+            handle._put(key, match, update, apart, trainable)
     except BaseException:
         handle.remove()
         raise
+    stack.forget_compiled()
     return handle
 
 
@@ -105,10 +110,7 @@ class Handle:
 
     @weight.setter
     def weight(self, value: float) -> None:
-        acting = strengthen(self._adapter, value)
-        self._check_untouched()
-        self._acting, self._weight = acting, value
-        self._refresh()
+        self._set(strengthen(self._adapter, value), value, self._enabled)
 
     @property
     def enabled(self) -> bool:
@@ -117,9 +119,7 @@ class Handle:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._check_untouched()
-        self._enabled = bool(value)
-        self._refresh()
+        self._set(self._acting, self._weight, bool(value))
 
     @property
     def adapter(self) -> Adapter:
@@ -143,6 +143,7 @@ class Handle:
         for at, acting in reversed(self._merges):
             merged.take(at, acting)
         self._branches, self._merges = [], []
+        stack.forget_compiled()
 
     def __enter__(self) -> Handle:
         return self
@@ -152,7 +153,7 @@ class Handle:
     ) -> None:
         self.remove()
 
-    def _put(self, key: str, match: Match, update: Update, root: nn.Module, trainable: bool) -> None:
+    def _put(self, key: str, match: Match, update: Update, apart: frozenset[int], trainable: bool) -> None:
         at: Place = match.handle
         self.places.setdefault(key, []).append(match.weight)
         if self.mode == "merge":
@@ -162,12 +163,24 @@ class Handle:
             return
         branch = UpdateModule(update, trainable).to(at.stored.device)
         branch.strength = self._weight
-        stack.put(at, branch, root)
+        stack.put(at, branch, apart)
         self._branches.append((key, at, branch))
 
     def _of(self, key: str, match: Match) -> Update | None:
         """What is merged for a target now."""
         return match.turned(self._acting[key]) if self._enabled else None
+
+    def _set(self, acting: Adapter, weight: float, enabled: bool) -> None:
+        """All of it, or none: a weight may take a value beyond the range of its dtype."""
+        self._check_untouched()
+        before = self._acting, self._weight, self._enabled
+        self._acting, self._weight, self._enabled = acting, weight, enabled
+        try:
+            self._refresh()
+        except LoraFormatError:
+            self._acting, self._weight, self._enabled = before
+            self._refresh()
+            raise
 
     def _refresh(self) -> None:
         for _, _, branch in self._branches:

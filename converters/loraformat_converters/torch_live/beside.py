@@ -15,7 +15,7 @@ from loraformat_converters.torch_live.base import Place, is_conv1d
 if TYPE_CHECKING:
     from loraformat_converters.torch_live.factors import UpdateModule
 
-__all__ = ["Branch", "branch_of"]
+__all__ = ["Branch", "add", "branch_of", "uncalled"]
 
 Branch = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(module, x, A, B) → B(Ax)."""
@@ -27,16 +27,21 @@ _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-def branch_of(at: Place, root: nn.Module) -> Branch | None:
+def uncalled(root: nn.Module) -> frozenset[int]:
+    """The modules, by ``id``, whose weights their parents read without calling them.
+
+    torch 2.13 functional.multi_head_attention_forward takes the weight of the output projection.
+    """
+    return frozenset(id(m.out_proj) for m in root.modules() if isinstance(m, nn.MultiheadAttention))
+
+
+def branch_of(at: Place, uncalled: frozenset[int]) -> Branch | None:
     """How a pair runs beside this module; None where its weight is, or may be, read in another way than by a call.
 
-    A class that overrides ``forward`` may do anything with its weight; ``nn.MultiheadAttention`` reads its output
-    projection's without calling it (torch 2.13 functional.multi_head_attention_forward).
+    A class that overrides ``forward`` may do anything with its weight.
     """
     module = at.module
-    if at.leaf != "weight" or any(
-        isinstance(m, nn.MultiheadAttention) and m.out_proj is module for m in root.modules()
-    ):
+    if at.leaf != "weight" or id(module) in uncalled:
         return None
     forward = type(module).forward
     if forward is nn.Linear.forward or is_conv1d(module):

@@ -6,9 +6,11 @@ act in order on the weight itself, by a parametrization: the order counts there,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from loraformat_converters.torch_live.base import Place
 
-__all__ = ["put", "refusal", "take"]
+__all__ = ["forget_compiled", "put", "refusal", "take"]
 
 _KEY = "_loraformat_stacks"
 
@@ -31,11 +33,11 @@ class Stack(nn.Module):
     loraformat_branches = True
     at: Place
 
-    def __init__(self, at: Place, root: nn.Module) -> None:
+    def __init__(self, at: Place, uncalled: frozenset[int]) -> None:
         super().__init__()
         self.updates = nn.ModuleList()
         self.at = at
-        self.branch = branch_of(at, root)
+        self.branch = branch_of(at, uncalled)
         self.hook: RemovableHandle | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -113,11 +115,17 @@ def _order(own: dict[str, Any], order: list[str]) -> None:
             own[leaf] = own.pop(leaf)
 
 
-def put(at: Place, update: UpdateModule, root: nn.Module) -> None:
-    """An update on top of what acts on this parameter."""
+def forget_compiled() -> None:
+    """Compiled code looks at no hook that came or went since (torch 2.13 skip_nnmodule_hook_guards): compile again."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def put(at: Place, update: UpdateModule, uncalled: frozenset[int]) -> None:
+    """An update on top of what acts on this parameter; ``uncalled`` as of ``beside``."""
     stacks: _Stacks = at.module.__dict__.setdefault(_KEY, _Stacks(at.module))
     if at.leaf not in stacks:
-        stacks[at.leaf] = Stack(at, root)
+        stacks[at.leaf] = Stack(at, uncalled)
     stacks[at.leaf].put(update)
 
 

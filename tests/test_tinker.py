@@ -1,0 +1,127 @@
+"""Tinker: what its cookbook merges is what is read, experts shared on one side included."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mutants import net
+from peft_goldens import adapter_of
+from safetensors.numpy import load_file, save_file
+
+import loraformat as lf
+from loraformat import registry, testing
+from loraformat.source import open_source
+from loraformat.verbs.convert import save
+from loraformat.verbs.retarget import retarget
+from loraformat_converters.tinker import NAMES, layout, read
+from loraformat_converters.tinker import space as spaces
+
+HERE = Path(__file__).parent / "golden/tinker"
+QWEN = {"model_type": "qwen3_moe"}
+
+
+def check_deltas(folder=None):
+    adapter = lf.load(HERE / "adapter")
+    assert adapter.names == NAMES
+    found = retarget(adapter, "torch", config=QWEN).adapter
+    truth = {n.removeprefix("delta."): t for n, t in load_file(HERE / "truth.safetensors").items()}
+    testing.check_golden(found, truth)
+    base = lf.open_base(HERE / "base.safetensors")
+    assert not base.resolve(found, lf.Hints()).unresolved
+
+
+def a_and_b_swapped(patch):
+    patch.setattr(read, "_ENDINGS", {".lora_A.weight": "lora_B", ".lora_B.weight": "lora_A"})
+
+
+def alpha_as_the_scale(patch):
+    patch.setattr(read.Loose, "scale", lambda self, module, r: (self.alpha, "factor"))
+
+
+def up_for_gate(patch):
+    patch.setattr(spaces, "_LEAVES", {"w1": "up_proj", "w2": "down_proj", "w3": "gate_proj"})
+
+
+def experts_turned(patch):
+    real = read.Placement
+
+    def turned(shape, out, in_, batch=()):
+        return real(shape, in_, out, batch) if batch and shape[1] == shape[2] else real((shape[0], *shape[:0:-1]), in_, out, batch) if batch else real(shape, out, in_)  # fmt: skip
+
+    patch.setattr(read, "Placement", turned)
+
+
+test_the_golden, test_a_mutant_turns_its_check_red = net(
+    {"merge": check_deltas},
+    [(mutant, "merge") for mutant in (a_and_b_swapped, alpha_as_the_scale, up_for_gate, experts_turned)],
+)
+
+
+def test_the_golden_is_claimed_by_tinker_alone_and_pefts_by_peft():
+    testing.check_claimed_alone(layout, HERE / "adapter")
+    testing.check_claimed_alone(layout, HERE / "adapter/adapter_model.safetensors")
+    testing.check_claimed_alone(registry.layout("peft"), adapter_of("llama"))
+
+
+def problems(call, *args, **kwargs):
+    with pytest.raises(lf.LoraFormatError) as caught:
+        call(*args, **kwargs)
+    return {p.rule for p in caught.value.problems}
+
+
+def changed(folder, config=None, **tensors):
+    shutil.copytree(HERE / "adapter", folder)
+    kept = load_file(folder / "adapter_model.safetensors")
+    save_file(kept | {f"base_model.model.{n}": t for n, t in tensors.items()}, folder / "adapter_model.safetensors")
+    if config is not None:
+        (folder / "adapter_config.json").write_text(config)
+    return folder
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def test_empty_experts_stand_for_nothing_and_are_told(tmp_path):
+    empty = {f"model.layers.1.mlp.experts.w1.lora_{r}.weight": np.zeros((0, 4, 0), np.float32) for r in "AB"}
+    reading, _, _ = registry.read(changed(tmp_path / "a", **empty))
+    assert [w.rule for w in reading.warnings] == ["LF-311"]
+    assert len(reading.adapter) == 6
+
+
+def test_what_no_tool_of_tinkers_reads_is_refused(tmp_path):
+    pair = {f"model.layers.1.mlp.experts.w1.lora_{r}.weight": normal(1, 4, 4) for r in "AB"}
+    assert problems(lf.load, changed(tmp_path / "shared", **pair)) == {"LF-504"}
+    assert problems(lf.load, changed(tmp_path / "stray", **{"model.norm.weight": normal(3)})) == {"LF-506"}
+    flat = {f"model.layers.1.mlp.experts.w1.lora_{r}.weight": normal(4, 4) for r in "AB"}
+    assert problems(lf.load, changed(tmp_path / "flat", **flat)) == {"LF-309"}
+    for i, (config, rule) in enumerate(
+        {
+            "[": "LF-503", "{}": "LF-503", '{"r": 4}': "LF-503", '{"r": 4, "lora_alpha": true}': "LF-503",
+            '{"r": 5, "lora_alpha": 7}': "LF-507", '{"r": 4, "lora_alpha": 7, "use_rslora": true}': "LF-504",
+        }.items()
+    ):  # fmt: skip
+        assert problems(lf.load, changed(tmp_path / str(i), config)) == {rule}
+
+
+def test_names_of_a_model_that_is_not_known_are_not_guessed(tmp_path):
+    adapter = lf.load(HERE / "adapter")
+    assert problems(retarget, adapter, "torch") == {"LF-604"}
+    assert problems(retarget, adapter, "torch", config={"model_type": "gpt_oss"}) == {"LF-604"}
+    tied = QWEN | {"tie_word_embeddings": True}
+    assert problems(retarget, adapter, "torch", config=tied) == {"LF-602"}
+    assert problems(save, adapter, tmp_path / "out", layout) == {"LF-508"}
+
+
+def test_a_folder_goes_to_peft_by_the_command(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    told = run("convert", HERE / "adapter", "peft", "--base", "config.json")
+    assert told.code == 0, told.err
+    truth = load_file(HERE / "truth.safetensors")
+    found = lf.load(tmp_path / "peft")
+    assert {f"delta.{key}" for key in found} == truth.keys()
+    for key, update in found.items():
+        assert testing.relative_error(update.matrix(), truth[f"delta.{key}"]) <= 1e-6
+    assert open_source(tmp_path / "peft").sidecar("adapter_config.json")
