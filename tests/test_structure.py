@@ -30,7 +30,7 @@ ORDER = (
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
-    *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate"),
+    *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate", "decoders", "refactored"),
     *(
         "verbs",
         "verbs.merge",

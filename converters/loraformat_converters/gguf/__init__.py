@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 from loraformat.errors import fault
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loraformat.adapter import Adapter
     from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
+    from loraformat.links import Link
     from loraformat.source import Source
+    from loraformat.spaces import Known
 
-__all__ = ["Gguf", "layout"]
+__all__ = ["Gguf", "GgufSpace", "layout", "space"]
 
 
 class Gguf:
@@ -49,4 +53,18 @@ class Gguf:
         return write(adapter, options)
 
 
+class GgufSpace:
+    """The names of the tensors in a GGUF model."""
+
+    name = "gguf"
+    describes = "the tensors of a GGUF model (llama.cpp)"
+
+    def links(self, known: Known) -> Iterable[Link]:
+        """See ``loraformat_converters.gguf.space``."""
+        from loraformat_converters.gguf.space import links
+
+        return links(known)
+
+
 layout = Gguf()
+space = GgufSpace()
