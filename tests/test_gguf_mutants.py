@@ -1,14 +1,17 @@
 """The net over llama.cpp's goldens has no hole: reading and writing made wrong, as people do, turns a check red."""
 
+from dataclasses import replace
+
 import numpy as np
 from gguf_goldens import check_deltas
 from mutants import net
+from test_decoder_spaces import check_converted
 from test_gguf import LLAMA, pair
 
 import loraformat as lf
-from loraformat import Adapter, testing
+from loraformat import Adapter, decoders, testing
 from loraformat.verbs.convert import save
-from loraformat_converters.gguf import file, layout, read, write
+from loraformat_converters.gguf import architectures, file, layout, names, read, write
 
 Draft = read._Draft
 
@@ -123,8 +126,57 @@ def experts_are_written_the_other_way(monkeypatch):
     )
 
 
+def converted(case):
+    return lambda folder: check_converted(case, folder)
+
+
+def rows_are_not_reordered(monkeypatch):
+    monkeypatch.setattr(names, "interleaved", lambda rows, heads: np.arange(rows))
+
+
+def rows_are_reordered_twice(monkeypatch):
+    whole = names.interleaved
+    monkeypatch.setattr(names, "interleaved", lambda rows, heads: whole(rows, heads)[whole(rows, heads)])
+
+
+def rows_are_reordered_the_other_way(monkeypatch):
+    whole = names.interleaved
+    monkeypatch.setattr(names, "interleaved", lambda rows, heads: np.argsort(whole(rows, heads)))
+
+
+def rows_are_reordered_where_they_are_not(monkeypatch):
+    whole = architectures.by_config
+    monkeypatch.setattr(architectures, "by_config", lambda config: replace(whole(config), permuted=True))
+
+
+def keys_have_the_heads_of_queries(monkeypatch):
+    monkeypatch.setitem(names._HEADS, "k_proj", ("num_attention_heads",))
+
+
+def experts_are_numbered_backwards(monkeypatch):
+    whole = decoders.Seat
+
+    def seat(name, index=None, **more):
+        return whole(name, index=index and (index[1] - 1 - index[0], index[1]), **more)
+
+    monkeypatch.setattr(decoders, "Seat", seat)
+
+
+def gate_and_up_are_exchanged(monkeypatch):
+    whole = architectures.by_config
+
+    def exchanged(config):
+        found = whole(config)
+        other = {"gate": "up", "up": "gate"}
+        swap = {k: "_".join(other.get(p, p) for p in v.split("_")) for k, v in found.decoder.experts.items()}
+        return replace(found, decoder=replace(found.decoder, experts=swap))
+
+    monkeypatch.setattr(architectures, "by_config", exchanged)
+
+
 CASES = ("llama", "mixtral", "llama_f16", "llama_q8_0")
 CHECKS = {case: gguf_delta(case) for case in CASES} | {"read back": read_back, "zero": zero}
+CHECKS |= {f"converted {case}": converted(case) for case in ("llama", "rslora_patterns", "mixtral", "qwen3", "gpt2")}
 MUTANTS = [
     *((mutant, "llama") for mutant in (the_scale_is_lost, alpha_is_the_scale, alpha_is_of_rslora, factors_are_swapped)),
     *((mutant, "llama") for mutant in (shapes_are_as_ggml_counts_them, a_key_is_skipped)),
@@ -135,6 +187,16 @@ MUTANTS = [
     *((mutant, "read back") for mutant in (nothing_is_folded, rslora_is_forgotten, the_fold_forgets_the_rank)),
     (experts_are_written_the_other_way, "read back"),
     (an_alpha_of_zero_is_written, "zero"),
+    *((rows_are_not_reordered, f"converted {case}") for case in ("llama", "rslora_patterns", "mixtral")),
+    *((mutant, "converted llama") for mutant in (rows_are_reordered_twice, rows_are_reordered_the_other_way)),
+    (rows_are_reordered_where_they_are_not, "converted qwen3"),
+    (keys_have_the_heads_of_queries, "converted llama"),
+    *((mutant, "converted mixtral") for mutant in (experts_are_numbered_backwards, gate_and_up_are_exchanged)),
+    *(
+        (mutant, "converted rslora_patterns")
+        for mutant in (nothing_is_folded, rslora_is_forgotten, the_fold_forgets_the_rank)
+    ),
+    (an_embedding_is_like_the_rest, "converted llama"),
 ]
 
 test_gguf_is_green, test_a_mutant_of_gguf_turns_red = net(CHECKS, MUTANTS)

@@ -60,8 +60,8 @@ class GgufSpace:
     describes = "the tensors of a GGUF model (llama.cpp)"
 
     def links(self, known: Known) -> Iterable[Link]:
-        """See ``loraformat_converters.gguf.space``."""
-        from loraformat_converters.gguf.space import links
+        """See ``loraformat_converters.gguf.names``."""
+        from loraformat_converters.gguf.names import links
 
         return links(known)
 

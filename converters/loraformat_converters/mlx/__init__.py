@@ -68,8 +68,8 @@ class MlxSpace:
     describes = "the parameters of a model in mlx-lm"
 
     def links(self, known: Known) -> Iterable[Link]:
-        """See ``loraformat_converters.mlx.space``."""
-        from loraformat_converters.mlx.space import links
+        """See ``loraformat_converters.mlx.names``."""
+        from loraformat_converters.mlx.names import links
 
         return links(known)
 
