@@ -3,6 +3,7 @@
 import io
 import random
 import struct
+import sys
 import time
 import tracemalloc
 
@@ -11,7 +12,9 @@ import pytest
 from test_gguf import HEAD, TENSORS, problems_of, written
 
 import loraformat as lf
-from loraformat_converters.gguf import store
+from loraformat.layout import ReadOptions
+from loraformat.source import open_source
+from loraformat_converters.gguf import layout, store
 from loraformat_converters.gguf.cursor import Value
 from loraformat_converters.gguf.file import GgufFile
 
@@ -93,12 +96,14 @@ def test_another_version_is_none_that_is_read(version, word, tmp_path):
     assert word in problem.what
 
 
-def test_a_quantised_tensor_is_described_and_not_read(tmp_path):
+def test_a_quantised_tensor_is_described_and_needs_a_package_to_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(padded(file(tensor(shape=(256,), kind=12), 1), b"\0" * 160))
     found = GgufFile(tmp_path / "a.gguf")
     assert found.infos["a"].type == "Q4_K"
+    monkeypatch.setitem(sys.modules, "gguf", None)
     (problem,) = problems_of(found.__getitem__, "a")
-    assert problem.rule == "LF-504"
+    assert problem.rule == "LF-704"
+    assert "loraformat[gguf]" in problem.fix
 
 
 def test_all_faults_of_the_tensors_are_told_and_not_more_than_a_hundred(tmp_path):
@@ -124,7 +129,7 @@ def test_a_mutated_file_is_read_soundly_or_refused_by_a_rule(seed, tmp_path):
             mutate(data, chance)
         path.write_bytes(data)
         try:
-            adapter = lf.load(path)
+            adapter = layout.read(open_source(path), ReadOptions()).adapter
         except lf.LoraFormatError as error:
             assert all(problem.rule.startswith("LF-") for problem in error.problems)
             refused += 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from loraformat.decoders import Decoder, text_config
 
-__all__ = ["Architecture", "by_config", "by_gguf", "named"]
+__all__ = ["Architecture", "by_config", "by_gguf", "named", "tied"]
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,22 @@ def by_config(config: Mapping[str, Any]) -> Architecture | None:
     return _TABLE.get(str(text_config(config).get("model_type")))
 
 
-def by_gguf(name: str) -> Architecture | None:
-    """The architecture of that name in GGUF, where transformers has one set of names for it; None of none or several."""
+def by_gguf(name: str, *, experts: bool) -> Architecture | None:
+    """The architecture of that name in GGUF, with experts or without; None of none.
+
+    llama.cpp has one for several of transformers, but those of one kind have the same names (Mistral is a ``llama``).
+    """
     found = [item for item in _TABLE.values() if item.name == name]
-    same = found and all(item.decoder == found[0].decoder for item in found)
-    return found[0] if same else None
+    return next((item for item in found if bool(item.decoder.experts) == experts), found[0] if found else None)
+
+
+def tied(config: Mapping[str, Any]) -> bool:
+    """Whether the model's head is known to be its embedding.
+
+    llama.cpp then multiplies by the tensor whose lora_a lies the other way for looking up, and stops at an assertion
+    (xllamacpp 2026.10.11549, measured). A config.json without the key is of a model of the kind that is not tied.
+    """
+    return bool(text_config(config).get("tie_word_embeddings"))
 
 
 def named(config: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from loraformat_converters.gguf.architectures import Architecture
 from loraformat_converters.gguf.rotary import interleaved
 
 if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
     from loraformat.spaces import Known
 
 __all__ = ["links"]
@@ -39,19 +40,25 @@ def links(known: Known) -> Iterator[Link]:
 
 
 def _architecture(known: Known) -> Architecture:
-    """By the model's config.json, else by the metadata that a GGUF adapter had."""
+    """By the model's config.json, else by the metadata of a model in GGUF, or of what the adapter was in GGUF."""
     if (found := architectures.by_config(known.config)) is not None:
         return found
     told = decoders.text_config(known.config).get("model_type")
-    if told is None and (text := known.adapter.extensions.get("gguf")) is not None:
-        kept = keys.restored(text).get(keys.ARCHITECTURE)
-        told = kept.value if kept is not None else None
-        if (found := architectures.by_gguf(str(told))) is not None:
+    if told is None and (told := known.config.get(keys.ARCHITECTURE) or _source(known.adapter)) is not None:
+        experts = any("_exps." in key or ".experts" in key for key in known.adapter)
+        if (found := architectures.by_gguf(told, experts=experts)) is not None:
             return found
     if told is None:
         what = "the architecture is not known, which tells the names and the order of rows in GGUF"
         raise fault("LF-604", what, fix=decoders.FIX)
     raise fault("LF-604", f"no table has the tensors of {told} in GGUF", fix="--names MAP for every target")
+
+
+def _source(adapter: Adapter) -> str | None:
+    """The architecture that a GGUF adapter states."""
+    text = adapter.extensions.get("gguf")
+    kept = keys.restored(text).get(keys.ARCHITECTURE) if text is not None else None
+    return kept.value if kept is not None and kept.type == "str" else None
 
 
 def _reordered(link: Link, known: Known) -> Link:
