@@ -28,8 +28,9 @@ def config_of(case):
 
 @functools.cache
 def truth_of(case):
+    """Tensor of the model in GGUF → its change."""
     tensors = load_file(HERE / case / "truth.safetensors")
-    return {name.removeprefix("delta."): value for name, value in tensors.items()}
+    return {name.removeprefix("delta."): value for name, value in tensors.items() if name.startswith("delta.")}
 
 
 def check_deltas(case):

@@ -109,7 +109,7 @@ def test_an_alpha_of_zero_is_a_scale_of_one(tmp_path):
     ],
 )
 def test_metadata_of_something_else_is_refused(changes, rule, word, tmp_path):
-    (problem,) = problems_of(lf.load, written(tmp_path / "a.gguf", **changes))
+    (problem,) = problems_of(lf.load, written(tmp_path / "a.gguf", **changes), "gguf")
     assert problem.rule == rule
     assert word in problem.what
 

@@ -3,6 +3,7 @@
 import io
 import random
 import struct
+import sys
 import time
 import tracemalloc
 
@@ -11,7 +12,9 @@ import pytest
 from test_gguf import HEAD, TENSORS, problems_of, written
 
 import loraformat as lf
-from loraformat_converters.gguf import store
+from loraformat.layout import ReadOptions
+from loraformat.source import open_source
+from loraformat_converters.gguf import layout, store
 from loraformat_converters.gguf.cursor import Value
 from loraformat_converters.gguf.file import GgufFile
 
@@ -93,12 +96,14 @@ def test_another_version_is_none_that_is_read(version, word, tmp_path):
     assert word in problem.what
 
 
-def test_a_quantised_tensor_is_described_and_not_read(tmp_path):
+def test_a_quantised_tensor_is_described_and_needs_a_package_to_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(padded(file(tensor(shape=(256,), kind=12), 1), b"\0" * 160))
     found = GgufFile(tmp_path / "a.gguf")
     assert found.infos["a"].type == "Q4_K"
+    monkeypatch.setitem(sys.modules, "gguf", None)
     (problem,) = problems_of(found.__getitem__, "a")
-    assert problem.rule == "LF-504"
+    assert problem.rule == "LF-704"
+    assert "loraformat[gguf]" in problem.fix
 
 
 def test_all_faults_of_the_tensors_are_told_and_not_more_than_a_hundred(tmp_path):
@@ -115,16 +120,16 @@ def test_a_mutated_file_is_read_soundly_or_refused_by_a_rule(seed, tmp_path):
     lists = {"a__tags": Value("[str]", ["x", "y"]), "a__list": Value("[i16]", [1, -2]), "a__big": Value("u64", 2**63)}
     whole = content(**lists)
     path = tmp_path / "a.gguf"
-    began = time.monotonic()
-    tracemalloc.start()
-    refused = 0
+    began, refused = time.monotonic(), 0
+    if seed == 0:  # it makes everything slow
+        tracemalloc.start()
     for _ in range(250):
         data = bytearray(whole)
         for _ in range(chance.randint(1, 3)):
             mutate(data, chance)
         path.write_bytes(data)
         try:
-            adapter = lf.load(path)
+            adapter = layout.read(open_source(path), ReadOptions()).adapter
         except lf.LoraFormatError as error:
             assert all(problem.rule.startswith("LF-") for problem in error.problems)
             refused += 1
@@ -132,10 +137,10 @@ def test_a_mutated_file_is_read_soundly_or_refused_by_a_rule(seed, tmp_path):
             with np.errstate(all="ignore"):  # a value may be anything
                 for update in adapter.values():
                     update.matrix()
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    if seed == 0:
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+        tracemalloc.stop()
     assert refused > 50
-    assert peak < 64 * 2**20
     assert time.monotonic() - began < 60
 
 
@@ -160,7 +165,7 @@ def mutate(data, chance):
 
 def test_a_file_cannot_ask_for_more_memory_than_it_has(tmp_path):
     """A million strings, an array of a billion numbers and a long vocabulary cost no more than a walk over them."""
-    vocabulary = text(b"v") + struct.pack("<IIQ", 9, 8, 200_000) + text(b"x") * 200_000
+    vocabulary = text(b"v") + struct.pack("<IIQ", 9, 8, 30_000) + text(b"x") * 30_000
     (tmp_path / "a.gguf").write_bytes(padded(file(values=vocabulary, number=1)))
     tracemalloc.start()
     found = GgufFile(tmp_path / "a.gguf")

@@ -30,7 +30,7 @@ ORDER = (
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
-    *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate"),
+    *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate", "decoders", "refactored"),
     *(
         "verbs",
         "verbs.merge",
@@ -129,6 +129,7 @@ def test_the_core_imports_no_framework_and_no_converter(module):
 
 def test_a_layout_of_tensors_imports_no_framework_either():
     allowed = sys.stdlib_module_names | THIRD_PARTY | {"loraformat", "loraformat_converters"}
+    allowed |= {"gguf"}  # a package of numpy alone, and only for models of quantised types
     for layout in ("diffusers", "gguf", "kohya", "litgpt", "loralib", "mlx", "peft", "torchtune", "trtllm"):
         for path in (CONVERTERS / layout).glob("*.py"):
             assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path

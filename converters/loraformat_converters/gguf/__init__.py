@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING
 from loraformat.errors import fault
 
 if TYPE_CHECKING:
-    from loraformat.adapter import Adapter
-    from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
-    from loraformat.source import Source
+    from collections.abc import Iterable
+    from pathlib import Path
 
-__all__ = ["Gguf", "layout"]
+    from loraformat.adapter import Adapter
+    from loraformat.base import Base
+    from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
+    from loraformat.links import Link
+    from loraformat.source import Source
+    from loraformat.spaces import Known
+
+__all__ = ["Gguf", "GgufKind", "GgufSpace", "kind", "layout", "space"]
 
 
 class Gguf:
@@ -31,8 +37,13 @@ class Gguf:
     names = frozenset({"gguf"})
 
     def detect(self, source: Source) -> str | None:
-        """The first four bytes."""
-        return "the file begins with GGUF" if source.head.startswith(b"GGUF") else None
+        """The first four bytes, of a file that says that it is an adapter or is too damaged to say what it is."""
+        if source.file is None or not source.head.startswith(b"GGUF"):
+            return None
+        from loraformat_converters.gguf.keys import stated_type
+
+        told = stated_type(source.file)
+        return None if told in (None, "model") else f"the file begins with GGUF and is of type {told}"
 
     def read(self, source: Source, options: ReadOptions) -> Reading:
         """See ``loraformat_converters.gguf.read``."""
@@ -49,4 +60,39 @@ class Gguf:
         return write(adapter, options)
 
 
+class GgufKind:
+    """A model in GGUF, by its first four bytes."""
+
+    name = "gguf"
+    describes = "GGUF model (llama.cpp), which is only read"
+
+    def recognises(self, path: Path) -> bool:
+        """The first four bytes."""
+        if path.suffix != ".gguf" or not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+
+    def open(self, path: Path) -> Base:
+        """See ``loraformat_converters.gguf.base``."""
+        from loraformat_converters.gguf.base import GgufModel
+
+        return GgufModel(path)
+
+
+class GgufSpace:
+    """The names of the tensors in a GGUF model."""
+
+    name = "gguf"
+    describes = "the tensors of a GGUF model (llama.cpp)"
+
+    def links(self, known: Known) -> Iterable[Link]:
+        """See ``loraformat_converters.gguf.names``."""
+        from loraformat_converters.gguf.names import links
+
+        return links(known)
+
+
+kind = GgufKind()
 layout = Gguf()
+space = GgufSpace()

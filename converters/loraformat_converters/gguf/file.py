@@ -66,15 +66,15 @@ class TensorInfo:
 
 
 class GgufFile(Mapping[str, "Array"]):
-    """Name → array, each a view of the mapped file where its type is one of numpy's; Q8_0 as float32.
+    """Name → array, each a view of the mapped file where its type is one of numpy's; quantised as float32.
 
     Attributes:
         metadata: key → value, in the order of the file.
         infos: name → description.
 
     Raises:
-        LoraFormatError: LF-511 the file is not sound, with every fault of its tensors; LF-504, on reading one, a
-            tensor of another quantised type.
+        LoraFormatError: LF-511 the file is not sound, with every fault of its tensors; on reading one, LF-704 where its
+            type needs the package gguf.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,15 +91,19 @@ class GgufFile(Mapping[str, "Array"]):
         self.infos = _infos(cursor, tensors, _alignment(self.metadata))
 
     def __getitem__(self, name: str) -> Array:
+        return self.read(name)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """A tensor, or the rows [start, stop) of its first axis; blocks lie along the last."""
         info = self.infos[name]
-        data = np.frombuffer(self._map, np.uint8, info.stop - info.start, info.start)
-        if info.type == "Q8_0":
-            return _q8_0(data).reshape(info.shape)
-        if info.type not in NUMPY:
-            fix = "convert it with --outtype f32, f16, bf16 or q8_0"
-            raise fault("LF-504", f"the tensor is quantised as {info.type}, which is not read", where=name, fix=fix)
-        array: Array = data.view(NUMPY[info.type]).reshape(info.shape)
-        return array
+        shape, start, size = info.shape, info.start, info.stop - info.start
+        if rows is not None and len(shape) > 1:
+            start, size = start + size // shape[0] * rows[0], size // shape[0] * (rows[1] - rows[0])
+            shape = (rows[1] - rows[0], *shape[1:])
+        data = np.frombuffer(self._map, np.uint8, size, start)
+        array: Array = data.view(NUMPY[info.type]) if info.type in NUMPY else _dequantised(name, info.type, data)
+        array = array.reshape(shape)
+        return array[slice(*rows)] if rows is not None and len(shape) == 1 else array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -111,6 +115,21 @@ class GgufFile(Mapping[str, "Array"]):
 def aligned(offset: int, alignment: int = ALIGNMENT) -> int:
     """The next multiple."""
     return offset + -offset % alignment
+
+
+def _dequantised(name: str, kind: str, data: Array) -> Array:
+    """The values of a quantised tensor as float32: of Q8_0, which adapters have, here; of others by the package gguf."""
+    if kind == "Q8_0":
+        return _q8_0(data)
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        what = f"the tensor is quantised as {kind}, which the package gguf reads"
+        raise fault("LF-704", what, where=name, fix="pip install 'loraformat[gguf]'") from None
+    try:
+        return np.asarray(quants.dequantize(data, GGMLQuantizationType[kind]), np.float32)
+    except (KeyError, NotImplementedError) as error:
+        raise fault("LF-504", f"the tensor is quantised as {kind}, which nobody reads: {error}", where=name) from None
 
 
 def _q8_0(data: Array) -> Array:

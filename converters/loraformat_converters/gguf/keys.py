@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from loraformat.errors import Problem, fault
+from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat_converters.gguf.cursor import SCALARS, Value
+from loraformat_converters.gguf.file import GgufFile
 
-__all__ = ["ALPHA", "ARCHITECTURE", "kept", "metadata", "problems", "restored"]
+__all__ = ["ALPHA", "ARCHITECTURE", "kept", "metadata", "problems", "restored", "stated_type"]
 
 ARCHITECTURE = "general.architecture"
 TYPE = "general.type"
@@ -23,6 +25,15 @@ TOKENS = "adapter.alora.invocation_tokens"
 
 _TYPES = {ARCHITECTURE: "str", TYPE: "str", ADAPTER: "str", ALPHA: "f32", TOKENS: "[u32]"}
 _KINDS = frozenset({"str", *(name for name, _ in SCALARS.values())})
+
+
+def stated_type(path: Path) -> str | None:
+    """``general.type``, which models of some age lack; ``unknown`` of a file that is not sound."""
+    try:
+        found = GgufFile(path).metadata.get(TYPE)
+    except LoraFormatError:
+        return "unknown"
+    return str(found.value) if found is not None else None
 
 
 def problems(values: Mapping[str, Value]) -> list[Problem]:

@@ -133,6 +133,10 @@ def _misfits(key: str, update: Update, options: WriteOptions) -> list[tuple[str,
         found.append((f"a factor is {', '.join(sorted(others))}; written are {written}", "--dtype float32"))
     if part.lora_A.ndim > 3:
         found.append((f"{part.lora_A.ndim - 2} batch axes: ggml stacks experts along one", ""))
+    if key.endswith(EMBEDDING) and architectures.tied(options.config):
+        found.append(
+            ("of a model whose head is its embedding: llama.cpp ends where the head is computed", "leave it out")
+        )
     return [*found, *_displaced(key, update)]
 
 

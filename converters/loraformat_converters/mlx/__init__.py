@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 from loraformat_converters.mlx import config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loraformat.adapter import Adapter
     from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
+    from loraformat.links import Link
     from loraformat.source import Source
+    from loraformat.spaces import Known
 
-__all__ = ["Mlx", "layout"]
+__all__ = ["Mlx", "MlxSpace", "layout", "space"]
 
 TENSORS = "adapters.safetensors"
 
@@ -57,4 +61,18 @@ class Mlx:
         return write(adapter)
 
 
+class MlxSpace:
+    """The names of the parameters in a model of mlx-lm."""
+
+    name = "mlx"
+    describes = "the parameters of a model in mlx-lm"
+
+    def links(self, known: Known) -> Iterable[Link]:
+        """See ``loraformat_converters.mlx.names``."""
+        from loraformat_converters.mlx.names import links
+
+        return links(known)
+
+
 layout = Mlx()
+space = MlxSpace()

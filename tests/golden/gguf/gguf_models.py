@@ -55,7 +55,7 @@ _MOE = {
     "mlp_only_layers": [],
 }
 _QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
-_GPT2 = {"n_embd": 24, "n_head": 4, "n_layer": 1, "n_positions": 64, "n_inner": 36}
+_GPT2 = {"n_embd": 24, "n_head": 4, "n_layer": 1, "n_positions": 64, "n_inner": 36, "n_ctx": 64}
 
 CASES = [
     Case("llama", "llama", [*_LLAMA, "lm_head", "embed_tokens"], {"head_dim": 8}, logits=True),
@@ -82,6 +82,6 @@ CASES = [
     Case("seed_oss", "seed_oss", sizes={"head_dim": 8}),
     Case("phi3", "phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], logits=True),
     Case("starcoder2", "starcoder2", [*_QKVO, "c_fc", "c_proj"]),
-    Case("phi", "phi", ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"], {"num_key_value_heads": 4}),
-    Case("gpt2", "gpt2", ["c_attn", "c_proj", "c_fc"], _GPT2),
+    Case("phi", "phi", ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"], {"num_key_value_heads": 4, "hidden_size": 32}),
+    Case("gpt2", "gpt2", ["c_attn", "c_proj", "c_fc"], _GPT2, right=False),  # it turns the factors with the weights
 ]  # fmt: skip

@@ -6,7 +6,7 @@ folder of a llama.cpp (the one in the source package of llama-cpp-python 0.3.36)
 ``peft/``              the adapter as PEFT saves it, less its README.md
 ``config.json``        of the base model
 ``adapter.gguf``       what convert_lora_to_gguf.py makes of it; not of the cases where it is known to be wrong: it reads
-                       neither use_rslora nor alpha_pattern
+                       neither use_rslora nor alpha_pattern, and turns the factors of a Conv1D with its weight
 ``truth.safetensors``  ``delta.<tensor>``: what convert_hf_to_gguf.py makes of the merged model minus what it makes of
                        the base, for each tensor that differs
 ``base.gguf``          where the model is run too: what convert_hf_to_gguf.py makes of the base, with a vocabulary of

@@ -1,0 +1,134 @@
+"""A model in GGUF as a base that is only read: names, shapes, values, and the numbers that its metadata tells."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat.axes import Placement
+from loraformat.base import Options, Parameter
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.names import nearest
+from loraformat.placing import place
+from loraformat.resolve import Hints, Match, Resolution
+from loraformat_converters.gguf import keys
+from loraformat_converters.gguf.file import GgufFile
+from loraformat_converters.gguf.read import EMBEDDING
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.plan import Job, Outcome, Plan
+    from loraformat.updates import Update
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["GgufModel"]
+
+# Of the metadata, under ``<architecture>.``, by the names of a config.json (gguf 0.19.0 constants.py Keys).
+_NUMBERS = {
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "num_local_experts": "expert_count",
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+}
+
+
+class GgufModel:
+    """An opened model; LF-511 where the file is not sound, LF-601 where it holds no model.
+
+    Attributes:
+        names: the name space of its parameters.
+        architecture: ``general.architecture``.
+        config: what a ``config.json`` would say, as far as the metadata tells it.
+    """
+
+    verbs: frozenset[str] = frozenset()
+    names = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GgufFile(path)
+        kind = self._value("general.type", "str") or "model"
+        if kind != "model":
+            raise fault("LF-601", f"{path} is of type {kind!r}, not a model", fix="an adapter is no base of another")
+        self.architecture = self._value(keys.ARCHITECTURE, "str") or ""
+        numbers = {name: self._value(f"{self.architecture}.{key}", "u32") for name, key in _NUMBERS.items()}
+        told = {name: value for name, value in numbers.items() if value is not None}
+        tied = "output.weight" not in self.file
+        self.config: Mapping[str, Any] = {keys.ARCHITECTURE: self.architecture, "tie_word_embeddings": tied, **told}
+
+    def _value(self, key: str, kind: str) -> Any:
+        found = self.file.metadata.get(key)
+        return found.value if found is not None and found.type == kind else None
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every tensor by its name; of a quantised one the dtype is ggml's name of the type."""
+        return {name: Parameter(name, info.shape, info.type) for name, info in self.file.infos.items()}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Architecture, the types of the tensors, and the numbers that the names of an adapter may depend on."""
+        types = Counter(info.type for info in self.file.infos.values())
+        return {
+            "kind": "gguf",
+            "architecture": self.architecture,
+            "name": self._value("general.name", "str"),
+            "tensors": len(self.file),
+            "bytes": sum(info.stop - info.start for info in self.file.infos.values()),
+            "types": dict(types.most_common()),
+            "config": {name: value for name, value in self.config.items() if name != keys.ARCHITECTURE},
+        }
+
+    def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
+        """Every weight of two axes that ggml multiplies by."""
+        shapes = {name: info.shape for name, info in self.file.infos.items()}
+        wanted = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and n != EMBEDDING}
+        return {name: Placement(shape, (0,), (1,)) for name, shape in wanted.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """The values, quantised ones as float32; or those of some rows. LF-704 the package ``gguf`` is not installed."""
+        return self.file.read(name, rows)
+
+    def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
+        """By exact name or the user's map; ggml's tensors are [*experts, out, in], the embedding [tokens, dim]."""
+        targets: dict[str, tuple[Match, ...]] = {}
+        problems = hints.unused(adapter)
+        taken: dict[str, str] = {}
+        for key, update in adapter.items():
+            weight = hints.mapped(key) or key
+            try:
+                targets[key] = (self._match(key, update, weight, hints),)
+            except LoraFormatError as error:
+                problems += error.problems
+                continue
+            if weight in taken:
+                problems.append(Problem("LF-603", f"{weight} is meant by {taken[weight]} too", key))
+            taken[weight] = key
+        return Resolution(targets, tuple(problems))
+
+    def _match(self, key: str, update: Update, weight: str, hints: Hints) -> Match:
+        if weight not in self.file.infos:
+            close = ", ".join(nearest(weight, self.file.infos)) or "none"
+            fix = "loraformat retarget translates names; or --names map.json"
+            raise fault("LF-602", f"the base has no tensor {weight}; nearest: {close}", where=key, fix=fix)
+        shape = self.file.infos[weight].shape
+        lookup = weight == EMBEDDING and len(shape) == 2
+        spec = "in,out" if lookup else ",".join(["batch"] * (len(shape) - 2) + ["out", "in"])
+        claims = [(spec, f"gguf: {'rows are looked up' if lookup else 'ggml multiplies by rows'}")]
+        placement, evidence = place(key, update, shape, hints.spec(key), claims if len(shape) > 1 else [])
+        rung = f"user: {weight}" if hints.mapped(key) else "name: equal"
+        return Match(self.path.name, None, weight, placement, (rung, *evidence))
+
+    def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
+        """LF-608: nothing is written into a model in GGUF."""
+        what = f"a model in GGUF is only read: there is no {verb}"
+        fix = f"loraformat convert ADAPTER adapter.gguf --base {self.path}; llama.cpp runs it beside the model (--lora)"
+        raise fault("LF-608", what, where=str(self.path), fix=fix)
+
+    def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
+        """See ``plan``."""
+        raise AssertionError("no plan was made")
