@@ -286,6 +286,8 @@ def test_no_native_file_is_claimed(kind, tmp_path):
         ("layers.0.attn.lora_A", "layers.0.attn.lora_B"),
         ("model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"),
         ("model.lora_unet.weight", "model.alpha"),
+        ("lora_proj.lora_A.weight", "lora_proj.lora_B.weight"),
+        ("lora_unet.x.lora_A.weight", "lora_unet.x.lora_B.weight"),
     ],
 )
 def test_no_file_of_another_layout_is_claimed(names, tmp_path):

@@ -59,7 +59,7 @@ def _lost_by_diffusers(adapter: Adapter) -> list[str]:
     """Projections of a U-Net's attention whose alpha diffusers looks up under a name that no module has.
 
     0.42.1 loaders/lora_conversion_utils.py names them ``attn1.processor.to_q_lora``; utils/peft_utils.py get_peft_kwargs
-    puts every alpha but the commonest into ``alpha_pattern`` by that name (measured: the scale is off by up to 4).
+    puts every alpha but the commonest into ``alpha_pattern`` by that name (measured).
     """
     alphas = {key: form.alpha(update.additive[0]) for key, update in adapter.items() if "lora" in update}
     usual = Counter(alphas.values()).most_common(1)[0][0] if alphas else None

@@ -58,14 +58,14 @@ def look(header: Mapping[str, str], draft: Draft) -> None:
     if stated is not None:
         _restore(fused, stated, draft)
         return
-    told = _trained_split(header)
-    weak = {key: n for key, n in fused.items() if told or draft.updates[key].scale != 1.0}
+    trained = _trained_split(header)
+    weak = {key: n for key, n in fused.items() if trained or draft.updates[key].scale != 1.0}
     if weak:
         key, n = next(iter(weak.items()))
-        evidence = "ss_network_args says split_qkv, and B" if told else "B"
+        so = "as ss_network_args says, it was" if trained else "if it was"
         what = (
-            f"{evidence} of {len(weak)} targets is block-diagonal ({n} blocks in the first): if the pairs were trained "
-            f"apart, readers apply 1/{n} of their strength, and so does this"
+            f"B of {len(weak)} targets is block-diagonal, fused from {n} pairs in the first: {so} trained with split_qkv, "
+            f"and readers apply 1/{n} of its strength; so does this"
         )
         draft.warn("LF-507", what, key, f"--split-qkv {n} restores what was trained")
 
