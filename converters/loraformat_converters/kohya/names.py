@@ -32,7 +32,7 @@ ROLES: Mapping[str, str] = {ending: role for role, ending in SPELLED.items()} | 
 # sd-scripts networks/*.py LORA_PREFIX_…, lycoris-lora wrapper.py, ComfyUI lora.py; then a path without dots.
 _MANGLED = re.compile(r"(lora_(unet|te\d?|transformer|prior_unet|prior_te)|lycoris)_[^.]+\.(?P<ending>.+)")
 # Endings that no other layout has; PEFT's LoHa and LoKr begin otherwise, and lie beside a configuration.
-_OWN = frozenset(e for e in SPELLED.values() if e.startswith(("lora_", "hada_", "lokr_")))
+_OWN = tuple(f".{e}" for e in SPELLED.values() if e.startswith(("lora_", "hada_", "lokr_")))
 _PEFT = "base_model."
 
 # What else these files hold and no sum of factors is, by the end of the name → what it is.
@@ -77,7 +77,7 @@ def is_own(name: str) -> bool:
     mangled = _MANGLED.fullmatch(name)
     if mangled and (mangled["ending"] in ROLES or refused(name) is not None):
         return True
-    return any(name.endswith(f".{own}") for own in _OWN)
+    return name.endswith(_OWN)
 
 
 def refused(name: str) -> str | None:
