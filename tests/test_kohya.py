@@ -131,7 +131,7 @@ def test_names_stay_as_the_file_spells_them():
     adapter = loaded("encoders")
     assert adapter.names == "kohya"
     assert adapter.components == ()
-    assert {key.partition("_encoder")[0] for key in adapter if key.startswith("lora_te")} == {"lora_te1", "lora_te2"}
+    assert {key.partition("_text_model")[0] for key in adapter if key.startswith("lora_te")} == {"lora_te1", "lora_te2"}
 
 
 def test_an_old_file_without_alphas_is_read_as_scale_one_and_says_so():
