@@ -131,7 +131,7 @@ def test_names_stay_as_the_file_spells_them():
     adapter = loaded("encoders")
     assert adapter.names == "kohya"
     assert adapter.components == ()
-    assert {key.partition("_encoder")[0] for key in adapter if key.startswith("lora_te")} == {"lora_te1", "lora_te2"}
+    assert {key.partition("_text_model")[0] for key in adapter if key.startswith("lora_te")} == {"lora_te1", "lora_te2"}
 
 
 def test_an_old_file_without_alphas_is_read_as_scale_one_and_says_so():
@@ -147,7 +147,7 @@ def test_an_old_file_without_alphas_is_read_as_scale_one_and_says_so():
 def test_a_fused_pair_is_read_as_a_reader_computes_it_and_the_lost_strength_is_told():
     (warning,) = warnings_of("split_qkv")
     assert (warning.rule, warning.where) == ("LF-507", "lora_unet_single_blocks_0_linear1.weight")
-    assert "4 blocks" in warning.what
+    assert "fused from 4 pairs in the first: as ss_network_args says, it was" in warning.what
     assert warning.fix == "--split-qkv 4 restores what was trained"
 
 

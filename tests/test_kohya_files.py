@@ -5,9 +5,8 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from kohya_goldens import LAYOUT, file_of
+from kohya_goldens import HERE, LAYOUT, file_of
 from mutations import damaged
-from peft_goldens import HERE as PEFT
 from peft_goldens import adapter_of as peft_adapter
 
 import loraformat as lf
@@ -17,6 +16,7 @@ from loraformat.errors import LoraFormatError
 from loraformat.source import open_source
 from loraformat_converters.kohya import split
 
+GOLDEN = HERE.parent
 DRAW = np.random.default_rng(7)
 
 
@@ -139,7 +139,11 @@ ALPHA = {"lora_unet_a.alpha": np.array(3.0, np.float32)}
         ({n: t for n, t in LOKR.items() if "w1" not in n} | ALPHA, "LF-309", "either lokr_w1"),
         (pair() | HADA, "LF-506", "tensors of LoCon and LoHa for one weight"),
         (pair() | {"lora_unet_a.diff": normal(11, 7)}, "LF-506", "a reader takes one of them"),
-        ({"lora_unet_a.diff": normal(11, 7)} | ALPHA, "LF-506", "alpha: no reader of these factors"),
+        (
+            {"lora_unet_a.diff": normal(11, 7), "lora_unet_a.dora_scale": normal(11, 1)},
+            "LF-506",
+            "dora_scale: no reader",
+        ),
         ({"lora_unet_a.diff_b": normal(11), "lora_unet_a.b_norm": normal(11)}, "LF-506", "which is the bias's"),
         (pair() | {"lora_unet_a.lora_A.weight": normal(3, 7)}, "LF-506", "a second lora_down.weight"),
         (pair() | {"lora_unet_a.lora_sideways.weight": normal(3)}, "LF-506", "ends with no role"),
@@ -191,6 +195,20 @@ def test_all_faults_of_a_file_are_told_at_once(refusal):
         "what": normal(2),
     }
     assert sorted(problem.rule for problem in refusal(tensors)) == ["LF-303", "LF-306", "LF-504", "LF-506"]
+
+
+def test_an_alpha_that_no_reader_looks_at_is_told(reading):
+    adapter, (warning,) = reading({"lora_unet_a.diff": normal(11, 7)} | ALPHA)
+    assert adapter[KEY].scale == 1.0
+    assert (warning.rule, warning.where) == ("LF-506", "lora_unet_a")
+
+
+def test_whole_factors_that_rslora_trained_at_another_scale_than_readers_take_are_told(reading):
+    whole = {"lora_unet_a.lokr_w1": normal(2, 3), "lora_unet_a.lokr_w2": normal(5, 4)} | ALPHA
+    assert reading(whole)[1] == []
+    adapter, (warning,) = reading(whole, {"ss_network_args": '{"rs_lora": "True"}'})
+    assert adapter[KEY].scale == 1.0
+    assert "every reader takes 1" in warning.what
 
 
 def test_the_products_of_a_lokr_with_two_ranks_are_refused(refusal):
@@ -263,11 +281,15 @@ def test_pefts_words_after_a_mangled_name_are_read_as_comfyui_reads_them(tmp_pat
 # Which layout.
 
 
-def test_no_file_of_peft_is_claimed():
-    for folder in sorted(PEFT.glob("*/adapter")):
-        assert LAYOUT.detect(open_source(folder)) is None, folder
-        bare = next((file for file in folder.iterdir() if file.suffix == ".safetensors"), None)
-        assert bare is None or LAYOUT.detect(open_source(bare)) is None, bare
+OTHERS = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir() and folder.name != "kohya")
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_no_golden_of_another_layout_is_claimed_nor_a_file_of_it_without_its_folder(layout):
+    for file in GOLDEN.joinpath(layout).rglob("*"):
+        if file.suffix in (".safetensors", ".bin", ".pt") and file.stat().st_size:
+            assert LAYOUT.detect(open_source(file)) is None, file
+            assert LAYOUT.detect(open_source(file.parent)) is None if file.stem == "adapter_model" else True, file
 
 
 @pytest.mark.parametrize("kind", testing.KINDS)
@@ -286,6 +308,8 @@ def test_no_native_file_is_claimed(kind, tmp_path):
         ("layers.0.attn.lora_A", "layers.0.attn.lora_B"),
         ("model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"),
         ("model.lora_unet.weight", "model.alpha"),
+        ("lora_proj.lora_A.weight", "lora_proj.lora_B.weight"),
+        ("lora_unet.x.lora_A.weight", "lora_unet.x.lora_B.weight"),
     ],
 )
 def test_no_file_of_another_layout_is_claimed(names, tmp_path):

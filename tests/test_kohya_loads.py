@@ -154,6 +154,15 @@ def test_a_scale_that_float32_does_not_hold_is_read_back_to_the_last_bit(tmp_pat
     assert dtypes["lycoris_line"] == np.float64
 
 
+@pytest.mark.parametrize("ending", ["pt", "ckpt"])
+def test_a_file_of_torch_save_is_read_as_its_safetensors_are(ending, torch, tmp_path):
+    from safetensors.torch import load_file as load_torch
+
+    torch.save(load_torch(file_of("locon_bf16")), tmp_path / f"a.{ending}")  # as sd-scripts saves what ends so
+    ours, wanted = lf.load(tmp_path / f"a.{ending}"), loaded("locon_bf16")
+    assert lf.digest(ours) == lf.digest(wanted)
+
+
 # diffusers: kohya's names of the tiny U-Net, its pipeline's own loader.
 
 

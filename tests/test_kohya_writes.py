@@ -74,6 +74,12 @@ def test_an_alpha_that_its_sources_dtype_does_not_hold_gets_another(tmp_path):
     assert lf.load(tmp_path / "b.safetensors")[key]["lora"].alpha == 7.3
 
 
+@given(module=strategies.keys())
+def test_any_legal_name_is_read_back_or_refused(module, tmp_path_factory):
+    adapter, folder = kohya(Update((pair(),)), f"{module}.weight"), tmp_path_factory.mktemp("named")
+    assert testing.check_exact_or_refused(LAYOUT, adapter, folder) or module.startswith(".") or not module
+
+
 # The header.
 
 

@@ -85,7 +85,9 @@ def lokr(module: str, roles: Roles, draft: Draft) -> Factors | None:
 
 
 def full(module: str, roles: Roles, draft: Draft) -> Factors | None:
-    """A whole difference, in the weight's own shape; no alpha has a say in it."""
+    """A whole difference, in the weight's own shape; no reader gives an alpha beside it a say."""
+    if "alpha" in roles:
+        draft.warn("LF-506", "an alpha beside a whole difference: no reader looks at it", module)
     return whole(roles["diff"])
 
 
@@ -121,7 +123,7 @@ METHODS: Mapping[str, Method] = {
         _SHARED | _roles("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
         lokr,
     ),
-    "full": Method(_roles("diff"), frozenset(), full),
+    "full": Method(_roles("diff"), _roles("alpha"), full),
     "norm": Method(_roles("w_norm"), frozenset(), norm),
 }
 """By LyCORIS' names. A LoKr has many forms; ``Lokr.fault`` tells one that is none."""

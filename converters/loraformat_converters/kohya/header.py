@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["AlphaForm", "Kept", "about", "base_model", "from_about"]
+__all__ = ["AlphaForm", "Kept", "about", "base_model", "from_about", "trained_with"]
 
 # modelspec key → field of ``about``; the first that is there counts.
 _ABOUT = (
@@ -136,6 +136,15 @@ def base_model(metadata: Mapping[str, str]) -> dict[str, str]:
     """``base_model``: the name, version and architecture that the header states."""
     told = _told(metadata)
     return {name: told[key] for name, key in _BASE if key in told}
+
+
+def trained_with(metadata: Mapping[str, str], name: str) -> bool:
+    """Whether ``ss_network_args`` has a switch on, which sd-scripts and LyCORIS write as the text "True"."""
+    try:
+        args = canonical.loads(metadata.get("ss_network_args", ""))
+    except ValueError:
+        return False
+    return isinstance(args, dict) and args.get(name) in ("True", "true", True)
 
 
 def from_about(notes: Mapping[str, Any]) -> dict[str, str]:

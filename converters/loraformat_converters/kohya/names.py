@@ -29,9 +29,10 @@ _ALSO = {"lora_A.weight": "down", "lora_B.weight": "up"}
 ROLES: Mapping[str, str] = {ending: role for role, ending in SPELLED.items()} | _ALSO
 """How a name ends → the role."""
 
-_PREFIXES = ("lora_", "lycoris_")  # lora_unet_, lora_te_, lora_te1_, lora_transformer_, lora_prior_unet_, …
+# sd-scripts networks/*.py LORA_PREFIX_…, lycoris-lora wrapper.py, ComfyUI lora.py; then a path without dots.
+_MANGLED = re.compile(r"(lora_(unet|te\d?|transformer|prior_unet|prior_te)|lycoris)_[^.]+\.(?P<ending>.+)")
 # Endings that no other layout has; PEFT's LoHa and LoKr begin otherwise, and lie beside a configuration.
-_OWN = frozenset(e for e in SPELLED.values() if e.startswith(("lora_", "hada_", "lokr_")))
+_OWN = tuple(f".{e}" for e in SPELLED.values() if e.startswith(("lora_", "hada_", "lokr_")))
 _PEFT = "base_model."
 
 # What else these files hold and no sum of factors is, by the end of the name → what it is.
@@ -73,9 +74,10 @@ def is_own(name: str) -> bool:
     """Whether no other layout spells a tensor's name so: by its ending, or by kohya's prefix before a mangled path."""
     if name.startswith(_PEFT):
         return False
-    module, _, ending = name.partition(".")
-    mangled = module.startswith(_PREFIXES) and (ending in ROLES or refused(name) is not None)
-    return mangled or any(name.endswith(f".{own}") for own in _OWN)
+    mangled = _MANGLED.fullmatch(name)
+    if mangled and (mangled["ending"] in ROLES or refused(name) is not None):
+        return True
+    return name.endswith(_OWN)
 
 
 def refused(name: str) -> str | None:

@@ -40,6 +40,11 @@ def read(source: Source, options: ReadOptions) -> Reading:
         if draft.sound(module, roles):
             _module(module, roles, draft)
     split.look(source.header, draft)
+    idle = [key for key, u in draft.updates.items() if "lokr" in u and u["lokr"].r is None]
+    if idle and header.trained_with(source.header, "rs_lora"):
+        # lycoris-lora 4.1.3 modules/lokr.py: alpha = r, and scale = alpha / √r, until the file is loaded
+        what = f"{len(idle)} LoKrs of two whole factors were trained with rs_lora at scale √r; every reader takes 1"
+        draft.warn("LF-507", what, idle[0])
     if missing := draft.without_alpha:
         what = f"{len(missing)} modules have no alpha: read as the rank, scale 1, as sd-scripts and ComfyUI do"
         draft.warn("LF-509", what, missing[0], "if it is known: --alpha A")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import canonical
 from loraformat.parts import Lora
+from loraformat_converters.kohya.header import trained_with
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -58,14 +58,14 @@ def look(header: Mapping[str, str], draft: Draft) -> None:
     if stated is not None:
         _restore(fused, stated, draft)
         return
-    told = _trained_split(header)
-    weak = {key: n for key, n in fused.items() if told or draft.updates[key].scale != 1.0}
+    trained = trained_with(header, "split_qkv")
+    weak = {key: n for key, n in fused.items() if trained or draft.updates[key].scale != 1.0}
     if weak:
         key, n = next(iter(weak.items()))
-        evidence = "ss_network_args says split_qkv, and B" if told else "B"
+        so = "as ss_network_args says, it was" if trained else "if it was"
         what = (
-            f"{evidence} of {len(weak)} targets is block-diagonal ({n} blocks in the first): if the pairs were trained "
-            f"apart, readers apply 1/{n} of their strength, and so does this"
+            f"B of {len(weak)} targets is block-diagonal, fused from {n} pairs in the first: {so} trained with split_qkv, "
+            f"and readers apply 1/{n} of its strength; so does this"
         )
         draft.warn("LF-507", what, key, f"--split-qkv {n} restores what was trained")
 
@@ -89,12 +89,3 @@ def _fused(update: Update) -> int:
     if part is None or part.mid is not None or (update.placement is not None and len(update.placement.shape) > 2):
         return 1
     return blocks(part.lora_B)
-
-
-def _trained_split(header: Mapping[str, str]) -> bool:
-    """Whether the header's ``ss_network_args`` has split_qkv, which sd-scripts takes as the text "True"."""
-    try:
-        args = canonical.loads(header.get("ss_network_args", ""))
-    except ValueError:
-        return False
-    return isinstance(args, dict) and args.get("split_qkv") in ("True", True)

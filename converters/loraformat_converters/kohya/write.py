@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -12,7 +11,7 @@ import numpy as np
 from loraformat import container
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output
-from loraformat_converters.kohya import form, header, magnitudes, names
+from loraformat_converters.kohya import form, header, names, readers
 from loraformat_converters.kohya.header import AlphaForm, Kept
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def write(adapter: Adapter) -> Output:
     def write_file(file: BinaryIO) -> None:
         container.write(file, tensors, metadata)
 
-    return Output({"": write_file}, folder=False, warnings=_warnings(adapter))
+    return Output({"": write_file}, folder=False, warnings=readers.warnings(adapter))
 
 
 def _module(key: str) -> str:
@@ -110,34 +109,3 @@ def _hash(tensors: Mapping[str, Array]) -> str:
     for name in container.tensor_order(dtypes):
         total.update(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
-
-
-def _warnings(adapter: Adapter) -> list[Problem]:
-    """What some readers of such files will not read as it is meant."""
-    said: list[tuple[str, str]] = []
-    if dora := [key for key, u in adapter.items() if "magnitude" in u]:
-        what = "ComfyUI normalises DoRA otherwise than LyCORIS; sd-scripts and diffusers drop dora_scale"
-        said.append((what, dora[0]))
-        if rounded := [key for key in dora if adapter[key]["magnitude"].eps != magnitudes.EPS]:
-            said.append((f"LyCORIS adds {magnitudes.EPS:.3g} to a norm that here is taken as it is", rounded[0]))
-    if cores := [key for key, u in adapter.items() if "lora" in u and u["lora"].mid is not None]:
-        said.append(("sd-scripts knows no lora_mid: LyCORIS and ComfyUI read the core", cores[0]))
-    others = [key for key, u in adapter.items() if u.additive[0].kind in ("loha", "lokr", "delta")]
-    if others:
-        said.append(("sd-scripts reads pairs alone: LyCORIS and ComfyUI read the rest", others[0]))
-    if lost := _lost_by_diffusers(adapter):
-        what = "diffusers 0.42.1 loses the alpha of an attention's projection that is not the commonest alpha"
-        said.append((what, lost[0]))
-    return [Problem("LF-508", what, where, severity="warning") for what, where in said]
-
-
-def _lost_by_diffusers(adapter: Adapter) -> list[str]:
-    """Projections of a U-Net's attention whose alpha diffusers looks up under a name that no module has.
-
-    0.42.1 loaders/lora_conversion_utils.py names them ``attn1.processor.to_q_lora``; utils/peft_utils.py get_peft_kwargs
-    puts every alpha but the commonest into ``alpha_pattern`` by that name (measured: scale off by up to 4).
-    """
-    alphas = {key: form.alpha(update.additive[0]) for key, update in adapter.items() if "lora" in update}
-    usual = Counter(alphas.values()).most_common(1)[0][0] if alphas else None
-    attention = (key for key in alphas if key.startswith("lora_unet_") and ("_attn1_" in key or "_attn2_" in key))
-    return [key for key in attention if alphas[key] != usual]

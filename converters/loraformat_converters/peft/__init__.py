@@ -7,6 +7,7 @@ there is one reader a method (``lora`` with ``attention``, ``blocks`` and ``expe
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from loraformat_converters.peft import config
@@ -67,11 +68,12 @@ class Peft:
         return write(adapter)
 
 
+# kohya's and LyCORIS' modules, whose dots are underscores: ComfyUI takes PEFT's words behind them too.
+_MANGLED = re.compile(r"(lora_(unet|te\d?|transformer|prior_unet|prior_te)|lycoris)_[^.]+\.lora_A\.weight")
+
+
 def _is_own(name: str) -> bool:
-    """Whether the name ends as PEFT's do; kohya's mangled modules may, and are none of PEFT's."""
-    module, _, rest = name.partition(".")
-    mangled = module.startswith(("lora_", "lycoris_")) and rest == "lora_A.weight"
-    return name.endswith((".lora_A.weight", ".lora_embedding_A")) and not mangled
+    return name.endswith((".lora_A.weight", ".lora_embedding_A")) and not _MANGLED.fullmatch(name)
 
 
 def _is_tinkers(source: Source) -> bool:

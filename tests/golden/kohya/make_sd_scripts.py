@@ -55,8 +55,13 @@ def unet() -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(json.loads((PIPELINE / "unet" / "config.json").read_text()))
 
 
-def text_encoder() -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(**json.loads((PIPELINE / "text_encoder" / "config.json").read_text())))
+class TextEncoder(nn.Module):
+    """With the level ``text_model`` that transformers 4 has, which sd-scripts asks for, and transformers 5 has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = CLIPTextConfig(**json.loads((PIPELINE / "text_encoder" / "config.json").read_text()))
+        self.text_model = CLIPTextModel(config)
 
 
 def header(network: nn.Module, args: dict) -> dict[str, str]:
@@ -107,27 +112,27 @@ def truth(case: str, file: Path, module: object, models: tuple, more: dict[str, 
 def sd15() -> None:
     """Linear and convolution, one text encoder, float16, the alpha of the convolutions rounded in it."""
     args = {"conv_dim": "2", "conv_alpha": "7.3"}
-    encoder, model = text_encoder(), unet()
+    encoder, model = TextEncoder(), unet()
     network = lora.create_network(1.0, 3, 4.5, None, encoder, model, **args)
     file = write("sd15", network, (encoder, model), args, torch.float16)
-    truth("sd15", file, lora, (text_encoder(), unet()), {})
+    truth("sd15", file, lora, (TextEncoder(), unet()), {})
 
 
 def encoders() -> None:
     """Two text encoders (lora_te1_, lora_te2_) and no dtype given."""
-    encoders, model = [text_encoder(), text_encoder()], unet()
+    encoders, model = [TextEncoder(), TextEncoder()], unet()
     network = lora.create_network(1.0, 2, 1, None, encoders, model)
     file = write("encoders", network, (encoders, model), {}, None)
-    truth("encoders", file, lora, ([text_encoder(), text_encoder()], unet()), {})
+    truth("encoders", file, lora, ([TextEncoder(), TextEncoder()], unet()), {})
 
 
 def old() -> None:
     """Without any alpha, and without a header."""
-    encoder, model = text_encoder(), unet()
+    encoder, model = TextEncoder(), unet()
     network = lora.create_network(1.0, 2, 1, None, encoder, model)
     file = write("old", network, (encoder, model), {}, None)
     save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".alpha")}, file)
-    truth("old", file, lora, (text_encoder(), unet()), {})
+    truth("old", file, lora, (TextEncoder(), unet()), {})
 
 
 class SingleStreamBlock(nn.Module):
