@@ -135,11 +135,9 @@ def test_a_layout_of_tensors_imports_no_framework_either():
             assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 
 
-SHARED = {"jax_live": {"flax"}}
-"""A converter of live objects may read and name them as that of the same world's files does."""
-
-
-STANDS_ON = {"diffusers": {"peft"}}  # its files are PEFT's tensors under PEFT's configuration, spelt otherwise
+SHARED = {"jax_live": {"flax"}, "diffusers": {"peft"}}
+"""A converter of live objects may read and name them as that of the same world's files does; diffusers' files are PEFT's
+tensors under PEFT's configuration, spelt otherwise."""
 
 
 def test_one_converter_does_not_import_another():

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.adapter import Adapter
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Reading, ReadOptions
 from loraformat.names import join
 from loraformat_converters.diffusers import metadata
-from loraformat_converters.diffusers.spelling import COMPONENTS, Name, is_text, parse
+from loraformat_converters.diffusers.spelling import COMPONENTS, Name, is_text, numbered, parse
 from loraformat_converters.peft import config as configs
 from loraformat_converters.peft.read import read_tensors
 
@@ -75,6 +75,9 @@ def read(source: Source, options: ReadOptions) -> Reading:
 
 def _sorted(tensors: Mapping[str, Array]) -> dict[str | None, _Component]:
     """The tensors by component, under PEFT's names; LF-504, LF-506 for those that are not understood."""
+    if numbered(tensors):
+        what = "cloneofsimo/lora numbers the modules, in an order that only its code and the model it ran on give"
+        raise fault("LF-504", what, fix="have its own tool merge it into a checkpoint")
     bare = not any(name.partition(".")[0] in COMPONENTS for name in tensors)
     found: dict[str | None, _Component] = {}
     problems: list[Problem] = []

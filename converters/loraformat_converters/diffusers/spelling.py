@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from loraformat.errors import Problem
 
-__all__ = ["COMPONENTS", "SPELLINGS", "Name", "Spelling", "evidence", "is_text", "parse", "spell"]
+__all__ = ["COMPONENTS", "SPELLINGS", "Name", "Spelling", "evidence", "is_text", "numbered", "parse", "spell"]
 
 Spelling = Literal["peft", "lora", "linear", "processor"]
 SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)
@@ -45,11 +45,6 @@ _REFUSED = (
     ),
     (r"\.(lokr|hada)_.*", "a factor of LoKr or LoHa", ""),
     (r"\.lora_[AB]\.[^.]+\.weight", "of a live model, its adapter's name in the key", "save it with save_lora_weights"),
-    (
-        r"(^|[^.]*):\d+:(up|down)",
-        "of cloneofsimo/lora, whose number counts modules in an order that only its code knows",
-        "",
-    ),
 )
 
 
@@ -127,9 +122,12 @@ def evidence(names: Iterable[str], *, own_file: bool) -> str | None:
     component = {name.partition(".")[0] for name in adapted}
     if adapted and component <= COMPONENTS and (own_file or component != {"transformer"} or _is_dit(adapted)):
         return f"keys begin with {', '.join(sorted(component))}."
-    if any(re.fullmatch(r"\w+:\d+:(up|down)", name) for name in names):
-        return "keys are spelt COMPONENT:NUMBER:up"
-    return None
+    return "keys are spelt COMPONENT:NUMBER:up" if numbered(names) else None
+
+
+def numbered(names: Iterable[str]) -> bool:
+    """Whether the modules go by numbers, as in the files of cloneofsimo/lora, from before diffusers had names for them."""
+    return any(re.fullmatch(r"\w+:\d+:(up|down)", name) for name in names)
 
 
 def _is_dit(names: Iterable[str]) -> bool:

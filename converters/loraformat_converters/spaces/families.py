@@ -15,7 +15,7 @@ from loraformat_converters.spaces import encoders, mmdit
 from loraformat_converters.spaces.rows import Row
 from loraformat_converters.spaces.unet import unet
 
-__all__ = ["FAMILIES", "Component", "Family", "kohya_name"]
+__all__ = ["FAMILIES", "HOMES", "Component", "Family", "kohya_name"]
 
 _UNET = "model.diffusion_model."
 
@@ -170,3 +170,6 @@ FAMILIES = (
         )
     ),
 )
+
+HOMES = sorted({(home, part.name) for family in FAMILIES for part in family.components for home in part.homes if home})
+"""(What the parameters of a component begin with in a published checkpoint, the component)."""

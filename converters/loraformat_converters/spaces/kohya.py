@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from loraformat.links import Link, Seat
 from loraformat.spaces import TORCH, Known
-from loraformat_converters.spaces.families import FAMILIES, Family, kohya_name
+from loraformat_converters.spaces.families import FAMILIES, HOMES, Family, kohya_name
 from loraformat_converters.spaces.forms import COMPONENTS, canonical, forms, split_key
 
 __all__ = ["Kohya"]
@@ -82,7 +82,7 @@ def _to_kohya(known: Known) -> Iterator[Link]:
     """By the models that have every key, as their tools write it; else the base's own names."""
     keys = {key: [key, *canonical(key)] for key in known.adapter}
     whole = [family for family in FAMILIES if all(any(c in family.written for c in cs) for cs in keys.values())]
-    for family in whole:
+    for family in _of_base(whole, known):
         for key, candidates in keys.items():
             for candidate in candidates:
                 for link in family.written.get(candidate, ()):
@@ -97,8 +97,19 @@ def _to_kohya(known: Known) -> Iterator[Link]:
             yield Link(Seat(key), Seat(kohya_name(first or _PREFIXES[component][0], name)), _BASE)
 
 
+def _of_base(families: list[Family], known: Known) -> list[Family]:
+    """Of several models that have the adapter's keys, those that have the most of the base's."""
+    if len(families) < 2 or not known.names:
+        return families
+    counts = [sum(any(c in f.written for c in (key, *canonical(key))) for key in known.names) for f in families]
+    return [family for family, count in zip(families, counts, strict=True) if count == max(counts)]
+
+
 def _spellings(component: str | None, name: str, three: bool) -> Iterator[tuple[str, str]]:
     """(prefix, parameter) under which a kohya file may have it."""
+    for home, of in HOMES if component is None else ():
+        if name.startswith(home):
+            yield from _spellings(of, name.removeprefix(home), three)
     for of in COMPONENTS if component is None else (component,):
         prefixes = _PREFIXES[of]
         if of == "text_encoder_2" and not three:
