@@ -21,7 +21,20 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
+    *(
+        "errors",
+        "blas",
+        "names",
+        "axes",
+        "scale",
+        "parts",
+        "products",
+        "magnitudes",
+        "updates",
+        "turned",
+        "lowrank",
+        "adapter",
+    ),
     *("links", "spaces"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "atomic", "file", "folders"),
@@ -29,8 +42,19 @@ ORDER = (
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
-    *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
+    *(
+        "checkpoint.tied",
+        "checkpoint.merging",
+        "checkpoint.output",
+        "checkpoint.base",
+        "checkpoint",
+        "normal",
+        "truncated",
+    ),
     *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate"),
+    *("combining", "combining.weights", "combining.terms", "combining.entries", "combining.methods"),
+    *("combining.settings", "combining.peft", "combining.beside"),
+    *("combining.agree", "combining.absolutes", "combining.finite"),
     *(
         "verbs",
         "verbs.merge",
@@ -69,7 +93,18 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *("cli.completion", "cli.retarget", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph", "cli.main"),
+    *(
+        "cli.completion",
+        "cli.retarget",
+        "cli.create",
+        "cli.check",
+        "cli.proof",
+        "cli.deploy",
+        "cli.graph",
+        "cli.combine",
+        "cli.resize",
+        "cli.main",
+    ),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
