@@ -164,13 +164,14 @@ def compared(folder: Path, method: str, count: int, runs: int, peer: bool) -> tu
     return mine, theirs
 
 
-def main(runs: int = 3) -> None:
+def main(runs: int = 3, peers: tuple[int, ...] = (1, 4)) -> None:
+    """``peers``: for how many layers PEFT is run."""
     peer = importlib.util.find_spec("peft") is not None
     series: dict[str, dict[float, Timing]] = {}
     with tempfile.TemporaryDirectory() as name:
         for method in METHODS:
             for layers in LAYERS:
-                mine, theirs = compared(Path(name), method, 7 * layers, runs, peer and layers <= 4)
+                mine, theirs = compared(Path(name), method, 7 * layers, runs, peer and layers in peers)
                 series.setdefault(f"loraformat {method}", {})[7 * layers] = mine
                 if theirs:
                     series.setdefault(f"PEFT {method}", {})[7 * layers] = theirs

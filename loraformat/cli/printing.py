@@ -13,7 +13,19 @@ import click
 
 from loraformat.errors import Problem
 
-__all__ = ["alike", "command", "counted", "echo_json", "echo_line", "lines_of", "printable", "starred", "table", "warn"]
+__all__ = [
+    "alike",
+    "command",
+    "counted",
+    "echo_json",
+    "echo_line",
+    "lines_of",
+    "percent",
+    "printable",
+    "starred",
+    "table",
+    "warn",
+]
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(\.\d+)?(e[+-]?\d+)?(?![A-Za-z0-9])")
 _SHOWN = 3
@@ -87,6 +99,15 @@ def warn(problems: Iterable[Problem]) -> None:
     """Warnings on stderr."""
     for line in lines_of(problems):
         click.echo(line, err=True)
+
+
+def percent(share: float) -> str:
+    """What is lost of something, in words that hide no rounding.
+
+    >>> percent(0.12345), percent(3e-8)
+    ('12.3 %', 'rounding')
+    """
+    return f"{share * 100:.3g} %" if share > 1e-7 else "rounding"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

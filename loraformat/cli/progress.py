@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,17 @@ from loraformat import progress
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["progress_bar"]
+    from loraformat.adapter import Adapter
+
+__all__ = ["entries", "progress_bar"]
 
 _PATIENCE = 1.0  # seconds before a bar appears: a flicker is worse than none
 _REFRESH = 0.1
+
+
+def entries(adapters: Iterable[Adapter]) -> int:
+    """How many entries ΔW has in all targets: what a verb on adapters reports as done."""
+    return sum(math.prod(update.matrix_shape() or (0,)) for adapter in adapters for update in adapter.values())
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""The verbs that make one adapter of others: combine, resize."""
+"""combine: one adapter of several, and recipes that make it again."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +10,8 @@ import click
 from click.core import ParameterSource
 
 from loraformat.cli.options import complete_layout, force, json_flag
-from loraformat.cli.printing import command, counted, echo_json, printable, table, warn
-from loraformat.cli.progress import progress_bar
+from loraformat.cli.printing import command, counted, echo_json, percent, printable, table, warn
+from loraformat.cli.progress import entries, progress_bar
 from loraformat.errors import fault
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from loraformat.layout import Reading
     from loraformat.verbs.combine import Combined
 
-__all__ = ["combine", "resize"]
+__all__ = ["combine"]
 
 _SETTINGS = ("method", "rank", "density", "gamma", "epsilon", "seed", "weight", "any_base")
 
@@ -110,7 +109,7 @@ def combine(
         given = _read(adapters)
         warnings = [problem for _, reading in given for problem in reading.warnings]
         pairs = [(reading.adapter, w) for (_, reading), w in zip(given, _weights(given, weight), strict=True)]
-        with progress_bar("combine", _work(a for a, _ in pairs), quiet=as_json):
+        with progress_bar("combine", entries(a for a, _ in pairs), quiet=as_json):
             done = run(pairs, **settings, any_base=any_base)
     warnings += save(done.adapter, out, layout, force=force)
     if save_recipe:
@@ -118,63 +117,6 @@ def combine(
         text = recipe_text(done, paths, Path(save_recipe).parent, any_base)
         write_file(Path(save_recipe), lambda file: file.write(text.encode()), force=force)
     _told(done, out, as_json, warnings)
-
-
-@click.command()
-@click.argument("file", metavar="ADAPTER")
-@click.option("--rank", "-r", type=int, metavar="R", help="At most R in every target.")
-@click.option("--energy", type=float, metavar="E", help="Keep this share of ‖ΔW‖², such as 0.99.")
-@click.option("--residual", type=float, metavar="X", help="Lose at most this, ‖ΔW' − ΔW‖ / ‖ΔW‖, such as 0.05.")
-@click.option("--per-target", is_flag=True, help="Energy or residual for every target, not for all together.")
-@click.option("-o", "--out", required=True, metavar="OUT", help="The file (.safetensors) or folder (PEFT) to write.")
-@click.option(
-    "--to", "to_layout", metavar="LAYOUT", shell_complete=complete_layout, help="Layout of OUT; else by its name."
-)
-@force
-@json_flag
-def resize(
-    file: str,
-    rank: int | None,
-    energy: float | None,
-    residual: float | None,
-    per_target: bool,
-    out: str,
-    to_layout: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Write ADAPTER with fewer ranks: the nearest that there is; says what is lost, per target and in all."""
-    from loraformat.atomic import check_free
-    from loraformat.identity import digest
-    from loraformat.verbs.convert import save, target_layout
-    from loraformat.verbs.resize import resize as run
-
-    layout, _ = target_layout(out, to_layout)
-    check_free(Path(out), force)
-    ((_, reading),) = _read((file,))
-    with progress_bar("resize", _work((reading.adapter,)), quiet=as_json):
-        done = run(reading.adapter, rank=rank, energy=energy, residual=residual, per_target=per_target)
-    warnings = [*reading.warnings, *save(done.adapter, out, layout, force=force)]
-    if as_json:
-        ranks = {key: {"before": before, "after": after} for key, (before, after) in done.ranks.items()}
-        said = {"schema": 1, "out": out, "digest": digest(done.adapter), "residual": done.residual, "ranks": ranks}
-        more = {"residuals": dict(done.residuals), "untouched": list(done.untouched)}
-        echo_json(said | more | {"warnings": [problem.as_json() for problem in warnings]})
-        return
-    warn(warnings)
-    rows = [
-        (printable(key), f"rank {before} → {after}", f"lost {_percent(done.residuals[key])}")
-        for key, (before, after) in done.ranks.items()
-    ]
-    for line in table(rows):
-        click.echo(line)
-    sums = [sum(pair[i] for pair in done.ranks.values()) for i in (0, 1)]
-    held = (
-        f"{counted(len(rows), 'target')}, {sums[0]} ranks → {sums[1]}, at most {max(r for _, r in done.ranks.values())}"
-    )
-    stayed = f" · {len(done.untouched)} without a rank stayed" if done.untouched else ""
-    what = f"{held}{stayed} · lost {_percent(done.residual)} of ‖ΔW‖ · digest {digest(done.adapter)[:12]}"
-    click.echo(f"{out}: {what} · next: {command('info', out)}", err=True)
 
 
 def _read(words: Sequence[str]) -> list[tuple[Given, Reading]]:
@@ -226,11 +168,6 @@ def _paths(recipe: str, given: Sequence[str]) -> list[str]:
     return [at.get(wanted, str(Path(recipe).parent / name)) for name, wanted, _ in read_recipe(recipe).inputs]
 
 
-def _work(adapters: Iterable[Adapter]) -> int:
-    """What the verbs report as done: entries of ΔW."""
-    return sum(math.prod(update.matrix_shape() or (0,)) for adapter in adapters for update in adapter.values())
-
-
 def _told(done: Combined, out: str, as_json: bool, warnings: Sequence[Problem]) -> None:
     from loraformat.identity import digest
 
@@ -247,7 +184,7 @@ def _told(done: Combined, out: str, as_json: bool, warnings: Sequence[Problem]) 
     made = f"{said['method']} of {counted(len(said['inputs']), 'adapter')}{f' ({settings})' if settings else ''}"
     gone = f" · {counted(len(done.dropped), 'target')} of weight 0 left out" if done.dropped else ""
     worst = max(done.residuals.values(), default=None)
-    lost = "" if worst is None else f" · lost at most {_percent(worst)}"
+    lost = "" if worst is None else f" · lost at most {percent(worst)}"
     held = f"{counted(len(adapter), 'target')}{gone}{lost} · digest {digest(adapter)[:12]}"
     click.echo(f"{out}: {made} · {held} · next: {command('info', out)}", err=True)
 
@@ -258,8 +195,4 @@ def _rank(adapter: Adapter, key: str) -> str:
 
 
 def _lost(residuals: Mapping[str, float], key: str) -> str:
-    return f"lost {_percent(residuals[key])}" if key in residuals else ""
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.3g} %" if share > 1e-7 else "rounding"
+    return f"lost {percent(residuals[key])}" if key in residuals else ""
