@@ -27,9 +27,9 @@ ORDER = (
     *("identity", "locks", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
-    *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
-    *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
-    *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
+    *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description", "ranges", "patch"),
+    *("checkpoint.requantised", "checkpoint.change", "checkpoint.survival", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
+    *("checkpoint.eight_bits", "checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
     *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate"),
     *(
         "verbs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +12,22 @@ from loraformat import huggingface
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint import tied as ties
+from loraformat.checkpoint.change import Change
+from loraformat.checkpoint.eight_bits import scaling_of
 from loraformat.checkpoint.folder import Files, find, is_weights, json_object
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.output import Output, writes_folder
+from loraformat.checkpoint.requantised import requantised
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.parts import Replace
 from loraformat.placing import place
 from loraformat.plan import Job, Outcome, Plan
+from loraformat.quantised import form_of
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.shapes import FLOATS
+from loraformat.tiles import Norms
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -105,6 +111,16 @@ class Checkpoint:
         shard = self.files.shards[self.files.homes[stored]]
         return shard.whole(stored) if rows is None else shard.tensor(stored)[slice(*rows)]
 
+    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """(rows, stored values) of a merge into a weight that is stored in 8 bits; None of any other."""
+        stored = self.tied.get(name, name)
+        scaling = scaling_of(stored, self.files, self.config) if stored in self.files.homes else None
+        if scaling is None:
+            return None
+        tensor = self.files.shards[self.files.homes[stored]].tensor(stored)
+        tiles = requantised(updates, tensor, scaling, Norms())
+        return _numbered(tiles)
+
     # Where a target lies.
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
@@ -148,8 +164,11 @@ class Checkpoint:
             if new is not None and "add" in new.allows:
                 shape = new.replace.shape
                 return Placement(shape, (0,), tuple(range(1, len(shape)))), (rung, "the adapter adds it")
-            raise _missing(key, weight, update, self.parameters())
-        shape = self.files.shards[home].infos[stored].shape
+            raise self._quantised(key, weight) or _missing(key, weight, update, self.parameters())
+        info = self.files.shards[home].infos[stored]
+        shape = info.shape
+        if info.dtype not in (*FLOATS, "I8") and not update.replaces and (error := self._quantised(key, stored)):
+            raise error  # packed: its axes are not those of the weight
         if new is not None and "resize" in new.allows:
             shape = new.replace.shape
         linear = len(shape) == 2 and update.op is None and update.additive
@@ -159,6 +178,16 @@ class Checkpoint:
         )
         tie = (f"tied: {weight} is {stored}",) if stored != weight else ()
         return placement, (rung, *tie, *evidence)
+
+    def _quantised(self, key: str, weight: str) -> LoraFormatError | None:
+        """LF-608 where the weight is stored in other tensors, or packed."""
+        home = self.files.homes.get(weight)
+        dtype = self.files.shards[home].infos[weight].dtype if home else None
+        form = form_of(weight, self.files.homes, self.config, dtype)
+        if form is None:
+            return None
+        what = f"{weight} is stored as {form.name} ({form.evidence}): a merge would round the change away"
+        return fault("LF-608", what, where=key, fix=form.fix)
 
     def _moving(self, weight: str, update: Update) -> tuple[str, ...]:
         """The kinds of parts that change the modules tied to this one too; none of a tensor that the base lacks."""
@@ -192,16 +221,16 @@ class Checkpoint:
             fix = "attach needs an ONNX model; merge works here"
             raise fault("LF-608", f"a checkpoint has no graph to {verb} to", where=str(self.path), fix=fix)
         folder = writes_folder(self.files, options.out)
-        merge = Merge.of(self.files, self.tied, self.config, jobs)
-        output = Output(merge, merge.texts(self.config) if folder else None)
+        merge = Merge.of(self.files, self.tied, self.config, jobs, requantize=options.requantize)
+        output = Output(merge, merge.texts(self.config) if folder else None, options.survival)
         if not folder and merge.config != self.config:
             merge.notes.append("the output is a file: config.json, which must change with it, is not written")
         changes = merge.changes.values()
         steps = tuple(f"merge {c.name} {c.dtype} {list(c.shape)}" for c in changes if c.updates)
+        estimate = partial(_losses, [c for c in changes if c.updates])
         peak = _PEAK + sum(sorted(c.held for c in changes)[-2:])
-        return Plan(
-            verb, tuple(jobs), options, steps, output.reads, output.writes, peak, tuple(merge.notes), state=output
-        )
+        sizes = (output.reads, output.writes, peak)
+        return Plan(verb, tuple(jobs), options, steps, *sizes, tuple(merge.notes), output, estimate)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the merged checkpoint: unchanged tensors byte for byte, changed ones with one rounding."""
@@ -210,6 +239,17 @@ class Checkpoint:
         norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
         ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
         return Outcome(ordered, plan.writes, plan.writes - plan.reads)
+
+
+def _numbered(tiles: Iterator[Array]) -> Iterator[tuple[tuple[int, int], Array]]:
+    start = 0
+    for tile in tiles:
+        yield (start, start + len(tile)), tile
+        start += len(tile)
+
+
+def _losses(changes: Sequence[Change]) -> dict[str, float]:
+    return {change.name: change.sampled() for change in changes}
 
 
 def _size_only(key: str, others: Sequence[str]) -> Problem:

@@ -12,7 +12,8 @@ from loraformat import progress
 from loraformat.atomic import Writer, check_free, check_room, write_file, write_folder
 from loraformat.checkpoint.folder import Files
 from loraformat.checkpoint.merging import Merge
-from loraformat.errors import fault
+from loraformat.checkpoint.survival import too_little
+from loraformat.errors import LoraFormatError, fault
 from loraformat.ranges import copy_range
 
 __all__ = ["Output", "writes_folder"]
@@ -43,10 +44,12 @@ class Output:
 
     Attributes:
         texts: the small files of the folder that say something else than before; None where the output is a file.
+        survival: the least share of ΔW that must survive, else nothing is written.
     """
 
     merge: Merge
     texts: Mapping[str, bytes] | None
+    survival: float = 0.0
 
     @property
     def reads(self) -> int:
@@ -73,13 +76,15 @@ class Output:
         return {name: path for name, path in found.items() if name not in texts}
 
     def write(self, out: Path, force: bool) -> None:
-        """All of it, or nothing: LF-702, LF-703."""
+        """All of it, or nothing: LF-615 too little of the change survives; LF-702, LF-703."""
         check_free(out, force)
         check_room(out, sum(change.nbytes for change in self.merge.changes.values()))
         writers: dict[str, Writer] = {
             name: partial(shard.write, changes=self.merge.of_shard(name))
             for name, shard in self.merge.files.shards.items()
         }
+        last = next(reversed(writers))
+        writers[last] = self._checked(writers[last])
         if self.texts is None:
             (writer,) = writers.values()
             write_file(out, writer, force=force)
@@ -87,6 +92,16 @@ class Output:
         writers |= {name: partial(_copy, path) for name, path in self._copies().items()}
         writers |= {name: partial(_write, text) for name, text in self.texts.items()}
         write_folder(out, writers, force=force)
+
+    def _checked(self, writer: Writer) -> Writer:
+        """The same, and then a look at what all of them lost, before any of it gets its name."""
+
+        def write(file: BinaryIO) -> None:
+            writer(file)
+            if problem := too_little(list(self.merge.changes.values()), self.survival):
+                raise LoraFormatError(problem)
+
+        return write
 
 
 def _copy(path: Path, file: BinaryIO) -> None:
