@@ -76,11 +76,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was written: per target the norms, in all the bytes."""
+    """What was written: per target the norms, in all the bytes; and which files a run that was killed had finished."""
 
     norms: Mapping[str, Norms] = field(default_factory=dict)
     written: int = 0
     grown: int = 0
+    resumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,21 +13,19 @@ from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint import tied as ties
 from loraformat.checkpoint.change import Change
-from loraformat.checkpoint.eight_bits import scaling_of
+from loraformat.checkpoint.eight_bits import packed, requantised_rows
 from loraformat.checkpoint.folder import Files, find, is_weights, json_object
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.output import Output, writes_folder
-from loraformat.checkpoint.requantised import requantised
+from loraformat.checkpoint.task import identity
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.parts import Replace
 from loraformat.placing import place
 from loraformat.plan import Job, Outcome, Plan
-from loraformat.quantised import form_of
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.shapes import FLOATS
-from loraformat.tiles import Norms
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -113,13 +111,7 @@ class Checkpoint:
 
     def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
         """(rows, stored values) of a merge into a weight that is stored in 8 bits; None of any other."""
-        stored = self.tied.get(name, name)
-        scaling = scaling_of(stored, self.files, self.config) if stored in self.files.homes else None
-        if scaling is None:
-            return None
-        tensor = self.files.shards[self.files.homes[stored]].tensor(stored)
-        tiles = requantised(updates, tensor, scaling, Norms())
-        return _numbered(tiles)
+        return requantised_rows(self.tied.get(name, name), updates, self.files, self.config)
 
     # Where a target lies.
 
@@ -164,10 +156,14 @@ class Checkpoint:
             if new is not None and "add" in new.allows:
                 shape = new.replace.shape
                 return Placement(shape, (0,), tuple(range(1, len(shape)))), (rung, "the adapter adds it")
-            raise self._quantised(key, weight) or _missing(key, weight, update, self.parameters())
+            raise packed(key, weight, self.files, self.config) or _missing(key, weight, update, self.parameters())
         info = self.files.shards[home].infos[stored]
         shape = info.shape
-        if info.dtype not in (*FLOATS, "I8") and not update.replaces and (error := self._quantised(key, stored)):
+        if (
+            info.dtype not in (*FLOATS, "I8")
+            and not update.replaces
+            and (error := packed(key, stored, self.files, self.config))
+        ):
             raise error  # packed: its axes are not those of the weight
         if new is not None and "resize" in new.allows:
             shape = new.replace.shape
@@ -178,16 +174,6 @@ class Checkpoint:
         )
         tie = (f"tied: {weight} is {stored}",) if stored != weight else ()
         return placement, (rung, *tie, *evidence)
-
-    def _quantised(self, key: str, weight: str) -> LoraFormatError | None:
-        """LF-608 where the weight is stored in other tensors, or packed."""
-        home = self.files.homes.get(weight)
-        dtype = self.files.shards[home].infos[weight].dtype if home else None
-        form = form_of(weight, self.files.homes, self.config, dtype)
-        if form is None:
-            return None
-        what = f"{weight} is stored as {form.name} ({form.evidence}): a merge would round the change away"
-        return fault("LF-608", what, where=key, fix=form.fix)
 
     def _moving(self, weight: str, update: Update) -> tuple[str, ...]:
         """The kinds of parts that change the modules tied to this one too; none of a tensor that the base lacks."""
@@ -235,17 +221,10 @@ class Checkpoint:
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the merged checkpoint: unchanged tensors byte for byte, changed ones with one rounding."""
         output: Output = plan.state
-        output.write(plan.options.out, force)
+        resumed = output.write(plan.options.out, force, identity(plan, self.files))
         norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
         ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
-        return Outcome(ordered, plan.writes, plan.writes - plan.reads)
-
-
-def _numbered(tiles: Iterator[Array]) -> Iterator[tuple[tuple[int, int], Array]]:
-    start = 0
-    for tile in tiles:
-        yield (start, start + len(tile)), tile
-        start += len(tile)
+        return Outcome(ordered, plan.writes, plan.writes - plan.reads, tuple(resumed.names))
 
 
 def _losses(changes: Sequence[Change]) -> dict[str, float]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraformat.checkpoint.requantised import EIGHT_BITS, Scaling, scale_name
+from loraformat.checkpoint.requantised import EIGHT_BITS, Scaling, requantised, scale_name
+from loraformat.errors import LoraFormatError, fault
 from loraformat.quantised import form_of
+from loraformat.tiles import Norms
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.checkpoint.folder import Files
+    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["refusal", "scaling_of"]
+__all__ = ["packed", "refusal", "requantised_rows", "scaling_of"]
 
 
 def scaling_of(weight: str, files: Files, config: Mapping[str, Any]) -> Scaling | None:
@@ -37,6 +40,34 @@ def scaling_of(weight: str, files: Files, config: Mapping[str, Any]) -> Scaling 
 def _read(name: str, files: Files) -> Array:
     tensor = files.shards[files.homes[name]].tensor(name)
     return tensor[0 : tensor.shape[0]] if tensor.shape else tensor[...]
+
+
+def requantised_rows(
+    weight: str, updates: Sequence[Update], files: Files, config: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int, int], Array]] | None:
+    """(rows, what a merge stores in them), in order; None of a weight that ``scaling_of`` does not know."""
+    scaling = scaling_of(weight, files, config) if weight in files.homes else None
+    if scaling is None:
+        return None
+    tensor = files.shards[files.homes[weight]].tensor(weight)
+    return _numbered(requantised(updates, tensor, scaling, Norms()))
+
+
+def _numbered(tiles: Iterator[Array]) -> Iterator[tuple[tuple[int, int], Array]]:
+    start = 0
+    for tile in tiles:
+        yield (start, start + len(tile)), tile
+        start += len(tile)
+
+
+def packed(key: str, weight: str, files: Files, config: Mapping[str, Any]) -> LoraFormatError | None:
+    """LF-608 where the weight is stored in other tensors, or packed; None where it is not quantised."""
+    home = files.homes.get(weight)
+    form = form_of(weight, files.homes, config, files.shards[home].infos[weight].dtype if home else None)
+    if form is None:
+        return None
+    what = f"{weight} is stored as {form.name} ({form.evidence}): a merge would round the change away"
+    return fault("LF-608", what, where=key, fix=form.fix)
 
 
 def refusal(

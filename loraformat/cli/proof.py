@@ -44,6 +44,8 @@ def show_proof(plan: Plan, outcome: Outcome, proof: Proof | None, following: str
     found = f"{len(outcome.norms)}/{total} targets by {plan.rungs}"
     change = _change(plan, outcome) + (f" · {proof}" if proof else "")
     grown = f"{outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
+    if outcome.resumed:
+        grown += f" · {len(outcome.resumed)} files were finished by a run that was killed"
     after = f" · next: {following}" if following else ""
     click.echo(f"{plan.options.out}: {found} · {change} · {grown}{after}", err=True)
 
@@ -91,7 +93,7 @@ def json_of(
         for key, n in outcome.norms.items()
     }
     said: dict[str, object] = {"schema": 1, "verb": plan.verb, "out": str(plan.options.out)}
-    said |= {"written": outcome.written, "targets": targets}
+    said |= {"written": outcome.written, "targets": targets, "resumed": list(outcome.resumed)}
     said |= {"notes": list(plan.notes), "warnings": [problem.as_json() for problem in warnings]}
     if verdict is not None:
         said["verified"] = verdict_json(verdict)
