@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from loraformat.errors import fault
+from loraformat.journal import Journal
 from loraformat.locks import hold, locked, take
 
-__all__ = ["Writer", "check_free", "check_room", "write_file", "write_folder"]
+__all__ = ["Task", "Writer", "check_free", "check_room", "write_file", "write_folder"]
 
 
 class Writer(Protocol):
@@ -55,11 +56,27 @@ def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
         _sync(path.parent)
 
 
-def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = False) -> None:
+class Task(Protocol):
+    """What a folder is written for: a run that was killed is gone on with by the next one of the same identity."""
+
+    identity: str
+
+    def note(self, name: str) -> Mapping[str, Any]:
+        """What the next run must know of a file that it need not write again, as JSON has it."""
+
+    def resume(self, name: str, note: Mapping[str, Any]) -> None:
+        """The file was finished by a run that was killed."""
+
+    def check(self) -> None:
+        """Every file is written: raise to leave no output."""
+
+
+def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = False, task: Task | None = None) -> None:
     """Create the folder ``path`` with one file for each writer, or leave everything as it was.
 
     Args:
         writers: by the file's name in the folder; ``/`` makes folders inside it.
+        task: keeps a journal, so that files of a run that was killed are taken over.
     """
     old = path.with_name(f".{path.name}.old")
     if path.parent.is_dir():
@@ -67,11 +84,13 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
             _recover(path, old)
     check_free(path, force)
     _check_nothing_else(path, writers)
-    with _temporary(path, folder=True) as temporary:
-        for name, writer in writers.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary / name, "x+b") as file:
-                writer(file)
+    with _temporary(path, folder=True, identity=task.identity if task else None) as temporary:
+        if task is None:
+            for name, writer in writers.items():
+                _write(temporary / name, writer)
+        else:
+            _write_or_resume(temporary, writers, task)
+            task.check()
         for name in writers:  # at the end, when the disk has long begun with the first
             with open(temporary / name, "r+b") as file:
                 _flush(file)
@@ -81,6 +100,26 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
             _swap(temporary, path, old)
             _sync(path.parent)
             _discard(path, old)
+
+
+def _write(path: Path, writer: Writer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "x+b") as file:
+        writer(file)
+
+
+def _write_or_resume(temporary: Path, writers: Mapping[str, Writer], task: Task) -> None:
+    """Every file, but for those that a run that was killed has left whole."""
+    journal = Journal(temporary, task.identity)
+    with journal.writing() as clerk:
+        for name, writer in writers.items():
+            if (note := journal.finished(name)) is not None:
+                task.resume(name, note)
+                continue
+            (temporary / name).unlink(missing_ok=True)
+            _write(temporary / name, writer)
+            clerk.enter(name, task.note(name))
+    journal.path.unlink()
 
 
 def _swap(temporary: Path, path: Path, old: Path) -> None:
@@ -127,10 +166,10 @@ def _check_nothing_else(path: Path, names: Mapping[str, Writer]) -> None:
 
 
 @contextmanager
-def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
-    """A new, locked temporary of ``path``; gone at the end unless it was renamed."""
+def _temporary(path: Path, *, folder: bool, identity: str | None = None) -> Iterator[Path]:
+    """A locked temporary of ``path``, new or left by a killed run of the same task; gone at the end unless renamed."""
+    temporary, lock = _left_by(path, identity) if identity else (_temporary_name(path), None)
     _remove_leftovers(path)
-    temporary, lock = _temporary_name(path), None
     try:
         while lock is None:  # another run may take it for a leftover before it is locked
             temporary = _temporary_name(path)
@@ -149,13 +188,27 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Temporaries of this output that no living run holds."""
+def _left_by(path: Path, identity: str) -> tuple[Path, int | None]:
+    """A temporary that a killed run of this task left, with its lock; else a new name."""
+    for entry in _leftovers(path):
+        with suppress(OSError):
+            if entry.is_dir() and Journal.fits(entry, identity) and (lock := take(entry)) is not None:
+                return entry, lock
+    return _temporary_name(path), None
+
+
+def _leftovers(path: Path) -> Iterator[Path]:
+    """What runs to this output call their temporaries."""
     start, end = f".{path.name}.", ".tmp"
     for entry in path.parent.iterdir():
         middle = entry.name.removeprefix(start).removesuffix(end)
-        if entry.name != f"{start}{middle}{end}" or len(middle) != 8 or entry.is_symlink():
-            continue
+        if entry.name == f"{start}{middle}{end}" and len(middle) == 8 and not entry.is_symlink():
+            yield entry
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporaries of this output that no living run holds."""
+    for entry in _leftovers(path):
         with suppress(OSError):
             if (lock := take(entry)) is not None:
                 _remove(entry)

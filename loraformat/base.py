@@ -5,7 +5,7 @@ A third party adds a kind of base with an entry point in the group ``loraformat.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.plan import Job, Outcome, Plan, Proof
     from loraformat.resolve import Hints, Match, Resolution
+    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "Graph", "Options", "Parameter", "Recognising", "Runnable", "Tying"]
+__all__ = ["Base", "BaseKind", "EightBits", "Graph", "Options", "Parameter", "Recognising", "Runnable", "Tying"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,15 @@ class Options:
         out: the output file.
         mode: of ``attach``: ``branch``.
         prefold: store what a runtime that optimises would compute once, in the place of the adapter's own tensors.
+        requantize: round to 8 bits again where a weight is stored so.
+        survival: the least share of ΔW that must survive the dtype of storage.
     """
 
     out: Path
     mode: str = "branch"
     prefold: bool = False
+    requantize: bool = False
+    survival: float = 0.1
 
 
 class BaseKind(Protocol):
@@ -113,6 +118,14 @@ class Recognising(Protocol):
 
     def sketch(self, match: Match) -> npt.NDArray[np.float32] | None:
         """The sketch of what is computed with at a place; None where it has none."""
+
+
+@runtime_checkable
+class EightBits(Protocol):
+    """A base that may hold weights in 8 bits beside a scale."""
+
+    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """(rows, what a merge stores in them) of such a weight, in order; None of any other."""
 
 
 class Graph(Base, Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class Plan:
         peak: bytes of anonymous memory beyond the imports.
         notes: what a person should know: tied weights, copied data files.
         state: what the base itself needs to apply the plan; opaque to everyone else.
+        estimate: makes, of a run of rows of each weight that changes, what rounding loses of ΔW; None where nobody knows.
     """
 
     verb: str
@@ -52,6 +53,7 @@ class Plan:
     peak: int
     notes: tuple[str, ...] = ()
     state: Any = None
+    estimate: Callable[[], Mapping[str, float]] | None = None
 
     @property
     def rungs(self) -> str:
@@ -74,11 +76,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was written: per target the norms, in all the bytes."""
+    """What was written: per target the norms, in all the bytes; and which files a run that was killed had finished."""
 
     norms: Mapping[str, Norms] = field(default_factory=dict)
     written: int = 0
     grown: int = 0
+    resumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

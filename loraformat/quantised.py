@@ -6,7 +6,7 @@ A merge would round ΔW to the steps of such a form: most of it is gone, or all.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["Form", "form_of"]
@@ -20,11 +20,13 @@ class Form:
         name: what people call it.
         evidence: the tensor or setting that says so.
         fix: the ways out.
+        plain: whether the stored values are the weight's own, without a scale.
     """
 
     name: str
     evidence: str
     fix: str
+    plain: bool = False
 
 
 _UNQUANTISED = "merge into the unquantised checkpoint and quantise the result"
@@ -80,7 +82,7 @@ def form_of(weight: str, names: Collection[str], config: Mapping[str, Any], dtyp
     if {f"{weight}_blocks", f"{weight}_scales"} <= set(names):
         return _form("MXFP4", f"{weight}_blocks holds it")
     if dtype is not None and dtype.startswith("F8"):
-        return _form("FP8 without a scale", f"it is stored as {dtype}")
+        return replace(_form("FP8 without a scale", f"it is stored as {dtype}"), plain=True)
     if dtype is not None and not dtype.startswith(("F", "BF")):
         method = next(_methods(config), None)
         named = _BY_SETTING.get(method or "", method) or dtype

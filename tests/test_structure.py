@@ -24,7 +24,7 @@ ORDER = (
     *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
     *("links", "spaces", "templates"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
-    *("identity", "locks", "atomic", "file", "folders"),
+    *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),

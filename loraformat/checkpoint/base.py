@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ from loraformat import huggingface
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint import tied as ties
+from loraformat.checkpoint.change import Change
+from loraformat.checkpoint.eight_bits import packed, requantised_rows
 from loraformat.checkpoint.folder import Files, find, is_weights, json_object
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.output import Output, writes_folder
+from loraformat.checkpoint.task import identity
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
@@ -105,6 +109,10 @@ class Checkpoint:
         shard = self.files.shards[self.files.homes[stored]]
         return shard.whole(stored) if rows is None else shard.tensor(stored)[slice(*rows)]
 
+    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """(rows, stored values) of a merge into a weight that is stored in 8 bits; None of any other."""
+        return requantised_rows(self.tied.get(name, name), updates, self.files, self.config)
+
     # Where a target lies.
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
@@ -148,8 +156,15 @@ class Checkpoint:
             if new is not None and "add" in new.allows:
                 shape = new.replace.shape
                 return Placement(shape, (0,), tuple(range(1, len(shape)))), (rung, "the adapter adds it")
-            raise _missing(key, weight, update, self.parameters())
-        shape = self.files.shards[home].infos[stored].shape
+            raise packed(key, weight, self.files, self.config) or _missing(key, weight, update, self.parameters())
+        info = self.files.shards[home].infos[stored]
+        shape = info.shape
+        if (
+            info.dtype not in (*FLOATS, "I8")
+            and not update.replaces
+            and (error := packed(key, stored, self.files, self.config))
+        ):
+            raise error  # packed: its axes are not those of the weight
         if new is not None and "resize" in new.allows:
             shape = new.replace.shape
         linear = len(shape) == 2 and update.op is None and update.additive
@@ -192,24 +207,28 @@ class Checkpoint:
             fix = "attach needs an ONNX model; merge works here"
             raise fault("LF-608", f"a checkpoint has no graph to {verb} to", where=str(self.path), fix=fix)
         folder = writes_folder(self.files, options.out)
-        merge = Merge.of(self.files, self.tied, self.config, jobs)
-        output = Output(merge, merge.texts(self.config) if folder else None)
+        merge = Merge.of(self.files, self.tied, self.config, jobs, requantize=options.requantize)
+        output = Output(merge, merge.texts(self.config) if folder else None, options.survival)
         if not folder and merge.config != self.config:
             merge.notes.append("the output is a file: config.json, which must change with it, is not written")
         changes = merge.changes.values()
         steps = tuple(f"merge {c.name} {c.dtype} {list(c.shape)}" for c in changes if c.updates)
+        estimate = partial(_losses, [c for c in changes if c.updates])
         peak = _PEAK + sum(sorted(c.held for c in changes)[-2:])
-        return Plan(
-            verb, tuple(jobs), options, steps, output.reads, output.writes, peak, tuple(merge.notes), state=output
-        )
+        sizes = (output.reads, output.writes, peak)
+        return Plan(verb, tuple(jobs), options, steps, *sizes, tuple(merge.notes), output, estimate)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the merged checkpoint: unchanged tensors byte for byte, changed ones with one rounding."""
         output: Output = plan.state
-        output.write(plan.options.out, force)
+        resumed = output.write(plan.options.out, force, identity(plan, self.files))
         norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
         ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
-        return Outcome(ordered, plan.writes, plan.writes - plan.reads)
+        return Outcome(ordered, plan.writes, plan.writes - plan.reads, tuple(resumed.names))
+
+
+def _losses(changes: Sequence[Change]) -> dict[str, float]:
+    return {change.name: change.sampled() for change in changes}
 
 
 def _size_only(key: str, others: Sequence[str]) -> Problem:

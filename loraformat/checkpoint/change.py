@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat.checkpoint.requantised import Scaling, requantised
 from loraformat.container import DTYPES, numpy_dtype
 from loraformat.errors import LoraFormatError
 from loraformat.shapes import FLOATS
@@ -33,6 +34,7 @@ class Change:
         updates: placed in the tensor's own axes, applied one after the other; none for a copy under another name.
         keys: the adapters' names for what changes it.
         norms: filled while the tiles are made.
+        scaling: of a tensor that is stored in 8 bits and may be rounded to them again.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Change:
     updates: tuple[Update, ...] = ()
     keys: tuple[str, ...] = ()
     norms: Norms = field(default_factory=Norms)
+    scaling: Scaling | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,15 +60,25 @@ class Change:
         """Whether the dtype of storage is one to round to; of any other, whether what replaces the tensor is exact in it."""
         if self.dtype in FLOATS and DTYPES[self.dtype] >= 2:
             return True
+        if self.scaling is not None and "replace" not in update and "rows" not in update:
+            return True
         if not update.replaces:
             return False
         new = update["replace"].replace
         with np.errstate(all="ignore"):
             return np.array_equal(new.astype(numpy_dtype(self.dtype)).astype(new.dtype), new)
 
+    def sampled(self) -> float:
+        """What the dtype loses of ΔW in the first run of rows, as a share: an estimate for the whole."""
+        trial = replace(self, norms=Norms())
+        next(iter(trial.tiles()), None)
+        return trial.norms.loss
+
     def tiles(self) -> Iterator[memoryview]:
         """The bytes, in order."""
-        if self.base is None or self.base.shape != self.shape:
+        if self.scaling is not None and self.base is not None and not all(u.replaces for u in self.updates):
+            arrays = requantised(self.updates, self.base, self.scaling, self.norms)
+        elif self.base is None or self.base.shape != self.shape:
             arrays = created(self.updates, self.shape, numpy_dtype(self.dtype), self.base, self.norms)
         else:
             arrays = changed(self.updates, self.base, self.norms)

@@ -12,6 +12,7 @@ import numpy as np
 
 from loraformat.checkpoint import tied as ties
 from loraformat.checkpoint.change import Change
+from loraformat.checkpoint.eight_bits import refusal, scaling_of
 from loraformat.checkpoint.folder import Files
 from loraformat.container import DTYPES, dtype_name
 from loraformat.errors import LoraFormatError, Problem
@@ -34,6 +35,7 @@ class Merge:
         homes: of added tensors, the shard that will hold them.
         config: ``config.json`` as it will be; the same object where nothing changes.
         notes: what a person should know.
+        requantize: round to 8 bits again where a weight is stored so.
     """
 
     files: Files
@@ -42,15 +44,24 @@ class Merge:
     changes: dict[str, Change] = field(default_factory=dict)
     homes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    requantize: bool = False
 
     @classmethod
-    def of(cls, files: Files, tied: Mapping[str, str], config: Mapping[str, Any], jobs: Sequence[Job]) -> Merge:
+    def of(
+        cls,
+        files: Files,
+        tied: Mapping[str, str],
+        config: Mapping[str, Any],
+        jobs: Sequence[Job],
+        *,
+        requantize: bool = False,
+    ) -> Merge:
         """Everything settled, or every reason why it cannot be.
 
         Raises:
             LoraFormatError: LF-606, LF-608, LF-609.
         """
-        merge = cls(files, tied, config)
+        merge = cls(files, tied, config, requantize=requantize)
         problems = list(merge._gather(jobs))
         problems += merge._untie()
         merge._follow_vocabulary()
@@ -100,12 +111,13 @@ class Merge:
             return Change(name, dtype_name(new.dtype), new.shape, None)
         shard = self.files.shards[self.files.homes[stored]]
         info = shard.infos[stored]
-        return Change(name, info.dtype, info.shape if new is None else new.shape, shard.tensor(stored))
+        scaling = scaling_of(stored, self.files, self.config) if self.requantize else None
+        shape = info.shape if new is None else new.shape
+        return Change(name, info.dtype, shape, shard.tensor(stored), scaling=scaling)
 
     def _fault(self, change: Change, earlier: Change | None, update: Update) -> tuple[str, str, str] | None:
         if change.base is not None and not change.holds(update):
-            what = f"{change.name} is stored as {change.dtype}: a merge would round the change away"
-            return "LF-608", what, "merge into the unquantised checkpoint, or attach the adapter at run time"
+            return refusal(change.name, change.dtype, self.files.homes, self.config, self.requantize)
         old = change.base.shape if change.base is not None else change.shape
         if change.shape != old and "resize" not in update["replace"].allows:
             return "LF-606", f"the base tensor is {list(old)}, its replacement {list(change.shape)}", "another base?"

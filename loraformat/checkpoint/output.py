@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,11 @@ from loraformat import progress
 from loraformat.atomic import Writer, check_free, check_room, write_file, write_folder
 from loraformat.checkpoint.folder import Files
 from loraformat.checkpoint.merging import Merge
+from loraformat.checkpoint.task import Merging
 from loraformat.errors import fault
 from loraformat.ranges import copy_range
 
-__all__ = ["Output", "writes_folder"]
+__all__ = ["Merging", "Output", "writes_folder"]
 
 
 def writes_folder(files: Files, out: Path) -> bool:
@@ -43,10 +44,12 @@ class Output:
 
     Attributes:
         texts: the small files of the folder that say something else than before; None where the output is a file.
+        survival: the least share of ΔW that must survive, else nothing is written.
     """
 
     merge: Merge
     texts: Mapping[str, bytes] | None
+    survival: float = 0.0
 
     @property
     def reads(self) -> int:
@@ -72,21 +75,28 @@ class Output:
         found = {**self.merge.files.others, **({index[0]: folder / index[0]} if index else {})}
         return {name: path for name, path in found.items() if name not in texts}
 
-    def write(self, out: Path, force: bool) -> None:
-        """All of it, or nothing: LF-702, LF-703."""
+    def write(self, out: Path, force: bool, identity: str) -> Merging:
+        """All of it, or nothing: LF-615 too little of the change survives; LF-702, LF-703."""
         check_free(out, force)
         check_room(out, sum(change.nbytes for change in self.merge.changes.values()))
         writers: dict[str, Writer] = {
             name: partial(shard.write, changes=self.merge.of_shard(name))
             for name, shard in self.merge.files.shards.items()
         }
+        task = Merging(identity, self.merge, self.survival)
         if self.texts is None:
             (writer,) = writers.values()
-            write_file(out, writer, force=force)
-            return
+            write_file(out, partial(_then, writer, task.check), force=force)
+            return task
         writers |= {name: partial(_copy, path) for name, path in self._copies().items()}
         writers |= {name: partial(_write, text) for name, text in self.texts.items()}
-        write_folder(out, writers, force=force)
+        write_folder(out, writers, force=force, task=task)
+        return task
+
+
+def _then(writer: Writer, check: Callable[[], None], file: BinaryIO) -> None:
+    writer(file)
+    check()
 
 
 def _copy(path: Path, file: BinaryIO) -> None:

@@ -45,6 +45,14 @@ def _options(function: F) -> F:
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
 @click.option("--into", "base", required=True, metavar="BASE", help="A checkpoint, file or folder, or an ONNX model.")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if BASE is one.")
+@click.option("--requantize", is_flag=True, help="Round to 8 bits again where BASE stores them (fp8, LLM.int8).")
+@click.option(
+    "--survival",
+    type=click.FloatRange(0.0, 1.0),
+    default=0.1,
+    show_default=True,
+    help="Refuse where less than this share of ΔW survives the dtype of BASE.",
+)
 @_options
 def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
     """Write BASE with W + ΔW in the place of W: fp32 arithmetic, one rounding, everything else bit for bit.
@@ -97,6 +105,8 @@ class _Asked:
     inline: bool
     mode: str = "branch"
     prefold: bool = False
+    requantize: bool = False
+    survival: float = 0.1
 
     def following(self, base: Base) -> str:
         """What a person does next: compare the output, if that was not asked for already, else look at it."""
@@ -122,7 +132,7 @@ def _carry_out(asked: _Asked) -> None:
     base, gathered = open_both(asked.words, asked.base, asked.only, asked.scale)
     base = inlined(base) if asked.inline else base
     stated = hints(asked.names, asked.axes, asked.origin)
-    how = Options(Path(asked.out), asked.mode, asked.prefold)
+    how = Options(Path(asked.out), asked.mode, asked.prefold, asked.requantize, asked.survival)
     plan = prepare(asked.verb, gathered.adapters, base, how, stated, any_base=asked.any_base)
     if asked.plan_only:
         show_plan(plan, asked.as_json)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import click
 
 from loraformat.cli.check import verdict_json
-from loraformat.cli.printing import alike, echo_json
+from loraformat.cli.printing import alike, echo_json, printable
 from loraformat.plan import size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from loraformat.errors import Problem
     from loraformat.plan import Outcome, Plan, Proof
+    from loraformat.tiles import Norms
     from loraformat.verbs.verify import Verdict
 
 __all__ = ["json_of", "show_plan", "show_proof"]
@@ -22,11 +24,17 @@ __all__ = ["json_of", "show_plan", "show_proof"]
 
 def show_plan(plan: Plan, as_json: bool) -> None:
     """What would be read and written."""
+    losses = plan.estimate() if plan.estimate is not None else {}
+    survival = {name: max(0.0, 1.0 - loss) for name, loss in losses.items()}
     if as_json:
-        echo_json(plan.as_json())
+        echo_json({**plan.as_json(), "survival": survival})
         return
     for line in (*plan.steps, *(f"note: {note}" for note in alike(plan.notes))):
         click.echo(line)
+    if any(losses.values()):
+        least = min(survival, key=survival.__getitem__)
+        span = "–".join(dict.fromkeys(_short(100 * value) for value in (survival[least], max(survival.values()))))
+        click.echo(f"of ΔW survives about {span} %, by a run of rows of each weight; the least: {printable(least)}")
     click.echo(f"reads {size(plan.reads)}, writes {size(plan.writes)} to {plan.options.out}, memory {size(plan.peak)}")
 
 
@@ -36,6 +44,8 @@ def show_proof(plan: Plan, outcome: Outcome, proof: Proof | None, following: str
     found = f"{len(outcome.norms)}/{total} targets by {plan.rungs}"
     change = _change(plan, outcome) + (f" · {proof}" if proof else "")
     grown = f"{outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
+    if outcome.resumed:
+        grown += f" · {len(outcome.resumed)} files were finished by a run that was killed"
     after = f" · next: {following}" if following else ""
     click.echo(f"{plan.options.out}: {found} · {change} · {grown}{after}", err=True)
 
@@ -52,7 +62,16 @@ def _change(plan: Plan, outcome: Outcome) -> str:
     said += [f"added or resized: {new}"] if new else []
     said += [f"zero before: {zero}"] if zero else []
     lost = max(n.loss for n in norms)
-    return " · ".join(said) + (f" · rounding ≤ {_short(lost * 100)} % of ΔW" if lost else "")
+    return " · ".join(
+        [*said, *([f"rounding ≤ {_short(lost * 100)} % of ΔW, {_short(_loss(norms) * 100)} % of all"] if lost else [])]
+    )
+
+
+def _loss(norms: Iterable[Norms]) -> float:
+    """What rounding lost of all changes together."""
+    known = [n for n in norms if not n.new]
+    moved = math.fsum(n.delta for n in known)
+    return math.sqrt(math.fsum(n.lost for n in known) / moved) if moved else 0.0
 
 
 def _short(number: float) -> str:
@@ -65,11 +84,16 @@ def json_of(
 ) -> dict[str, object]:
     """What ``merge --json`` and ``attach --json`` print."""
     targets = {
-        key: {"delta_norm": n.delta**0.5, "base_norm": n.base**0.5 or None, "rounding_loss": n.loss}
+        key: {
+            "delta_norm": n.delta**0.5,
+            "base_norm": n.base**0.5 or None,
+            "rounding_loss": n.loss,
+            "survival": max(0.0, 1.0 - n.loss),
+        }
         for key, n in outcome.norms.items()
     }
     said: dict[str, object] = {"schema": 1, "verb": plan.verb, "out": str(plan.options.out)}
-    said |= {"written": outcome.written, "targets": targets}
+    said |= {"written": outcome.written, "targets": targets, "resumed": list(outcome.resumed)}
     said |= {"notes": list(plan.notes), "warnings": [problem.as_json() for problem in warnings]}
     if verdict is not None:
         said["verified"] = verdict_json(verdict)

@@ -58,6 +58,8 @@ def merge(
     hints: Hints | None = None,
     *,
     any_base: bool = False,
+    requantize: bool = False,
+    survival: float = 0.1,
     force: bool = False,
 ) -> Outcome:
     """Write ``base`` with W + ΔW in the place of W, in W's own dtype and orientation.
@@ -66,15 +68,19 @@ def merge(
         adapter: one, or several with their weights, applied one after the other.
         out: a file; of a base that is a folder, a folder.
         any_base: apply an adapter that was bound to other weights.
+        requantize: of a checkpoint, round to 8 bits again where it stores them: fp8, LLM.int8.
+        survival: of a checkpoint, the least share of ΔW that must survive its dtype; 0 takes what there is.
         force: replace ``out`` if it exists.
 
     Returns:
         Per target ‖W‖, ‖ΔW‖ and what rounding lost of it; the bytes written.
 
     Raises:
-        LoraFormatError: LF-602 … LF-609 a target is not found, not placed or does not fit; LF-702, LF-703 the output.
+        LoraFormatError: LF-602 … LF-609 a target is not found, not placed or does not fit; LF-615 too little
+            of ΔW survives; LF-702, LF-703 the output.
     """
-    plan = prepare("merge", weighed(adapter), base, Options(Path(out)), hints, any_base=any_base)
+    options = Options(Path(out), requantize=requantize, survival=survival)
+    plan = prepare("merge", weighed(adapter), base, options, hints, any_base=any_base)
     return base.apply(plan, force=force)
 
 

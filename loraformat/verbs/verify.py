@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.base import Tying
+from loraformat.base import EightBits, Tying
 from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
@@ -182,6 +182,8 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
 def _compare(
     base: Base, before: Parameter | None, merged: Base, after: Parameter, updates: Sequence[Update]
 ) -> _Compared:
+    if before is not None and isinstance(base, EightBits) and (tiles := base.requantised(before.name, updates)):
+        return _stored_alike(tiles, merged, after)
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in _expected(base, before, after.shape, [prepared(update) for update in updates]):
         if rows is None and wanted.shape != after.shape:
@@ -197,6 +199,21 @@ def _compare(
     if before is None or before.shape != after.shape or not after.shape or not {before.dtype, after.dtype} <= FLOATS:
         return _Compared(relative, told)
     return _Compared(relative, told, cause(base, before, merged, after, updates, square))
+
+
+def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, after: Parameter) -> _Compared:
+    """Of a weight in 8 bits, whose stored values are what is compared: the scale beside them is another tensor."""
+    wrong, square, whole = 0, 0.0, 0.0
+    for rows, wanted in tiles:
+        got = merged.read(after.name, rows)
+        if got.dtype != wanted.dtype or got.shape != wanted.shape:
+            return _Compared(math.inf, f"the tensor is {after.dtype} {list(after.shape)}")
+        wrong += int(np.count_nonzero(_bits(got) != _bits(wanted)))
+        square += _square(widened(got) - widened(wanted))
+        whole += _square(widened(wanted))
+    relative = math.sqrt(square / whole) if whole else math.sqrt(square)
+    told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded to the steps of their scale"
+    return _Compared(relative, told if wrong else "")
 
 
 def _expected(

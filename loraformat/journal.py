@@ -1,0 +1,112 @@
+"""What a run that writes a folder has finished, so that after a kill the next one need not do it again.
+
+A file is entered when it is on the disk, with its digest; whoever goes on reads it again and compares. The journal of one
+task is of no use to another: its first line says what is being made of what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from loraformat import canonical
+
+__all__ = ["NAME", "Journal"]
+
+NAME = ".loraformat.journal"
+"""What it is called in the folder that is being written."""
+
+_CHUNK = 8 << 20
+
+
+class Journal:
+    """The journal in ``folder``, of the task ``identity``."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.path, self.identity = folder / NAME, identity
+        self.done: dict[str, Mapping[str, Any]] = _entries(self.path, identity)
+
+    @staticmethod
+    def fits(folder: Path, identity: str) -> bool:
+        """Whether a run that was killed left this task there, with something finished."""
+        return bool(_entries(folder / NAME, identity))
+
+    def finished(self, name: str) -> Mapping[str, Any] | None:
+        """What was noted with a file, if it is there as it was entered."""
+        entry, path = self.done.get(name), self.path.parent / name
+        with suppress(OSError):
+            if entry and path.stat().st_size == entry["size"] and _sha256(path) == entry["sha256"]:
+                note: Mapping[str, Any] = entry["note"]
+                return note
+        return None
+
+    @contextmanager
+    def writing(self) -> Iterator[_Clerk]:
+        """Enters files in a thread of its own: while one is flushed and read again, the next is written."""
+        if not self.done:
+            self.path.write_text(json.dumps({"identity": self.identity}) + "\n", encoding="utf-8")
+        clerk = _Clerk(self.path, ThreadPoolExecutor(1), Event())
+        try:
+            yield clerk
+        finally:
+            clerk.over.set()  # what is not entered by now need not be
+            clerk.pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Clerk:
+    path: Path
+    pool: ThreadPoolExecutor
+    over: Event
+
+    def enter(self, name: str, note: Mapping[str, Any]) -> None:
+        """The file is written; what is noted with it is given back to whoever goes on."""
+        self.pool.submit(self._enter, name, note)
+
+    def _enter(self, name: str, note: Mapping[str, Any]) -> None:
+        path = self.path.parent / name
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        found = _sha256(path, self.over)
+        if found is None:
+            return
+        entry = {"file": name, "size": path.stat().st_size, "sha256": found, "note": note}
+        with open(self.path, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+
+def _entries(path: Path, identity: str) -> dict[str, Mapping[str, Any]]:
+    """The whole lines of a journal of this task; a line that the kill cut off is none."""
+    try:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
+        if canonical.loads(first) != {"identity": identity}:
+            return {}
+    except (OSError, ValueError):
+        return {}
+    found: dict[str, Mapping[str, Any]] = {}
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            entry = canonical.loads(line)
+            found[entry["file"]] = {name: entry[name] for name in ("size", "sha256", "note")}
+    return found
+
+
+def _sha256(path: Path, over: Event | None = None) -> str | None:
+    """Of a file; None where it was ``over`` before the end."""
+    total = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            if over is not None and over.is_set():
+                return None
+            total.update(chunk)
+    return total.hexdigest()
