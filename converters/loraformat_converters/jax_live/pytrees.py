@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pytree", "to_pytree"]
 
-_LAYOUTS = {"nnx": nnx, "qwix": qwix}
+_LAYOUTS: dict[str, Any] = {"nnx": nnx, "qwix": qwix}
 
 
 def from_pytree(tree: Any, layout: str | None = None, *, options: ReadOptions | None = None) -> Adapter:
