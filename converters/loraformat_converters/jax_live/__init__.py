@@ -6,7 +6,7 @@ the parameters then computes W·x + s·B·(A·x), and no ΔW is formed. Both wor
 ``from_pytree`` and ``to_pytree`` turn trees of factors (NNX's, Qwix's) into adapters and back.
 
 ``tree`` names the leaves, ``places`` finds the targets, ``merged`` adds, ``factored`` is a weight with its factors,
-``interpret`` evaluates a traced function in which such weights stand, and ``branched`` puts them together.
+``interpret`` evaluates a traced function in which such weights stand, ``operations`` what becomes of each, and ``branched`` puts them together.
 """
 
 from __future__ import annotations
