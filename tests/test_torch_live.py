@@ -421,6 +421,21 @@ def test_names_that_differ_are_stated():
         model["proj"](x)
 
 
+def test_an_adapter_of_several_components_goes_on_a_pipeline():
+    parts = {"unet": net(proj=nn.Linear(7, 11)), "text_encoder": net(proj=nn.Linear(7, 5)), "scheduler": object()}
+    one = lf.Adapter(
+        {"unet:proj.weight": pair(11, 7), "text_encoder:proj.weight": pair(5, 7)}, components=("text_encoder", "unet")
+    )
+    x, before = torch.randn(2, 7), [frozen(parts[name]) for name in ("unet", "text_encoder")]
+    alone = {name: adapter(proj__weight=one[f"{name}:proj.weight"]) for name in ("unet", "text_encoder")}
+    wanted = {name: merged_by_hand(parts[name], [alone[name]])["proj"](x) for name in alone}
+    for mode in ("branch", "merge"):
+        with torch_live.apply(one, parts, mode=mode):
+            assert all(close(parts[name]["proj"](x), wanted[name]) for name in wanted)
+        assert [frozen(parts[name]) for name in ("unet", "text_encoder")] == before
+    assert problems(torch_live.apply, one, {"unet": parts["unet"]}) == {("LF-602", "text_encoder:proj.weight")}
+
+
 # What a module does besides: moves, saves, copies, trains, compiles.
 
 

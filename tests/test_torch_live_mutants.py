@@ -51,7 +51,7 @@ def conv1d_as_linear(patch):
 
 
 def attention_called(patch):
-    patch.setattr(handle, "uncalled", lambda root: frozenset())
+    patch.setattr(handle, "uncalled", lambda roots: frozenset())
 
 
 def the_last_first(patch):
