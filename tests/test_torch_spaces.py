@@ -163,3 +163,32 @@ def test_peft_to_torchtune_is_its_own_layout(run, tmp_path):
     assert wanted.keys() == found.keys()
     for key, update in wanted.items():
         assert np.array_equal(update.matrix(), found[key].matrix())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("case", TORCHTUNE)
+def test_the_model_of_transformers_with_peft_gives_torchtunes_own_logits(case, run, tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install 'loraformat[peers]'")
+    transformers = pytest.importorskip("transformers", reason="pip install 'loraformat[peers]'")
+    peft = pytest.importorskip("peft", reason="pip install 'loraformat[peers]'")
+    from safetensors.torch import load_file as load_torch
+
+    folder, fact = GOLDEN / "torchtune" / case, json.loads((GOLDEN / "torchtune" / case / "golden.json").read_text())
+    stated = ("--alpha", fact["lora_alpha"], "--rank", fact["lora_rank"], "--scale-rule", "alpha/r")
+    told = run("convert", folder / "adapter_model.pt", "peft", "--base", folder / "config.json", *stated)
+    assert told.code == 0, told.err
+    sizes = {
+        "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 37, "max_position_embeddings": 16, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if case == "qwen2":
+        config = transformers.Qwen2Config(**sizes, rope_theta=1_000_000.0, rms_norm_eps=1e-5)
+        model = transformers.Qwen2ForCausalLM(config).eval()
+    else:
+        config = transformers.LlamaConfig(**sizes, rope_theta=500_000.0, rms_norm_eps=1e-5)
+        model = transformers.LlamaForCausalLM(config).eval()
+    model.load_state_dict(load_torch(folder / "hf.safetensors"))
+    truth = load_torch(folder / "truth.safetensors")
+    with torch.no_grad():
+        logits = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()(truth["x"]).logits
+    assert testing.relative_error(logits.numpy(), truth["y"].numpy()) <= 1e-6
