@@ -179,6 +179,21 @@ def test_parts_of_a_fused_projection_are_stated_or_known_by_the_base(tmp_path):
     assert lf.from_tensors(fused, "loralib", options=options)["c_attn.weight"].matrix_shape() == (22, 20)
 
 
+def test_an_embedding_is_known_by_a_base_whose_linears_lie_the_other_way(tmp_path):
+    (tmp_path / "base").mkdir()
+    save_file({"embed.weight": normal(37, 20), "proj.weight": normal(28, 20)}, tmp_path / "base/model.safetensors")
+    both = tensors(out=20, in_=37, name="embed") | tensors()
+    for model, op in (("roberta", "embedding"), ("gpt2", "embedding")):
+        (tmp_path / "base/config.json").write_text(json.dumps({"model_type": model}))
+        base = lf.open_base(tmp_path / "base")
+        found = lf.from_tensors(both, "loralib", options=replace(STATED, base=base, config=base.config))
+        assert (found["embed.weight"].op, found["embed.weight"].placement.spec) == (op, "in,out")
+        assert found["proj.weight"].op is None
+        lf.merge(found, base, tmp_path / model)
+        merged_weight = load_file(tmp_path / model / "model.safetensors")["embed.weight"]
+        assert np.allclose(merged_weight - normal(37, 20), found["embed.weight"].matrix().T, atol=1e-5)
+
+
 def test_a_base_that_does_not_fit_is_refused(tmp_path):
     save_file({"proj.weight": normal(27, 20), "k.conv.weight": normal(6, 4, 3, 2)}, tmp_path / "base.safetensors")
     options = replace(STATED, base=lf.open_base(tmp_path / "base.safetensors"))

@@ -139,10 +139,12 @@ def test_a_pair_beside_a_module_is_the_merged_module(name):
     x = torch.randn(sizes) if sizes else torch.randint(0, 17, (3, 5))
     one = adapter(**{"0__weight": pair(out, in_)})
     before, base = frozen(model), model(x)
-    wanted = merged_by_hand(model, [one])(x)
+    wanted, weaker = (merged_by_hand(model, [strengthen(one, weight)])(x) for weight in (1.0, -0.3))
     handle = torch_live.apply(one, model)
     assert len(model[0]._forward_hooks) == 1  # beside it, and not by a changed weight
     assert close(model(x), wanted, 2e-6)
+    handle.weight = -0.3
+    assert close(model(x), weaker, 2e-6)
     assert not close(base, wanted, 1e-2)
     handle.enabled = False
     assert torch.equal(model(x), base)
@@ -419,6 +421,21 @@ def test_names_that_differ_are_stated():
         model["proj"](x)
 
 
+def test_an_adapter_of_several_components_goes_on_a_pipeline():
+    parts = {"unet": net(proj=nn.Linear(7, 11)), "text_encoder": net(proj=nn.Linear(7, 5)), "scheduler": object()}
+    one = lf.Adapter(
+        {"unet:proj.weight": pair(11, 7), "text_encoder:proj.weight": pair(5, 7)}, components=("text_encoder", "unet")
+    )
+    x, before = torch.randn(2, 7), [frozen(parts[name]) for name in ("unet", "text_encoder")]
+    alone = {name: adapter(proj__weight=one[f"{name}:proj.weight"]) for name in ("unet", "text_encoder")}
+    wanted = {name: merged_by_hand(parts[name], [alone[name]])["proj"](x) for name in alone}
+    for mode in ("branch", "merge"):
+        with torch_live.apply(one, parts, mode=mode):
+            assert all(close(parts[name]["proj"](x), wanted[name]) for name in wanted)
+        assert [frozen(parts[name]) for name in ("unet", "text_encoder")] == before
+    assert problems(torch_live.apply, one, {"unet": parts["unet"]}) == {("LF-602", "text_encoder:proj.weight")}
+
+
 # What a module does besides: moves, saves, copies, trains, compiles.
 
 
@@ -546,7 +563,12 @@ def test_a_weight_that_overflows_changes_nothing():
     assert handle.weight == 1.0
 
 
-def test_the_readme_of_the_module_names_what_it_has():
-    assert all(hasattr(torch_live, name) for name in torch_live.__all__)
+def test_a_public_name_is_what_it_says_whatever_was_imported_before():
+    import importlib
+    import pkgutil
+
+    for module in pkgutil.iter_modules(torch_live.__path__):
+        importlib.import_module(f"{torch_live.__name__}.{module.name}")
+    assert all(callable(getattr(torch_live, name)) for name in torch_live.__all__)
     with pytest.raises(AttributeError):
         _ = torch_live.aply

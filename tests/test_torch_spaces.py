@@ -163,3 +163,78 @@ def test_peft_to_torchtune_is_its_own_layout(run, tmp_path):
     assert wanted.keys() == found.keys()
     for key, update in wanted.items():
         assert np.array_equal(update.matrix(), found[key].matrix())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("case", TORCHTUNE)
+def test_the_model_of_transformers_with_peft_gives_torchtunes_own_logits(case, run, tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install 'loraformat[peers]'")
+    transformers = pytest.importorskip("transformers", reason="pip install 'loraformat[peers]'")
+    peft = pytest.importorskip("peft", reason="pip install 'loraformat[peers]'")
+    from safetensors.torch import load_file as load_torch
+
+    folder, fact = GOLDEN / "torchtune" / case, json.loads((GOLDEN / "torchtune" / case / "golden.json").read_text())
+    stated = ("--alpha", fact["lora_alpha"], "--rank", fact["lora_rank"], "--scale-rule", "alpha/r")
+    told = run("convert", folder / "adapter_model.pt", "peft", "--base", folder / "config.json", *stated)
+    assert told.code == 0, told.err
+    sizes = {
+        "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 37, "max_position_embeddings": 16, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if case == "qwen2":
+        config = transformers.Qwen2Config(**sizes, rope_theta=1_000_000.0, rms_norm_eps=1e-5)
+        model = transformers.Qwen2ForCausalLM(config).eval()
+    else:
+        config = transformers.LlamaConfig(**sizes, rope_theta=500_000.0, rms_norm_eps=1e-5)
+        model = transformers.LlamaForCausalLM(config).eval()
+    model.load_state_dict(load_torch(folder / "hf.safetensors"))
+    truth = load_torch(folder / "truth.safetensors")
+    with torch.no_grad():
+        logits = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()(truth["x"]).logits
+    assert testing.relative_error(logits.numpy(), truth["y"].numpy()) <= 1e-6
+
+
+# litgpt 0.5.13 scripts/convert_hf_checkpoint.py, of what no adapter changes
+_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
+
+
+def llama_of_litgpt(tensors, groups):
+    """The base of a golden under Hugging Face's names."""
+    found = {"model.norm.weight": tensors["transformer.ln_f.weight"]}
+    for name, tensor in tensors.items():
+        if name.endswith("attn.qkv.weight"):
+            stem = f"model.layers.{name.split('.')[2]}.self_attn"
+            cuts = np.split(tensor, [40, 40 + 10 * groups])
+            found |= {
+                f"{stem}.{leaf}.weight": cut for leaf, cut in zip(("q_proj", "k_proj", "v_proj"), cuts, strict=True)
+            }
+        elif ".norm_" in name:
+            _, _, layer, norm, _ = name.split(".")
+            found[f"model.layers.{layer}.{_NORMS[norm]}.weight"] = tensor
+        else:
+            found |= dict.fromkeys(litgpt_space._TABLE.here(name), tensor)
+    return found
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("case", ["all", "query_value", "key"])
+def test_the_model_of_transformers_with_peft_gives_litgpts_own_logits(case, run, tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install 'loraformat[peers]'")
+    transformers = pytest.importorskip("transformers", reason="pip install 'loraformat[peers]'")
+    peft = pytest.importorskip("peft", reason="pip install 'loraformat[peers]'")
+    groups = 4 if case == "all" else 2
+    config = transformers.LlamaConfig(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=groups,
+        head_dim=10, vocab_size=37, max_position_embeddings=16, rope_theta=10_000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    told = run("convert", GOLDEN / "litgpt" / case / "lit_model.pth.lora", "peft", "--base", "config.json")
+    assert told.code == 0, told.err
+    model = transformers.LlamaForCausalLM(config).eval()
+    base = llama_of_litgpt(load_file(GOLDEN / "litgpt" / case / "base.safetensors"), groups)
+    model.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in base.items()})
+    truth = load_file(GOLDEN / "litgpt" / case / "truth.safetensors")
+    with torch.no_grad():
+        logits = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()(torch.from_numpy(truth["x"])).logits
+    assert testing.relative_error(logits.numpy(), truth["y"]) <= 2e-6

@@ -137,6 +137,14 @@ def normal(*shape):
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
+def test_beside_the_folder_that_torchtune_exports_for_peft_its_own_file_is_its_own(tmp_path):
+    path = adapter_of("lora", tmp_path)
+    config = json.loads((path.parent / "adapter_config.json").read_text())
+    (path.parent / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
+    testing.check_claimed_alone(layout, path)
+    assert {update.scale for update in lf.load(path).values()} == {9 / 5}
+
+
 def test_what_is_no_tensor_of_an_adapter_is_refused(tmp_path):
     tensors = {f"layers.0.mlp.w1.lora_{r}.weight": t for r, t in (("a", normal(3, 7)), ("b", normal(11, 3)))}
     stated = ReadOptions(alpha=6, scale_rule="alpha/r")

@@ -58,7 +58,8 @@ class Litgpt:
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """It is not written: LF-508."""
-        raise fault("LF-508", "litgpt's layout is read and not written", fix="write PEFT or the native file")
+        what = "litgpt loads a pickle of torch, and none is written here"
+        raise fault("LF-508", what, fix="write PEFT or the native file")
 
 
 layout = Litgpt()

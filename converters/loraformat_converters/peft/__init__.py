@@ -47,11 +47,11 @@ class Peft:
     def detect(self, source: Source) -> str | None:
         """A configuration with ``peft_type``, or the key endings of PEFT in a bare file."""
         if config.has_type(source):
-            return None if _is_tinkers(source) else f"{config.FILE} has peft_type"
+            return None if _is_anothers(source) else f"{config.FILE} has peft_type"
         if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
             return None
         if any(_is_own(name) for name in source.tensors):
-            others = _is_pipeline(source) or _is_tinkers(source)
+            others = _is_pipeline(source) or _is_anothers(source)
             return None if others else "keys end with .lora_A.weight"
         return None
 
@@ -76,14 +76,16 @@ def _is_own(name: str) -> bool:
     return name.endswith((".lora_A.weight", ".lora_embedding_A")) and not _MANGLED.fullmatch(name)
 
 
-def _is_tinkers(source: Source) -> bool:
-    """Whether the folder holds Tinker's names, which PEFT has not: experts stacked under w1 … w3, another word for the head.
+def _is_anothers(source: Source) -> bool:
+    """Whether the tensors beside a configuration have names that PEFT has not.
 
-    tinker-cookbook 0.6.1 has the same two files, and the same words in the configuration.
+    tinker-cookbook 0.6.1: experts stacked under w1 … w3, another word for the head, and the same two files. torchtune
+    0.6.1 puts its own ``adapter_model.pt`` beside the folder that it exports for PEFT.
     """
-    if source.file is None or source.torch or source.file.suffix != ".safetensors":
+    if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
         return False
-    return any(".experts.w" in name or ".unembed_tokens." in name for name in source.tensors)
+    own = (".experts.w", ".unembed_tokens.", ".lora_a.weight")
+    return any(word in name for name in source.tensors for word in own)
 
 
 layout = Peft()

@@ -7,9 +7,10 @@
     handle.weight, handle.enabled = 0.5, False
     handle.remove()                                        # the model is what it was, bit for bit
 
-``tensors`` leads between numpy and torch, ``base`` says which parameter a target is and how it lies there;
-``factors`` is the arithmetic of an update in torch, ``beside`` and ``instead`` the two ways to run it, ``merged`` the
-third way, in place of the weight; ``from_peft`` and ``from_loralib`` read what these tools built.
+``tensors`` leads between numpy and torch, ``base`` says which parameter a target is and how it lies there; ``factors``
+is the arithmetic of an update in torch, ``beside`` runs a pair beside its module, ``stack`` holds all that acts on one
+parameter while the module runs, ``merged`` what stands in its place, ``handle`` puts on and takes off; ``take`` reads
+what tools built, by ``from_peft`` and ``from_loralib``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraformat_converters.torch_live.apply import Handle, apply
     from loraformat_converters.torch_live.base import ModuleBase
+    from loraformat_converters.torch_live.handle import Handle, apply
     from loraformat_converters.torch_live.take import from_module
 
 __all__ = ["Handle", "ModuleBase", "apply", "from_module"]
 
-_HOMES = {"Handle": "apply", "ModuleBase": "base", "apply": "apply", "from_module": "take"}
+_HOMES = {"Handle": "handle", "ModuleBase": "base", "apply": "handle", "from_module": "take"}
 
 
 def __getattr__(name: str) -> Any:

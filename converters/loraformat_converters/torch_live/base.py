@@ -62,26 +62,32 @@ class ModuleBase:
     """The parameters and buffers of a module: for ``bind``, ``resolve``, ``verify`` and everything that reads a base.
 
     Args:
-        module: a plain module, or one that a tool has wrapped.
+        module: a plain module, or one that a tool has wrapped; or component → module, such as a pipeline's
+            ``components``, of which the modules count: their names then begin with ``<component>:``.
         wrappers: components of a path that are a tool's and not the model's own, such as ``base_layer``.
     """
 
     verbs: frozenset[str] = frozenset()
 
-    def __init__(self, module: nn.Module, wrappers: Sequence[str] = ()) -> None:
-        self.module = module
-        self.path = Path(f"({type(module).__name__})")
+    def __init__(self, module: nn.Module | Mapping[str, Any], wrappers: Sequence[str] = ()) -> None:
+        self.roots: Mapping[str, nn.Module] = {"": module} if isinstance(module, nn.Module) else _components(module)
+        self.path = Path(f"({', '.join(type(root).__name__ for root in self.roots.values())})")
         self._wrappers = frozenset(wrappers)
-        config: Any = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)  # of a model of transformers
         self.config: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
 
     @cached_property
     def places(self) -> dict[str, Place]:
         """Name → place; a module or a tensor that is reached by several paths has a name for each."""
-        return {name: place for path, module in self._modules() for name, place in _own(path, module)}
+        return {
+            f"{component}{name}": place
+            for component, root in self.roots.items()
+            for path, module in self._modules(root)
+            for name, place in _own(path, module)
+        }
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for path, module in self.module.named_modules(remove_duplicate=False):
+    def _modules(self, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for path, module in root.named_modules(remove_duplicate=False):
             words = path.split(".")
             if "parametrizations" not in words and not getattr(module, "loraformat_branches", False):
                 yield ".".join(word for word in words if word and word not in self._wrappers), module
@@ -93,8 +99,8 @@ class ModuleBase:
 
     def describe(self) -> Mapping[str, Any]:
         """Its class, and how many parameters it has."""
-        count = sum(p.numel() for p in self.module.parameters())
-        return {"kind": "module", "class": type(self.module).__name__, "parameters": count}
+        count = sum(p.numel() for root in self.roots.values() for p in root.parameters())
+        return {"kind": "module", "class": str(self.path)[1:-1], "parameters": count}
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every weight of two axes, placed by its module's class or by ``--axes``."""
@@ -166,6 +172,11 @@ class ModuleBase:
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """As ``plan``."""
         raise fault("LF-608", "a live module is no file", where=str(self.path))
+
+
+def _components(modules: Mapping[str, Any]) -> Mapping[str, nn.Module]:
+    """Prefix of a component's names → its module; what else a pipeline is made of (schedulers, tokenizers) does not count."""
+    return {f"{name}:": module for name, module in modules.items() if isinstance(module, nn.Module)}
 
 
 def _own(path: str, module: nn.Module) -> Iterator[tuple[str, Place]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +27,13 @@ _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-def uncalled(root: nn.Module) -> frozenset[int]:
+def uncalled(roots: Iterable[nn.Module]) -> frozenset[int]:
     """The modules, by ``id``, whose weights their parents read without calling them.
 
     torch 2.13 functional.multi_head_attention_forward takes the weight of the output projection.
     """
-    return frozenset(id(m.out_proj) for m in root.modules() if isinstance(m, nn.MultiheadAttention))
+    modules = (module for root in roots for module in root.modules())
+    return frozenset(id(module.out_proj) for module in modules if isinstance(module, nn.MultiheadAttention))
 
 
 def branch_of(at: Place, uncalled: frozenset[int]) -> Branch | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -31,7 +31,7 @@ Mode = Literal["branch", "merge"]
 
 def apply(
     adapter: Adapter,
-    module: nn.Module,
+    module: nn.Module | Mapping[str, Any],
     *,
     mode: Mode = "branch",
     weight: float = 1.0,
@@ -54,6 +54,7 @@ def apply(
     that the weights of the targets are held twice.
 
     Args:
+        module: or, for an adapter whose keys name components, component → module: a pipeline's ``components``.
         weight, only, scales: as ``loraformat.strength.strengthen``.
         hints: names and axes that the adapter and the module do not share.
         trainable: gradients flow into the adapter's own tensors, which are then parameters of ``module``; what of the
@@ -77,7 +78,7 @@ def apply(
     places = [(key, match, match.turned(chosen[key])) for key, found in resolution.targets.items() for match in found]
     _check(places, mode)
     handle = Handle(chosen, acting, weight, mode)
-    apart = uncalled(module)
+    apart = uncalled(base.roots.values())
     try:
         for key, match, update in places:
             handle._put(key, match, update, apart, trainable)
