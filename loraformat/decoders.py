@@ -87,7 +87,8 @@ def _of(key: str, decoder: Decoder, known: Known) -> Iterator[Link]:
     match = re.fullmatch(re.escape(decoder.blocks[0 if torch else 1]).replace(r"\{n\}", r"(\d+)") + "(.+)", key)
     if match is not None:
         blocks = tuple(block.replace("{n}", match[1]) for block in decoder.blocks)
-        yield from _modules(match[2], torch, blocks, decoder)
+        modules = [*_modules(match[2], torch, blocks, decoder)]
+        yield from [link for link in modules if link.here.name in known.names] or modules
         yield from _experts(key, match[2], torch, blocks, decoder, known)
 
 

@@ -203,3 +203,16 @@ def test_peft_goes_to_mlx_under_the_same_names(tmp_path):
 def test_the_goldens_are_all_there():
     assert len(CASES) == 26
     assert set(CASES) - set(FILES) == {"rslora", "patterns", "rslora_patterns", "gpt2"}
+
+
+def test_from_peft_through_mlx_and_gguf_and_back_the_change_stays(tmp_path):
+    """rsLoRA with patterns: folded, padded, transposed and reordered on the way."""
+    config, ours = HERE / "rslora_patterns" / "config.json", lf.load(peft_of("rslora_patterns"))
+    lf.convert(peft_of("rslora_patterns"), tmp_path / "mlx", to_layout="mlx", base=config)
+    lf.convert(tmp_path / "mlx", tmp_path / "a.gguf", base=config)
+    lf.convert(tmp_path / "a.gguf", tmp_path / "peft", base=config)
+    testing.check_golden(lf.load(tmp_path / "a.gguf"), truth_of("rslora_patterns"))
+    again = lf.load(tmp_path / "peft")
+    assert again.keys() == ours.keys()
+    for key, update in ours.items():
+        assert testing.relative_error(again[key].matrix(), update.matrix()) <= 1e-6, key

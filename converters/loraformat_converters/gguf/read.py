@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
 
-__all__ = ["EMBEDDING", "read"]
+__all__ = ["EMBEDDING", "ROLES", "read"]
 
 ROLES = ("lora_a", "lora_b")
 

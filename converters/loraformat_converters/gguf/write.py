@@ -15,7 +15,7 @@ from loraformat.layout import Output, WriteOptions
 from loraformat.refactored import under_scale
 from loraformat_converters.gguf import architectures, keys, store
 from loraformat_converters.gguf.file import LONGEST_NAME
-from loraformat_converters.gguf.read import EMBEDDING
+from loraformat_converters.gguf.read import EMBEDDING, ROLES
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,11 +53,17 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
     tensors: dict[str, Array] = {}
     warnings: list[Problem] = []
     for key, part in parts.items():
-        b = _under(key, part, alpha, warnings)
+        try:
+            b = _under(key, part, alpha, warnings)
+        except LoraFormatError as error:
+            problems += (Problem("LF-508", problem.what, key) for problem in error.problems)
+            continue
         a = part.lora_A
         count = tuple(map(max, zip(a.shape[:-2], b.shape[:-2], strict=True)))  # each expert has factors of its own
         a, b = (np.broadcast_to(f, (*count, *f.shape[-2:])) for f in (a, b))
         tensors[f"{key}.lora_a"], tensors[f"{key}.lora_b"] = a.T if key.endswith(EMBEDDING) else a, b
+    if problems:
+        raise LoraFormatError(problems)
     values = keys.metadata(architecture, alpha, source)
 
     def write_file(file: BinaryIO) -> None:
@@ -87,10 +93,7 @@ def _under(key: str, part: Lora, alpha: float, warnings: list[Problem]) -> Array
     own = _own_alpha(part)
     if _single(own) == alpha:
         return part.lora_B
-    try:
-        b, residual = under_scale(part, alpha / part.r)
-    except LoraFormatError as error:
-        raise fault("LF-508", error.problems[0].what, where=key) from None
+    b, residual = under_scale(part, alpha / part.r)
     exact = "exact" if residual == 0 else f"residual {residual:.1e}"
     what = f"an alpha of {own:g} is folded into lora_b: llama.cpp has one, {alpha:g}, for all; {exact}"
     warnings.append(Problem("LF-508", what, key, severity="warning"))
@@ -126,6 +129,8 @@ def _misfits(key: str, update: Update, options: WriteOptions) -> list[tuple[str,
     found = []
     if len(f"{key}.lora_a".encode()) > LONGEST_NAME:
         found.append((f"a tensor's name has at most {LONGEST_NAME} bytes", ""))
+    if any(f".{role}" in key for role in ROLES):  # llama-adapter.cpp takes the role out wherever it stands
+        found.append((f"llama.cpp would misread a name with .{' or .'.join(ROLES)} in it", ""))
     if part.mid is not None:
         found.append(("a pair around a core", "--to-lora R, whose residual is printed"))
     if others := {dtype_name(factor.dtype) for factor in (part.lora_A, part.lora_B)} - store.DTYPES:
