@@ -117,13 +117,23 @@ def test_what_people_wrote_of_an_adapter_from_elsewhere_becomes_modelspec(tmp_pa
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"metadata":{"a":1},"alpha":{"dtype":"F32","shape":[]}}', '{"metadata":{},"alpha":{"dtype":"F32","shape":[2]}}',
-     '{"metadata":{},"alpha":{"dtype":"X","shape":[]}}', '{"metadata":{},"alpha":{"dtype":"F32","shape":1}}'],
+    ["", "[]", "{}", '{"metadata":{"a":1},"alpha":FORM}', '{"metadata":[],"alpha":FORM}', '{"metadata":{},"alpha":[]}',
+     '{"metadata":{},"alpha":{"dtype":"F32","shape":[2]}}', '{"metadata":{},"alpha":{"dtype":"X","shape":[]}}',
+     '{"metadata":{},"alpha":{"dtype":"F32","shape":1}}', '{"metadata":{},"alpha":{"dtype":"F32","shape":[1.0]}}',
+     '{"metadata":{},"alpha":{"dtype":"F32","shape":[],"value":1e400}}', '{"metadata":{},"alpha":FORM,"axes":{"a":1e400}}',
+     '{"metadata":{},"alpha":FORM,"axes":{"a":9}}', '{"metadata":{},"alpha":FORM,"alphas":{"a":null}}'],
 )  # fmt: skip
 def test_damaged_notes_of_a_source_are_refused(text, tmp_path):
+    notes = {"kohya": text.replace("FORM", '{"dtype":"F32","shape":[]}')}
     with pytest.raises(LoraFormatError) as caught:
-        save(replace(kohya(Update((pair(),))), extensions={"kohya": text}), tmp_path / "a.safetensors", LAYOUT)
+        save(replace(kohya(Update((pair(),))), extensions=notes), tmp_path / "a.safetensors", LAYOUT)
     assert [problem.rule for problem in caught.value.problems] == ["LF-508"]
+
+
+def test_what_was_kept_of_a_header_makes_no_native_file(tmp_path):
+    notes = '{"alpha":{"dtype":"F32","shape":[]},"metadata":{"loraformat":"{}","ss_v2":"False"}}'
+    save(replace(kohya(Update((pair(),))), extensions={"kohya": notes}), tmp_path / "a.safetensors", LAYOUT)
+    assert dict(open_source(tmp_path / "a.safetensors").header) == {"ss_v2": "False"}
 
 
 # What has no place.
