@@ -151,6 +151,7 @@ REFUSALS = {
     "a batch": (Update((Lora(normal(2, 3, 7), normal(2, 11, 3), 1.0, "factor"),)), None, "factors with a batch axis"),
     "two methods": (Update((pair(), Delta(normal(11, 7))), LINE), None, "a reader applies one method"),
     "scale 0": (Update((pair(0.0),)), None, "take an alpha of 0 for the rank"),
+    "a scale too large": (Update((pair(3e38, "factor"),)), None, "needs an alpha beyond float32"),
     "a scaled difference": (Update((Delta(normal(11, 7), 0.5),), LINE), None, "scale 0.5"),
     "a scaled whole LoKr": (Update((Lokr(0.5, "factor", normal(2, 3), lokr_w2=normal(5, 4)),)), None, "readers take 1"),
     "two ranks of LoHa": (

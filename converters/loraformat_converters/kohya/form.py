@@ -75,8 +75,10 @@ def _part(update: Update) -> tuple[str, str] | None:
             return f"scale {part.scale:g}, and a whole difference has none", _FOLD
         case Delta() if part.delta.ndim > 2 and update.placement is None:
             return "a difference of more than two axes that is not placed", "--base B"
-    if alpha(part) == 0.0:
+    if (stated := alpha(part)) == 0.0:
         return "scale 0: sd-scripts and LyCORIS take an alpha of 0 for the rank", _FOLD
+    if stated is not None and abs(stated) > scales.LARGEST:
+        return f"a scale of {part.scale:g} needs an alpha beyond float32", _FOLD
     return _magnitude(update)
 
 
