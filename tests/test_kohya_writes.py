@@ -163,6 +163,8 @@ REFUSALS = {
     "two ranks of a core": (
         Update((Lora(normal(2, 7), normal(11, 3), 1.0, "factor", normal(3, 2, 3, 3)),), CONV), None, "two ranks",
     ),
+    "a core of unknown axes": (Update((Loha(*(normal(3, n) for n in (11, 7, 11, 7)), 1.0, "factor", normal(3, 3, 4, 1), normal(3, 3, 4, 1)),)), None, "whether the kernel has the last axis"),
+    "a core of another kernel": (Update((Lora(normal(3, 7), normal(11, 3), 1.0, "factor", normal(3, 3, 9, 1)),), CONV), None, "the kernel of the weight [3, 3]"),
     "another norm": (Update((Lora(normal(3, 63), normal(11, 3), 1.0, "factor"), Magnitude(abs(normal(3)), (2,))), CONV), None, "the first or the second"),
     "another eps": (Update((pair(), Magnitude(abs(normal(11)), None, 1e-5)), LINE), None, "eps 1e-05"),
     "a magnitude of a whole": (Update((Delta(normal(11, 7)), Magnitude(abs(normal(11)))), LINE), None, "beside a whole difference"),
@@ -219,6 +221,32 @@ def test_an_alpha_that_diffusers_would_lose_is_told(tmp_path):
     assert warning.where == names[2]
     same = {name: Update((pair(1.0),)) for name in names}
     assert save(lf.Adapter(same, "kohya"), tmp_path / "a.safetensors", LAYOUT, force=True) == []
+
+
+def test_a_core_gets_the_axes_of_the_kernel_that_it_is_placed_in(tmp_path):
+    line, core = Placement((11, 7, 4), (0,), (1, 2)), normal(3, 3, 4, 1)  # as PEFT stores that of a Conv1d
+    loha = Loha(*(normal(3, n) for n in (11, 7, 11, 7)), 1.0, "factor", core, core)
+    lokr = Lokr(1.0, "factor", normal(11, 7), lokr_w2=normal(1, 1, 4, 1))
+    pair = Lora(normal(3, 7), normal(11, 3), 1.0, "factor", core)
+    for part, name, shape in (
+        (loha, "hada_t1", (3, 3, 4)),
+        (lokr, "lokr_w2", (1, 1, 4)),
+        (pair, "lora_mid.weight", (3, 3, 4)),
+    ):
+        assert written(kohya(Update((part,), line)), tmp_path)[f"lora_unet_a.{name}"].shape == shape
+        again = lf.load(tmp_path / "a.safetensors")["lora_unet_a.weight"]
+        assert again.placement == line
+        assert testing.relative_error(again.matrix(), part_matrix(part)) <= 1e-6
+
+
+def test_a_pair_around_a_core_is_a_convolutions_though_nothing_else_says_so(tmp_path):
+    part = Lora(normal(3, 7), normal(11, 3), 1.0, "factor", normal(3, 3, 2, 4))
+    shapes = {name.split(".")[1]: tensor.shape for name, tensor in written(kohya(Update((part,))), tmp_path).items()}
+    assert shapes == {"lora_down": (3, 7, 1, 1), "lora_up": (11, 3, 1, 1), "lora_mid": (3, 3, 2, 4), "alpha": ()}
+
+
+def part_matrix(part):
+    return Update((part,)).matrix()
 
 
 def test_a_norm_keeps_its_two_tensors_and_a_bias_alone_its_own(tmp_path):
