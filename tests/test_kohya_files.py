@@ -70,7 +70,9 @@ KEY = "lora_unet_a.weight"
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ml_dtypes.bfloat16, "int64", "int32", "uint8"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", ml_dtypes.bfloat16, "int64", "int32", "uint8", "uint64"]
+)
 def test_an_alpha_of_any_dtype_and_shape_is_its_number_and_is_given_back_as_it_was(dtype, shape, tmp_path, reading):
     tensors = pair(alpha=None) | {"lora_unet_a.alpha": np.full(shape, 7, dtype)}
     adapter, _ = reading(tensors)
@@ -178,6 +180,11 @@ def test_factors_that_do_not_fit_each_other_are_refused(down, up, mid, refusal):
     tensors = {"lora_unet_a.lora_down.weight": normal(*down), "lora_unet_a.lora_up.weight": normal(*up)}
     core = {} if mid is None else {"lora_unet_a.lora_mid.weight": normal(*mid)}
     assert rules(refusal(tensors | core | ALPHA)) == {"LF-309"}
+
+
+@pytest.mark.parametrize("role", ["diff_b", "w_norm", "b_norm"])
+def test_a_bias_or_a_norm_that_is_no_vector_is_refused(role, refusal):
+    assert rules(refusal({f"lora_unet_a.{role}": normal(3, 4)})) == {"LF-309"}
 
 
 def test_factors_of_integers_or_without_values_are_refused(refusal):

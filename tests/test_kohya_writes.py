@@ -117,13 +117,23 @@ def test_what_people_wrote_of_an_adapter_from_elsewhere_becomes_modelspec(tmp_pa
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"metadata":{"a":1},"alpha":{"dtype":"F32","shape":[]}}', '{"metadata":{},"alpha":{"dtype":"F32","shape":[2]}}',
-     '{"metadata":{},"alpha":{"dtype":"X","shape":[]}}', '{"metadata":{},"alpha":{"dtype":"F32","shape":1}}'],
+    ["", "[]", "{}", '{"metadata":{"a":1},"alpha":FORM}', '{"metadata":[],"alpha":FORM}', '{"metadata":{},"alpha":[]}',
+     '{"metadata":{},"alpha":{"dtype":"F32","shape":[2]}}', '{"metadata":{},"alpha":{"dtype":"X","shape":[]}}',
+     '{"metadata":{},"alpha":{"dtype":"F32","shape":1}}', '{"metadata":{},"alpha":{"dtype":"F32","shape":[1.0]}}',
+     '{"metadata":{},"alpha":{"dtype":"F32","shape":[],"value":1e400}}', '{"metadata":{},"alpha":FORM,"axes":{"a":1e400}}',
+     '{"metadata":{},"alpha":FORM,"axes":{"a":9}}', '{"metadata":{},"alpha":FORM,"alphas":{"a":null}}'],
 )  # fmt: skip
 def test_damaged_notes_of_a_source_are_refused(text, tmp_path):
+    notes = {"kohya": text.replace("FORM", '{"dtype":"F32","shape":[]}')}
     with pytest.raises(LoraFormatError) as caught:
-        save(replace(kohya(Update((pair(),))), extensions={"kohya": text}), tmp_path / "a.safetensors", LAYOUT)
+        save(replace(kohya(Update((pair(),))), extensions=notes), tmp_path / "a.safetensors", LAYOUT)
     assert [problem.rule for problem in caught.value.problems] == ["LF-508"]
+
+
+def test_what_was_kept_of_a_header_makes_no_native_file(tmp_path):
+    notes = '{"alpha":{"dtype":"F32","shape":[]},"metadata":{"loraformat":"{}","ss_v2":"False"}}'
+    save(replace(kohya(Update((pair(),))), extensions={"kohya": notes}), tmp_path / "a.safetensors", LAYOUT)
+    assert dict(open_source(tmp_path / "a.safetensors").header) == {"ss_v2": "False"}
 
 
 # What has no place.
@@ -141,6 +151,7 @@ REFUSALS = {
     "a batch": (Update((Lora(normal(2, 3, 7), normal(2, 11, 3), 1.0, "factor"),)), None, "factors with a batch axis"),
     "two methods": (Update((pair(), Delta(normal(11, 7))), LINE), None, "a reader applies one method"),
     "scale 0": (Update((pair(0.0),)), None, "take an alpha of 0 for the rank"),
+    "a scale too large": (Update((pair(3e38, "factor"),)), None, "needs an alpha beyond float32"),
     "a scaled difference": (Update((Delta(normal(11, 7), 0.5),), LINE), None, "scale 0.5"),
     "a scaled whole LoKr": (Update((Lokr(0.5, "factor", normal(2, 3), lokr_w2=normal(5, 4)),)), None, "readers take 1"),
     "two ranks of LoHa": (
@@ -152,6 +163,8 @@ REFUSALS = {
     "two ranks of a core": (
         Update((Lora(normal(2, 7), normal(11, 3), 1.0, "factor", normal(3, 2, 3, 3)),), CONV), None, "two ranks",
     ),
+    "a core of unknown axes": (Update((Loha(*(normal(3, n) for n in (11, 7, 11, 7)), 1.0, "factor", normal(3, 3, 4, 1), normal(3, 3, 4, 1)),)), None, "whether the kernel has the last axis"),
+    "a core of another kernel": (Update((Lora(normal(3, 7), normal(11, 3), 1.0, "factor", normal(3, 3, 9, 1)),), CONV), None, "the kernel of the weight [3, 3]"),
     "another norm": (Update((Lora(normal(3, 63), normal(11, 3), 1.0, "factor"), Magnitude(abs(normal(3)), (2,))), CONV), None, "the first or the second"),
     "another eps": (Update((pair(), Magnitude(abs(normal(11)), None, 1e-5)), LINE), None, "eps 1e-05"),
     "a magnitude of a whole": (Update((Delta(normal(11, 7)), Magnitude(abs(normal(11)))), LINE), None, "beside a whole difference"),
@@ -208,6 +221,32 @@ def test_an_alpha_that_diffusers_would_lose_is_told(tmp_path):
     assert warning.where == names[2]
     same = {name: Update((pair(1.0),)) for name in names}
     assert save(lf.Adapter(same, "kohya"), tmp_path / "a.safetensors", LAYOUT, force=True) == []
+
+
+def test_a_core_gets_the_axes_of_the_kernel_that_it_is_placed_in(tmp_path):
+    line, core = Placement((11, 7, 4), (0,), (1, 2)), normal(3, 3, 4, 1)  # as PEFT stores that of a Conv1d
+    loha = Loha(*(normal(3, n) for n in (11, 7, 11, 7)), 1.0, "factor", core, core)
+    lokr = Lokr(1.0, "factor", normal(11, 7), lokr_w2=normal(1, 1, 4, 1))
+    pair = Lora(normal(3, 7), normal(11, 3), 1.0, "factor", core)
+    for part, name, shape in (
+        (loha, "hada_t1", (3, 3, 4)),
+        (lokr, "lokr_w2", (1, 1, 4)),
+        (pair, "lora_mid.weight", (3, 3, 4)),
+    ):
+        assert written(kohya(Update((part,), line)), tmp_path)[f"lora_unet_a.{name}"].shape == shape
+        again = lf.load(tmp_path / "a.safetensors")["lora_unet_a.weight"]
+        assert again.placement == line
+        assert testing.relative_error(again.matrix(), part_matrix(part)) <= 1e-6
+
+
+def test_a_pair_around_a_core_is_a_convolutions_though_nothing_else_says_so(tmp_path):
+    part = Lora(normal(3, 7), normal(11, 3), 1.0, "factor", normal(3, 3, 2, 4))
+    shapes = {name.split(".")[1]: tensor.shape for name, tensor in written(kohya(Update((part,))), tmp_path).items()}
+    assert shapes == {"lora_down": (3, 7, 1, 1), "lora_up": (11, 3, 1, 1), "lora_mid": (3, 3, 2, 4), "alpha": ()}
+
+
+def part_matrix(part):
+    return Update((part,)).matrix()
 
 
 def test_a_norm_keeps_its_two_tensors_and_a_bias_alone_its_own(tmp_path):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
 
-__all__ = ["METHODS", "Factors", "whole"]
+__all__ = ["METHODS", "Factors", "Method", "vector"]
 
 
 class Factors(NamedTuple):
@@ -93,7 +93,15 @@ def full(module: str, roles: Roles, draft: Draft) -> Factors | None:
 
 def norm(module: str, roles: Roles, draft: Draft) -> Factors | None:
     """The difference of a normalisation layer's weight."""
-    return whole(roles["w_norm"])
+    return vector(module, roles, "w_norm", draft)
+
+
+def vector(module: str, roles: Roles, role: str, draft: Draft) -> Factors | None:
+    """The difference of a bias, or of the weight of a norm."""
+    if (tensor := roles[role]).ndim == 1:
+        return whole(tensor)
+    draft.say("LF-309", f"{role} is {list(tensor.shape)}; it is a vector", module)
+    return None
 
 
 def whole(tensor: Array) -> Factors:

@@ -45,7 +45,7 @@ def fault(key: str, update: Update, axes: int | None) -> tuple[str, str] | None:
     flat = update.additive[0].kind != "lora" and update.placement is None and axes is None
     if "magnitude" in update and flat:
         return "how many axes the weight has, and so dora_scale, is not known: a kernel may be flattened", "--base B"
-    return _unlike(update.placement) or _part(update)
+    return _unlike(update.placement) or _kernel(update) or _part(update)
 
 
 def _unlike(place: Placement | None) -> tuple[str, str] | None:
@@ -54,6 +54,24 @@ def _unlike(place: Placement | None) -> tuple[str, str] | None:
         return None
     what = f"the weight is {place.spec} {list(place.shape)}: readers know [out, in] and [out, in, *kernel]"
     return what, "loraformat retarget turns it into a torch module's" if not place.batch else ""
+
+
+def _cores(part: Part) -> Iterator[tuple[str, Array]]:
+    """The tensors of a part that have the axes of a kernel, behind two of their own."""
+    for role, tensor in roles_of(part):
+        if role in ("mid", "t1", "t2") or (role == "lokr_w2" and tensor.ndim > 2):
+            yield role, tensor
+
+
+def _kernel(update: Update) -> tuple[str, str] | None:
+    """Why the axes of a core are not those of the weight's kernel; axes of size 1 come and go (PEFT's of a Conv1d)."""
+    for role, core in _cores(update.additive[0]):
+        place = update.placement
+        if place is None and core.shape[-1] == 1:
+            return f"{role} is {list(core.shape)}: whether the kernel has the last axis is not known", "--base B"
+        if place is not None and [n for n in core.shape[2:] if n > 1] != [n for n in place.shape[2:] if n > 1]:
+            return f"{role} is {list(core.shape)}, the kernel of the weight {list(place.shape[2:])}", ""
+    return None
 
 
 def _part(update: Update) -> tuple[str, str] | None:
@@ -75,8 +93,10 @@ def _part(update: Update) -> tuple[str, str] | None:
             return f"scale {part.scale:g}, and a whole difference has none", _FOLD
         case Delta() if part.delta.ndim > 2 and update.placement is None:
             return "a difference of more than two axes that is not placed", "--base B"
-    if alpha(part) == 0.0:
+    if (stated := alpha(part)) == 0.0:
         return "scale 0: sd-scripts and LyCORIS take an alpha of 0 for the rank", _FOLD
+    if stated is not None and abs(stated) > scales.LARGEST:
+        return f"a scale of {part.scale:g} needs an alpha beyond float32", _FOLD
     return _magnitude(update)
 
 
@@ -125,17 +145,22 @@ def tensors(key: str, update: Update, axes: int | None) -> Iterator[tuple[str, A
                 yield role, part.delta.reshape(shape or part.delta.shape)
             case _:
                 prefix = "hada" if part.kind == "loha" else "lokr"
+                cores = dict(_cores(part))
                 for role, tensor in roles_of(part):
+                    if role in cores and shape:
+                        tensor = tensor.reshape(*tensor.shape[:2], *shape[2:])
                     yield (f"{prefix}_{role}" if role in ("t1", "t2") else role), tensor
 
 
 def _pair(part: Lora, shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
-    ones = (1,) * len(shape[2:])
-    kernel = ones if part.mid is not None else shape[2:]
-    yield "down", part.lora_A.reshape(part.lora_A.shape[0], part.lora_A.shape[1] // math.prod(kernel), *kernel)
+    """The pair [r, in, *kernel] and [out, r, 1, …]; around a core both have a kernel of ones."""
+    kernel = shape[2:] if shape or part.mid is None else part.mid.shape[2:]
+    ones = (1,) * len(kernel)
+    of_down = kernel if part.mid is None else ones
+    yield "down", part.lora_A.reshape(part.lora_A.shape[0], part.lora_A.shape[1] // math.prod(of_down), *of_down)
     yield "up", part.lora_B.reshape(*part.lora_B.shape, *ones)
     if part.mid is not None:
-        yield "mid", part.mid
+        yield "mid", part.mid.reshape(*part.mid.shape[:2], *kernel)
 
 
 def _norm_shape(part: Magnitude, axes: int) -> tuple[int, ...]:

@@ -7,13 +7,14 @@ were stored, so that the same file can be written again.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical
-from loraformat.container import dtype_name
+from loraformat.container import DTYPES, dtype_name
 from loraformat.errors import fault
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ _TRAINING = (
     *("text_encoder_lr", "lr_scheduler", "steps", "num_epochs", "num_train_images", "resolution", "training_comment"),
 )
 _BASE = (("name", "ss_sd_model_name"), ("version", "ss_base_model_version"), ("architecture", "modelspec.architecture"))
+
+_NUMBERS = DTYPES.keys() - {"BOOL", "C64"}
+_MOST_AXES = 8  # torch's convolutions have five at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class Kept:
             value = canonical.loads(text)
             metadata = {str(key): _string(item) for key, item in value["metadata"].items()}
             alphas = {module: _form(item) for module, item in value.get("alphas", {}).items()}
-            axes = {module: int(n) for module, n in value.get("axes", {}).items() if 2 <= int(n) <= 8}
+            axes = {module: _count(n) for module, n in value.get("axes", {}).items()}
             return cls(metadata, alphas, axes, _form(value["alpha"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise fault("LF-508", f"what was kept of the source's header is damaged: {error!r}") from None
@@ -108,12 +112,19 @@ def _string(value: Any) -> str:
     return value
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MOST_AXES:
+        raise ValueError(f"{value!r} is no number of axes")
+    return value
+
+
 def _form(value: Any) -> AlphaForm:
-    shape = tuple(value["shape"])
-    if value["dtype"] not in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8") or {*shape} - {1}:
-        raise ValueError(f"no alpha tensor is {value['dtype']} {shape}")
-    stated = value.get("value")
-    return AlphaForm(value["dtype"], shape, None if stated is None else float(stated))
+    dtype, shape, stated = value["dtype"], value["shape"], value.get("value")
+    if dtype not in _NUMBERS or not isinstance(shape, list) or any(type(n) is not int or n != 1 for n in shape):
+        raise ValueError(f"no alpha tensor is {dtype} {shape}")
+    if stated is not None and not abs(float(stated)) < math.inf:
+        raise ValueError(f"no alpha is {stated}")
+    return AlphaForm(dtype, (1,) * _count(len(shape)), None if stated is None else float(stated))
 
 
 def about(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from loraformat.adapter import Adapter
 from loraformat.layout import Reading, ReadOptions
 from loraformat_converters.kohya import header, magnitudes, names, split
 from loraformat_converters.kohya.draft import Draft
-from loraformat_converters.kohya.factors import METHODS, Factors, Method, whole
+from loraformat_converters.kohya.factors import METHODS, Factors, Method, vector
 from loraformat_converters.kohya.header import AlphaForm, Kept
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def _module(module: str, roles: Roles, draft: Draft) -> None:
     if len(biases) > 1:
         draft.say("LF-506", "diff_b and b_norm: which is the bias's?", module)
     for role in biases[:1]:
-        draft.add(f"{module}.bias", *whole(roles[role])[:2])
+        if bias := vector(module, roles, role, draft):
+            draft.add(f"{module}.bias", bias.part, bias.place)
     rest = {role: tensor for role, tensor in roles.items() if role not in _BIASES}
     if not rest:
         return

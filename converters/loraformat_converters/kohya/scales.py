@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
 
-__all__ = ["Scale", "alpha_for", "read", "value_of"]
+__all__ = ["LARGEST", "Scale", "alpha_for", "read", "value_of"]
 
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float(np.finfo(np.float32).max)
 _NUMBERS = ("F", "BF", "I", "U")
+_MOST_AXES = 8
 
 
 class Scale(NamedTuple):
@@ -45,9 +46,9 @@ def value_of(module: str, roles: Roles, draft: Draft) -> float | None:
         return None
     if not dtype_name(tensor.dtype).startswith(_NUMBERS):
         draft.say("LF-314", f"alpha is {dtype_name(tensor.dtype)}; it is a number", module)
-    elif tensor.size != 1:
+    elif tensor.size != 1 or tensor.ndim > _MOST_AXES:
         draft.say("LF-309", f"alpha is {list(tensor.shape)}; it is one number", module)
-    elif not abs(value := float(tensor.reshape(-1)[0])) <= _LARGEST:  # of NaN neither
+    elif not abs(value := float(tensor.reshape(-1)[0])) <= LARGEST:  # of NaN neither
         draft.say("LF-306", f"alpha is {value}", module)
     else:
         return value

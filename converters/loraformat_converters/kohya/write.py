@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from loraformat import container
+from loraformat import container, file
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output
 from loraformat_converters.kohya import form, header, names, readers
@@ -48,8 +48,8 @@ def write(adapter: Adapter) -> Output:
         tensors |= _named(key, update, adapter, kept)
     metadata = _metadata(adapter, kept, tensors)
 
-    def write_file(file: BinaryIO) -> None:
-        container.write(file, tensors, metadata)
+    def write_file(out: BinaryIO) -> None:
+        container.write(out, tensors, metadata)
 
     return Output({"": write_file}, folder=False, warnings=readers.warnings(adapter))
 
@@ -89,7 +89,7 @@ def _alpha(value: float | None, kept: AlphaForm) -> Array:
 
 def _metadata(adapter: Adapter, kept: Kept, tensors: Mapping[str, Array]) -> dict[str, str]:
     """The source's own strings; what they say of these tensors is said anew where it is no longer true."""
-    out = dict(kept.metadata) or header.from_about(adapter.about)
+    out = {key: text for key, text in kept.metadata.items() if key != file.KEY} or header.from_about(adapter.about)
     if "sshs_model_hash" in out and out["sshs_model_hash"] != (found := _hash(tensors)):
         out["sshs_model_hash"] = found
         out.pop("sshs_legacy_hash", None)
