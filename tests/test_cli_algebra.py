@@ -31,7 +31,7 @@ def test_weights_of_the_command_line_are_those_of_the_result(run, home):
         assert relative_error(made[key].matrix(), v * dense(one, key) + w * dense(two, key)) < 1e-6
     assert len(told.out.splitlines()) == 3
     assert re.fullmatch(
-        r"out\.safetensors: cat of 2 adapters · 3 targets · lost at most rounding · digest [0-9a-f]{12} · next: .*\n",
+        r"out\.safetensors: cat of 2 adapters · 3 targets · exact · digest [0-9a-f]{12} · next: .*\n",
         told.err,
     )
 

@@ -1,5 +1,6 @@
 """Adapters combined on ΔW: every method against its formula on dense float64, laws, and what is refused."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -434,6 +435,32 @@ def test_adapters_of_different_models_are_refused(other, rule):
         lf.combine([(first, 1.0), (other(), 1.0)])
     if rule == "LF-607":
         assert lf.combine([(first, 1.0), (other(), 1.0)], any_base=True).adapter
+
+
+def test_what_is_said_of_the_result_is_what_all_say():
+    one = replace(
+        ONE,
+        base_model={"name": "m", "revision": "1"},
+        about={"license": "mit", "title": "x", "trigger_words": ["a", "b"]},
+        extensions={"peft": '{"task_type": "CAUSAL_LM", "r": 3, "inner": {"x": 1, "y": 2}}', "mlx": "{}"},
+    )
+    two = replace(
+        TWO,
+        base_model={"name": "m", "size": 2},
+        about={"license": "mit", "title": "y", "trigger_words": ["b", "c"]},
+        extensions={"peft": '{"task_type": "CAUSAL_LM", "r": 5, "inner": {"x": 1, "y": 3}}'},
+    )
+    made = lf.combine([(one, 1.0), (two, 1.0)]).adapter
+    assert made.base_model == {"name": "m", "revision": "1", "size": 2}
+    assert made.about == {"license": "mit", "trigger_words": ["a", "b", "c"]}
+    assert made.extensions.keys() == {"peft"}
+    assert json.loads(made.extensions["peft"]) == {"task_type": "CAUSAL_LM", "inner": {"x": 1}}
+    components = [
+        replace(a, base_model={"unet": {"name": "m"} | more}) for a, more in ((one, {}), (two, {"revision": "2"}))
+    ]
+    assert lf.combine([(a, 1.0) for a in components]).adapter.base_model == {"unet": {"name": "m", "revision": "2"}}
+    with pytest.raises(lf.LoraFormatError, match=r"LF-607.*base_model\.unet\.name"):
+        lf.combine([(components[0], 1.0), (replace(two, base_model={"unet": {"name": "n"}}), 1.0)])
 
 
 def test_a_placement_that_one_adapter_knows_is_the_result_s():

@@ -23,6 +23,7 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 ORDER = (
     *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
     *("links", "spaces", "templates"),
+    "lowrank",
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
@@ -30,7 +31,11 @@ ORDER = (
     *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
     *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
     *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
+    "truncated",
     *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate", "decoders", "refactored"),
+    *("combining", "combining.weights", "combining.terms", "combining.entries", "combining.methods"),
+    *("combining.settings", "combining.peft", "combining.beside"),
+    *("combining.agree", "combining.notes", "combining.absolutes", "combining.finite"),
     *(
         "verbs",
         "verbs.merge",

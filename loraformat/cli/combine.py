@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from loraformat.cli.options import complete_layout, force, json_flag
-from loraformat.cli.printing import command, counted, echo_json, percent, printable, table, warn
+from loraformat.cli.printing import command, counted, echo_json, lost, printable, table, warn
 from loraformat.cli.progress import entries, progress_bar
 from loraformat.errors import fault
 
@@ -184,8 +184,8 @@ def _told(done: Combined, out: str, as_json: bool, warnings: Sequence[Problem]) 
     made = f"{said['method']} of {counted(len(said['inputs']), 'adapter')}{f' ({settings})' if settings else ''}"
     gone = f" · {counted(len(done.dropped), 'target')} of weight 0 left out" if done.dropped else ""
     worst = max(done.residuals.values(), default=None)
-    lost = "" if worst is None else f" · lost at most {percent(worst)}"
-    held = f"{counted(len(adapter), 'target')}{gone}{lost} · digest {digest(adapter)[:12]}"
+    moved = "" if worst is None else f" · {lost(worst).replace('lost', 'lost at most')}"
+    held = f"{counted(len(adapter), 'target')}{gone}{moved} · digest {digest(adapter)[:12]}"
     click.echo(f"{out}: {made} · {held} · next: {command('info', out)}", err=True)
 
 
@@ -195,4 +195,4 @@ def _rank(adapter: Adapter, key: str) -> str:
 
 
 def _lost(residuals: Mapping[str, float], key: str) -> str:
-    return f"lost {percent(residuals[key])}" if key in residuals else ""
+    return lost(residuals[key]) if key in residuals else ""

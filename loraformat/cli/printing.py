@@ -20,7 +20,7 @@ __all__ = [
     "echo_json",
     "echo_line",
     "lines_of",
-    "percent",
+    "lost",
     "printable",
     "starred",
     "table",
@@ -101,13 +101,13 @@ def warn(problems: Iterable[Problem]) -> None:
         click.echo(line, err=True)
 
 
-def percent(share: float) -> str:
-    """What is lost of something, in words that hide no rounding.
+def lost(share: float) -> str:
+    """What a result lacks of what was asked for; nothing where that is only the rounding of its dtype.
 
-    >>> percent(0.12345), percent(3e-8)
-    ('12.3 %', 'rounding')
+    >>> lost(0.12345), lost(3e-8)
+    ('lost 12.3 %', 'exact')
     """
-    return f"{share * 100:.3g} %" if share > 1e-7 else "rounding"
+    return f"lost {share * 100:.3g} %" if share > 1e-7 else "exact"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loraformat.cli.options import complete_layout, force, json_flag
-from loraformat.cli.printing import command, counted, echo_json, percent, printable, table, warn
+from loraformat.cli.printing import command, counted, echo_json, lost, printable, table, warn
 from loraformat.cli.progress import entries, progress_bar
 
 __all__ = ["resize"]
@@ -57,7 +57,7 @@ def resize(
         return
     warn(warnings)
     rows = [
-        (printable(key), f"rank {before} → {after}", f"lost {percent(done.residuals[key])}")
+        (printable(key), f"rank {before} → {after}", lost(done.residuals[key]))
         for key, (before, after) in done.ranks.items()
     ]
     for line in table(rows):
@@ -67,5 +67,9 @@ def resize(
         f"{counted(len(rows), 'target')}, {sums[0]} ranks → {sums[1]}, at most {max(r for _, r in done.ranks.values())}"
     )
     stayed = f" · {len(done.untouched)} without a rank stayed" if done.untouched else ""
-    what = f"{held}{stayed} · lost {percent(done.residual)} of ‖ΔW‖ · digest {digest(done.adapter)[:12]}"
+    what = f"{held}{stayed} · {_whole(done.residual)} · digest {digest(done.adapter)[:12]}"
     click.echo(f"{out}: {what} · next: {command('info', out)}", err=True)
+
+
+def _whole(residual: float) -> str:
+    return f"{said} of ‖ΔW‖" if (said := lost(residual)) != "exact" else said

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.updates import Update
 
-__all__ = ["check_agree", "common", "placed_as"]
+__all__ = ["check_agree", "placed_as"]
 
 
 def check_agree(adapters: Sequence[Adapter], any_base: bool = False) -> None:
@@ -36,16 +36,6 @@ def placed_as(updates: Sequence[Update]) -> Update:
     return max(updates, key=lambda u: (u.placement is not None, u.base_sha256 is not None, u.sketch is not None))
 
 
-def common(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The members that nobody contradicts."""
-    return {
-        name: value
-        for mapping in values
-        for name, value in mapping.items()
-        if all(name not in other or other[name] == value for other in values)
-    }
-
-
 def _heads(adapters: Sequence[Adapter]) -> Iterator[Problem]:
     first = adapters[0]
     for i, other in enumerate(adapters[1:], 2):
@@ -62,11 +52,19 @@ def _heads(adapters: Sequence[Adapter]) -> Iterator[Problem]:
 def _bases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
     first = adapters[0]
     for i, other in enumerate(adapters[1:], 2):
-        for name in sorted(first.base_model.keys() & other.base_model.keys()):
-            one, two = first.base_model[name], other.base_model[name]
-            if one != two:
-                what = f"the first adapter's base_model has {name} {one!r}, that of adapter {i} {two!r}"
-                yield Problem("LF-607", what, f"base_model.{name}", "--any-base where they are the same weights")
+        for where, one, two in _contradictions(first.base_model, other.base_model, "base_model"):
+            what = f"the first adapter says {one!r}, adapter {i} {two!r}"
+            yield Problem("LF-607", what, where, "--any-base where they are the same weights")
+
+
+def _contradictions(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any, Any]]:
+    """(where, what one says, what the other says); of a model of several components, for each."""
+    for name in sorted(one.keys() & other.keys()):
+        said = one[name], other[name]
+        if all(isinstance(value, Mapping) for value in said):
+            yield from _contradictions(*said, f"{where}.{name}")
+        elif said[0] != said[1]:
+            yield f"{where}.{name}", *said
 
 
 def _target(key: str, updates: Sequence[Update], any_base: bool) -> Iterator[Problem]:

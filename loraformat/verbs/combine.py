@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from loraformat import progress
 from loraformat.adapter import Adapter
 from loraformat.blas import one_blas_thread
-from loraformat.combining import peft
+from loraformat.combining import notes, peft
 from loraformat.combining.absolutes import kept
-from loraformat.combining.agree import check_agree, common, placed_as
+from loraformat.combining.agree import check_agree, placed_as
 from loraformat.combining.beside import beside
 from loraformat.combining.finite import check_values, finite
 from loraformat.combining.methods import DENSE, LINEAR, PEFT
@@ -73,8 +73,9 @@ def combine(
         any_base: combine adapters that say they belong to different bases.
 
     Raises:
-        LoraFormatError: LF-312 an adapter holds NaN; LF-507, LF-605, LF-606, LF-607 the adapters are not of one model; LF-612 what has no exact
-            combination, or is beyond float32; LF-705 settings that the method does not have, or that are impossible.
+        LoraFormatError: LF-312 an adapter holds NaN; LF-507, LF-605, LF-606, LF-607 the adapters are not of one model;
+            LF-612 what has no exact combination, or is beyond float32; LF-705 settings that the method does not have,
+            or that are impossible.
     """
     how = How(method, rank, density, gamma, epsilon, seed)
     check_settings(how, len(adapters))
@@ -84,8 +85,8 @@ def combine(
     check_values(sources)
     digests = [digest(adapter) for adapter in sources]
     made, residuals, dropped = _Making(how, sources, weights, digests).all()
-    result = replace(sources[0], targets=made, base_model=common([a.base_model for a in sources]))
-    result = replace(result, about=common([a.about for a in sources]), extensions=_extensions(sources))
+    result = replace(sources[0], targets=made, base_model=notes.base_model(sources))
+    result = replace(result, about=notes.about(sources), extensions=notes.extensions(sources))
     inputs = [{"digest": d, "weight": w} for d, w in zip(digests, weights, strict=True)]
     said = {"combined": settings(how) | {"inputs": inputs, "residuals": residuals}}
     return Combined(
@@ -226,9 +227,3 @@ def _distance(exact: Any, update: Update) -> float:
 
 def _entries(update: Update) -> int:
     return math.prod(update.matrix_shape() or (0,))
-
-
-def _extensions(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """The first's, of layouts that all came from: a writer keeps what of it still holds."""
-    first, *others = adapters
-    return {name: text for name, text in first.extensions.items() if all(name in a.extensions for a in others)}
