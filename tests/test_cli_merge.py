@@ -202,4 +202,14 @@ def test_a_merge_that_does_not_verify_ends_without_what_comes_next(run, home, mo
 def test_json_has_what_a_person_is_told_of_a_merge(run, home):
     told = run("merge", "10.safetensors", "--into", "base", "-o", "out", "--verify", "--json")
     assert (told.code, told.err) == (0, "")
-    assert list(told.json) == ["schema", "verb", "out", "written", "targets", "resumed", "notes", "warnings", "verified"]
+    assert list(told.json) == [
+        "schema",
+        "verb",
+        "out",
+        "written",
+        "targets",
+        "resumed",
+        "notes",
+        "warnings",
+        "verified",
+    ]
