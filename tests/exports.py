@@ -101,15 +101,16 @@ def _packaged(distribution: str, ending: str) -> Path:
     return path
 
 
-def _llama(*, tied: bool) -> torch.nn.Module:
+def llama(*, tied: bool, head_dim: int = 6) -> torch.nn.Module:
+    """Four heads of ``head_dim`` for q, two for k and v."""
     config = transformers.LlamaConfig(
         vocab_size=61,
-        hidden_size=32,
+        hidden_size=32 if head_dim == 6 else 40,
         intermediate_size=44,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=6,
+        head_dim=head_dim,
         max_position_embeddings=16,
         tie_word_embeddings=tied,
         use_cache=False,
@@ -195,13 +196,13 @@ RECIPES: Mapping[str, Recipe] = {
         targets=20,
     ),
     "llama-saved": Recipe(
-        lambda: _llama(tied=False),
+        lambda: llama(tied=False),
         {"target_modules": ["k_proj", "embed_tokens"], "modules_to_save": ["lm_head", "norm"], "r": 3, "lora_alpha": 5},
         targets=9,
     ),
-    "llama": Recipe(lambda: _llama(tied=False), {"target_modules": _LLAMA, "r": 5, "lora_alpha": 7}, targets=15),
+    "llama": Recipe(lambda: llama(tied=False), {"target_modules": _LLAMA, "r": 5, "lora_alpha": 7}, targets=15),
     "llama-tied": Recipe(
-        lambda: _llama(tied=True),
+        lambda: llama(tied=True),
         {"target_modules": _LLAMA, "r": 3, "lora_alpha": 4, "rank_pattern": {"lm_head": 2}},
         targets=15,
     ),

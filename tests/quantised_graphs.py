@@ -176,6 +176,16 @@ def qgemm():
     return made, affine(INT8, PER_OUT)
 
 
+def square():
+    """Where a step for each out could be taken for one for each in."""
+    q, step = codes(IN, IN, low=-63, high=64, seed=7), scales(IN)
+    body = """a = QuantizeLinear(x, xs, xz)
+      ["/m/q/Gemm_quant"] y = com.microsoft.QGemm <transB = 1, alpha = 1.0> (a, xs, xz, q, s, z)"""
+    text = f"g (float[N,{IN}] x) => (float[N,{IN}] y) {{ {body} }}"
+    held = {"s": step, "z": np.zeros(IN, np.int8), "xs": np.float32(0.031), "xz": np.uint8(121)}
+    return filled(text, q=q.T.astype(np.int8), **held), affine(q, step)
+
+
 def nbits(bits, zero):
     """``zero``: None for the middle of the range, packed, or float."""
 
@@ -274,5 +284,6 @@ FORMS = {
     "Cast, Mul, Gather": rows_of_floats,
     "GatherBlockQuantized 4": rows_of_blocks(4, zero=True),
     "GatherBlockQuantized 8": rows_of_blocks(8, zero=False),
+    "a square QGemm": square,
 }
 """Name → a function that gives (model, W [out, in] in float64)."""

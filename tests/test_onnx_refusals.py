@@ -405,3 +405,26 @@ def test_a_square_parameter_whose_out_is_the_operators_needs_no_word(spec, body,
     VERBS[verb](adapter, open_base(tmp_path / "base.onnx"), tmp_path / "out.onnx", Hints())
     old, new = (run(tmp_path / name)["y"] for name in ("base.onnx", "out.onnx"))
     assert relative_error(new, old + 3.0 * inputs(tmp_path / "base.onnx")["x"] @ (b @ a).T) < 1e-6
+
+
+def test_a_compiled_part_is_told_where_a_target_is_not_found(tmp_path):
+    made = model("""g (float[N,5] x) => (float[N,7] y)
+      { y = com.microsoft.EPContext <embed_mode = 0, main_context = 1, ep_cache_context = "model.bin"> (x) }""")
+    said = refused(made, tmp_path)
+    assert said.startswith("LF-602")
+    assert "1 parts of it are compiled (EPContext): attach before compiling" in said
+
+
+def test_onnx_runtimes_own_format_is_refused_by_name(tmp_path):
+    (tmp_path / "model.ort").write_bytes(b"\x20\0\0\0ORTM" + bytes(64))
+    with pytest.raises(LoraFormatError, match=r"LF-601  model\.ort is in ONNX Runtime's own format"):
+        open_base(tmp_path / "model.ort")
+
+
+@both_verbs
+def test_a_layout_of_one_processor_is_refused(verb, tmp_path):
+    made = model("""g (float[N,16,8,8] x) => (float[N,32,8,8] y) <float[32,16,1,1] w>
+      { ["/m/q/Conv"] y = Conv (x, w) }""")
+    made.graph.node[0].domain = "com.microsoft.nchwc"
+    said = refused(made, tmp_path, verb=verb, update=adapter({KEY: (32, 16)}))
+    assert "com.microsoft.nchwc.Conv has its weight laid out for one processor: attach before optimising" in said

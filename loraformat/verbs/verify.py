@@ -144,7 +144,8 @@ def _torn(merged: Base, new: Mapping[str, Parameter], changed: Collection[str]) 
 
 def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
     before = base.resolve(adapter, hints).require()
-    placed = {key: places[0].turned(adapter[key]) for key, places in before.targets.items()}
+    # Rows of a packed weight are found in the result as they were in the base: by the update as it is.
+    placed = {k: adapter[k] if places[0].rows else places[0].turned(adapter[k]) for k, places in before.targets.items()}
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():

@@ -26,9 +26,12 @@ class _Kind:
     describes = "ONNX model (.onnx, or a folder of them)"
 
     def recognises(self, path: Path) -> bool:
-        return bool(models_in(path)) if path.is_dir() else path.suffix == ".onnx"
+        return bool(models_in(path)) if path.is_dir() else path.suffix in (".onnx", ".ort")
 
     def open(self, path: Path) -> Base:
+        if path.suffix == ".ort":
+            what = f"{path.name} is in ONNX Runtime's own format, optimised for the machine that wrote it"
+            raise fault("LF-601", what, fix="attach to the .onnx file that it was made from, then convert again")
         try:
             from loraformat_converters.onnx.base import OnnxBase
             from loraformat_converters.onnx.folder import OnnxFolder

@@ -262,7 +262,7 @@ class OnnxBase:
         out = plan.options.out
         other = out.with_name(f".{out.name}.proof.onnx")
         limit = tolerance({spot.sites[0].dtype for spot in plan.state})
-        if any("magnitude" in change.update for s in plan.state if s.rounds for change in s.changes):
+        if any(spot.rounds for spot in plan.state):
             limit = max(limit, ROUNDED)
         try:
             if plan.verb == "merge":

@@ -145,6 +145,7 @@ class Index:
         sites: in the order of the scopes, and of the nodes in each.
         roots: name → stored tensor; one that lies in an inner scope is called after that scope too.
         taken: every name of a value or a node.
+        compiled: the nodes that hold a compiled part of the model, with its weights.
 
     Raises:
         LoraFormatError: LF-610 a name is defined twice.
@@ -159,6 +160,7 @@ class Index:
         self.roots: dict[str, onnx.TensorProto] = {}
         self.taken: set[str] = set()
         self.sites: list[Site] = []
+        self.compiled = [node for scope in self.scopes for node in scope.nodes if node.op_type == "EPContext"]
         self._readers: dict[tuple[int, str], list[Use]] = {}
         self._stems: set[str] = set()
         for scope in self.scopes:

@@ -23,16 +23,22 @@ _QUANTISED = re.compile(r"_(quant|(matmul_)?Q\d+(G\d+)?)$")
 _CODES = re.compile(r"_(quantized|(DQ_)?Q\d+(G\d+)?)$")
 """What ONNX Runtime's quantisers (1.32) put behind the name of a tensor whose codes they store."""
 
+_BUILT = re.compile(r"(.+)\.MatMul\.weight")
+"""How the builder of onnxruntime-genai (0.18) names the weight of a module that it makes a MatMul of."""
+
 _OWN_COPY = re.compile(r"lora/(.+)/weight(_\d+)?")
 
 
 def names_of(site: Site, rung: str) -> str | None:
     """The module path (``initializer``: the parameter's name) that one witness gives, or None if it is silent."""
     if rung == "initializer":
-        return own_copy(site.root_name) or (_CODES.sub("", site.root_name) if site.sealed else site.root_name)
+        stored = _CODES.sub("", site.root_name) if site.sealed else site.root_name
+        built = _BUILT.fullmatch(stored)
+        return own_copy(site.root_name) or (f"{_of_builder(built[1])}.weight" if built else stored)
     if not (site.known_operator or site.vector):
         return None
-    return _scope(site.node) if rung == "name_scopes" else _node_path(site.node)
+    path = _scope(site.node) if rung == "name_scopes" else _node_path(site.node)
+    return _of_builder(path) if path and _BUILT.match(site.root_name) else path
 
 
 def parameter_of(site: Site, rung: str) -> str | None:
@@ -44,6 +50,11 @@ def parameter_of(site: Site, rung: str) -> str | None:
 def modules_of(site: Site) -> set[str]:
     """What the site's module is called, by every witness."""
     return {name for rung in MODULES if (name := names_of(site, rung))}
+
+
+def _of_builder(module: str) -> str:
+    """The module in Transformers: the builder says ``attn`` wherever these say ``self_attn``."""
+    return module.replace(".attn.", ".self_attn.")
 
 
 def own_copy(root_name: str) -> str | None:

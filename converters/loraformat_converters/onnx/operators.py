@@ -32,6 +32,9 @@ WEIGHTS: Mapping[str, tuple[int, ...]] = {
 Those that are not rewritten are listed too, to be refused by name.
 """
 
+_LAID_OUT = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
+"""The domains of what ONNX Runtime (1.32) makes of convolutions for the processor that it runs on."""
+
 _BIAS = {2: "bias"}
 _SCALE = {1: "weight"}
 VECTORS: Mapping[str, Mapping[int, str]] = {
@@ -77,6 +80,8 @@ def meaning(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Mean
     if position in VECTORS.get(node.op_type, {}) and (axis := vector_axis(shape)) is not None:
         return Meaning((axis,), tuple(a for a in range(len(shape)) if a != axis), natural=True)
     rule = _MEANINGS.get(operator(node))
+    if node.domain in _LAID_OUT:
+        return refused(shape, f"{operator(node)} has its weight laid out for one processor: attach before optimising")
     if rule is None:
         return refused(shape, f"{operator(node)} is not rewritten yet")
     found = rule(node, position, shape)

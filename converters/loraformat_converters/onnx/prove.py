@@ -31,7 +31,7 @@ _TOLERANCES: Mapping[int, float] = {
 """Largest relative difference (L2) of a whole model's output, by the type of its weights; 1e-5 for wider ones."""
 
 ROUNDED = 5e-2
-"""The same where a magnitude rescales a product of 8-bit numbers, and the other way knows the exact one only."""
+"""The same where products are rounded to 8 bits: a difference of one bit in a float becomes one of a whole step."""
 
 _BFLOAT16, _FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 

@@ -72,6 +72,8 @@ class Names:
         spoken = ", ".join(f"{len(table)} {rung}s" for rung, table in self.tables.items() if table)
         close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
         what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
+        if self.index.compiled:
+            what += f"; {len(self.index.compiled)} parts of it are compiled (EPContext): attach before compiling"
         if close:
             return fault("LF-602", f"{what}; nearest: {', '.join(close)}", where=key, fix=map_stub(key))
         fix = f"{map_stub(key)}; or find it by its values: --base CHECKPOINT, or an adapter bound to one (loraformat bind)"

@@ -1,0 +1,151 @@
+"""Adapters of PEFT in models that were quantised, fused or built for a device after the export: found without the base."""
+
+from __future__ import annotations
+
+import numpy as np
+import optimised
+import pytest
+from graphs import session
+
+from loraformat import Hints, LoraFormatError, digest
+from loraformat.base import Options
+from loraformat.registry import load, open_base
+from loraformat.testing import relative_error
+from loraformat.verbs.bind import bind
+from loraformat.verbs.graph import detach, extract, prove
+from loraformat.verbs.merge import prepare
+
+pytestmark = pytest.mark.peer
+
+MODELS = {
+    ("minilm", "torchscript"): ["dynamic int8", "4 bits, zero points", "fused"],
+    ("bert", "torchscript"): ["float16", "fused, float16"],
+    ("bert", "dynamo"): ["dynamic uint8, per channel", "static QDQ", "4 bits", "8 bits", "4 bits, QDQ", "onnxslim"],
+    ("gpt2", "dynamo"): ["dynamic int8"],
+    ("gpt2", "torchscript"): ["fused"],
+}
+
+CASES = [(name, exporter, tool) for (name, exporter), tools in MODELS.items() for tool in tools]
+
+FLOAT = {"onnxslim": 1e-5, "fused": 1e-5, "float16": 5e-3, "fused, float16": 5e-3}
+"""How near to PEFT's own outputs a model is that keeps floats."""
+
+
+@pytest.fixture(scope="module")
+def changed(export, tmp_path_factory):
+    """(model, exporter, tool) → (what torch exported, the file that the tool made of it), made once."""
+    made = {}
+
+    def get(name, exporter, tool):
+        pytest.importorskip("onnxslim", reason="needs the peers: onnxslim, onnxconverter-common, onnxruntime-genai")
+        given = export(name, exporter)
+        if (name, exporter, tool) not in made:
+            made[name, exporter, tool] = path = tmp_path_factory.mktemp(f"{name}-{exporter}") / "model.onnx"
+            optimised.make(tool, given, name, path)
+        return given, made[name, exporter, tool]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "exporter", "tool"), CASES)
+def test_an_adapter_with_sketches_is_attached_to_what_a_tool_made(name, exporter, tool, changed, tmp_path):
+    given, path = changed(name, exporter, tool)
+    base = open_base(path)
+    bound = bind(load(given.adapter), open_base(given.checkpoint))
+    plan = prepare("attach", [("default", bound)], base, Options(tmp_path / "out.onnx"), any_base="float16" in tool)
+    assert len(plan.jobs[0].resolution.targets) == given.targets
+    base.apply(plan)
+    np.savez(tmp_path / "inputs.npz", **given.feeds)
+    proof = prove(base, plan, tmp_path / "inputs.npz")
+    assert proof.error <= proof.limit <= 5e-2
+    before, after = (session(p).run(["out"], dict(given.feeds))[0] for p in (path, tmp_path / "out.onnx"))
+    lost, rest = relative_error(before, given.base), relative_error(after, given.truth)
+    moved = relative_error(given.base, given.truth)
+    assert rest <= FLOAT.get(tool, 2 * lost + 0.05)  # what quantisation lost stays lost, and no more is
+    assert rest < moved / 2
+    attached = open_base(tmp_path / "out.onnx")
+    assert digest(extract(attached)) == digest(bound)
+    detach(attached, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+def test_what_stays_in_8_bits_between_operators_is_found_and_refused(export, tmp_path):
+    given = export("bert", "dynamo")
+    optimised.quiet(optimised.static("QOperator"))(given, "bert", tmp_path / "model.onnx")
+    base, bound = open_base(tmp_path / "model.onnx"), bind(load(given.adapter), open_base(given.checkpoint))
+    assert len(base.resolve(bound, Hints()).require().targets) == given.targets
+    with pytest.raises(LoraFormatError, match=r"LF-608.*QLinearMatMul (gives 8 bits, which|takes its x in 8 bits)"):
+        prepare("attach", [("default", bound)], base, Options(tmp_path / "out.onnx"))
+
+
+# onnxruntime-genai, whose graphs have one product for q, k and v.
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama of the sizes that GroupQueryAttention takes, and PEFT's adapter of it."""
+    exports = pytest.importorskip("exports", reason="needs the peers: torch, transformers, peft, onnxscript")
+    pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")
+    lora = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]}
+    recipe = exports.Recipe(
+        lambda: exports.llama(tied=False, head_dim=16), {**lora, "r": 4, "lora_alpha": 5}, targets=15
+    )
+    return exports.made(recipe, "torchscript", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def built(llama, tmp_path_factory):
+    """Precision → the folder that the builder wrote, made once."""
+    made, folder = {}, tmp_path_factory.mktemp("built")
+
+    def get(precision):
+        if precision not in made:
+            made[precision] = folder / precision
+            optimised.build(llama.checkpoint, precision, made[precision])
+        return made[precision]
+
+    return get
+
+
+def logits(path, given):
+    """Of the rows that are not masked: the builder's attention leaves the others as they come."""
+    running, feeds = session(path), {}
+    for value in running.get_inputs():
+        kind = np.float16 if "float16" in value.type else np.float32
+        feeds[value.name] = given.feeds.get(value.name, np.zeros((2, 2, 0, 16), kind))
+    return running.run(["logits"], feeds)[0][given.feeds["attention_mask"].astype(bool)].astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("int4", None)])
+def test_an_adapter_with_sketches_is_attached_to_what_genai_built(precision, limit, llama, built):
+    path = built(precision) / "model.onnx"
+    out = path.with_name("out.onnx")
+    base = open_base(path)
+    bound = bind(load(llama.adapter), open_base(llama.checkpoint))
+    plan = prepare("attach", [("default", bound)], base, Options(out))
+    found = plan.jobs[0].resolution.targets
+    rows = {k.rsplit(".", 2)[1]: places[0].rows for k, places in found.items() if places[0].rows}
+    assert (len(found), rows) == (15, {"q_proj": (0, 64), "k_proj": (64, 96), "v_proj": (96, 128)})
+    base.apply(plan)
+    shown = llama.feeds["attention_mask"].astype(bool)
+    lost, rest = (
+        relative_error(logits(path, llama), llama.base[shown]),
+        relative_error(logits(out, llama), llama.truth[shown]),
+    )
+    assert rest <= (limit or 2 * lost + 0.05)
+    assert rest < relative_error(llama.base[shown], llama.truth[shown]) / 2
+
+
+@pytest.mark.slow
+def test_without_sketches_the_builders_names_tell_what_is_not_packed(llama, built):
+    found = open_base(built("int4") / "model.onnx").resolve(load(llama.adapter), Hints())
+    assert {key.removesuffix(".weight").rpartition(".")[2] for key in found.targets} == {
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "lm_head",
+    }
+    assert len(found.targets) == 9
+    assert {problem.rule for problem in found.unresolved} == {"LF-602"}
