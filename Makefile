@@ -68,6 +68,7 @@ $(TEST): $(CORE)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test,peers]'
 	$(PIP) --no-deps rapidocr-onnxruntime==1.4.4 silero-vad==6.2.3
+	$(PIP) --no-deps keras-hub==0.32.0 kagglehub==1.0.2 kagglesdk==0.1.28  # without TensorFlow
 	$(PIP) --no-deps magika==1.0.3 basic-pitch==0.4.0 nudenet==3.4.2
 	touch $@
 
