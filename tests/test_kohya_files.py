@@ -210,6 +210,14 @@ def test_an_alpha_that_no_reader_looks_at_is_told(reading):
     assert (warning.rule, warning.where) == ("LF-506", "lora_unet_a")
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"lora_unet_a.diff": normal(11, 7)}, {"lora_unet_a.lokr_w1": normal(2, 3), "lora_unet_a.lokr_w2": normal(5, 4)}],
+)
+def test_an_alpha_that_no_reader_looks_at_is_still_a_number(other, refusal):
+    assert rules(refusal(other | {"lora_unet_a.alpha": normal(3, 4)})) == {"LF-309"}
+
+
 def test_whole_factors_that_rslora_trained_at_another_scale_than_readers_take_are_told(reading):
     whole = {"lora_unet_a.lokr_w1": normal(2, 3), "lora_unet_a.lokr_w2": normal(5, 4)} | ALPHA
     assert reading(whole)[1] == []

@@ -86,7 +86,7 @@ def lokr(module: str, roles: Roles, draft: Draft) -> Factors | None:
 
 def full(module: str, roles: Roles, draft: Draft) -> Factors | None:
     """A whole difference, in the weight's own shape; no reader gives an alpha beside it a say."""
-    if "alpha" in roles:
+    if "alpha" in roles and scales.value_of(module, roles, draft) is not None:
         draft.warn("LF-506", "an alpha beside a whole difference: no reader looks at it", module)
     return whole(roles["diff"])
 
