@@ -64,9 +64,9 @@ scale_lost_in_the_factors = patched(
 ratio_of_scales_lost = patched(beside, "_times", lambda tensor, ratio: tensor)
 ratio_squared = mutated(beside, "_times", lambda f: lambda tensor, ratio: f(tensor, ratio * abs(ratio)))
 every_ratio_exact = patched(beside, "_times", lambda tensor, ratio: (tensor.astype(float) * ratio).astype(tensor.dtype))
-weight_lost = patched(terms.Term, "delta", lambda self: np.ascontiguousarray(self.change.matrix()))
+weight_lost = patched(terms.Term, "delta", lambda self, _: np.ascontiguousarray(self.change.matrix()))
 sign_of_the_weight_lost = patched(
-    terms.Term, "delta", lambda self: np.ascontiguousarray(self.change.matrix()) * np.float32(abs(self.weight))
+    terms.Term, "delta", lambda self, _: np.ascontiguousarray(self.change.matrix()) * np.float32(abs(self.weight))
 )
 weight_without_root = patched(peft, "math", SimpleNamespace(sqrt=lambda x: x, copysign=math.copysign))
 sign_on_neither_side = patched(peft, "math", SimpleNamespace(sqrt=math.sqrt, copysign=lambda x, _: x))

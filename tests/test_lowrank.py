@@ -6,8 +6,17 @@ from updates import made
 
 import loraformat as lf
 from loraformat.axes import Placement
+from loraformat.blas import one_blas_thread
 from loraformat.lowrank import LowRank, angles, cosine, inner, lowrank, norm, svd, total
 from loraformat.parts import Lora
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """As the verbs do: on busy cores the threads of BLAS only wait for each other."""
+    with one_blas_thread():
+        yield
+
 
 DRAW = np.random.default_rng(11)
 LINEAR = Placement((12, 10), (0,), (1,))
@@ -109,6 +118,17 @@ def test_what_nearly_cancels_keeps_its_digits():
     other = LowRank(m.A, m.B + 1e-9 * pair(seed=2).B)
     wanted = np.linalg.norm((other.B - m.B) @ m.A)
     assert norm(total([(1.0, other), (-1.0, m)])) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9, 1e15])
+def test_factors_of_any_condition_give_singular_values_to_the_last_digits_of_the_largest(condition):
+    m = pair(rank=4, out=40, in_=30, seed=3)
+    skewed = LowRank(m.A, m.B * np.geomspace(1, 1 / condition, 4) @ np.linalg.qr(DRAW.standard_normal((4, 4)))[0])
+    found = svd(skewed)
+    wanted = np.linalg.svd(skewed.matrix(), compute_uv=False)[:4]
+    np.testing.assert_allclose(found.s, wanted, atol=1e-13 * wanted[0])
+    np.testing.assert_allclose(found.cut(4).matrix(), skewed.matrix(), atol=1e-13 * wanted[0])
+    assert np.abs(found.U.T @ found.U - np.eye(4)).max() < 1e-13
 
 
 def test_the_rank_of_a_sum_that_repeats_itself():

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from loraformat import truncated as module
+from loraformat.blas import one_blas_thread
 from loraformat.truncated import truncated
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """As the verbs do: on busy cores the threads of BLAS only wait for each other."""
+    with one_blas_thread():
+        yield
+
 
 DRAW = np.random.default_rng(5)
 

@@ -39,9 +39,9 @@ class Term:
         """The additive parts alone."""
         return replace(self.update, parts=self.update.additive)
 
-    def delta(self) -> F32:
-        """weight · ΔW, float32 [*batch, out, in], contiguous, an array of its own."""
-        return np.multiply(self.change.matrix(), np.float32(self.weight), order="C")
+    def delta(self, shape: tuple[int, ...]) -> F32:
+        """weight · ΔW as float32 of that shape (a shared batch is repeated), contiguous, an array of its own."""
+        return np.multiply(np.broadcast_to(self.change.matrix(), shape), np.float32(self.weight), order="C")
 
     def draw(self, key: str, seed: int, row: int, count: int) -> F64:
         """``count`` uniform numbers in (0, 1) for a row of this target: the same on every machine."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from loraformat import progress
 from loraformat.adapter import Adapter
@@ -28,7 +31,7 @@ from loraformat.truncated import truncated
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from loraformat.lowrank import LowRank
 
 __all__ = ["Combined", "combine"]
 
@@ -171,9 +174,10 @@ class _Making:
         except LoraFormatError as error:
             raise LoraFormatError(replace(problem, where=key) for problem in error.problems) from None
         terms = [replace(term, weight=weight) for term, weight in zip(terms, weights, strict=True)]
-        parts: Sequence[Part] = beside(terms)
         exact = total((term.weight, lowrank(term.update)) for term in terms)
-        if not self._stays(terms):
+        if self._stays(terms):
+            parts: Sequence[Part] = beside(terms)
+        else:
             found = svd(exact)
             rank = max(1, min(found.significant, self.rank if self.how.rank else found.significant))
             parts = (found.cut(rank).pair(),)
@@ -189,10 +193,9 @@ class _Making:
         return not self.how.rank or first.r <= self.rank
 
     def _dense(self, key: str, terms: Sequence[Term]) -> tuple[Sequence[Part], float]:
-        deltas = [term.delta() for term in terms]
-        shape = _together([delta.shape for delta in deltas])
-        deltas = [delta if delta.shape == shape else _spread(delta, shape) for delta in deltas]
-        draws = [lambda row, t=term: t.draw(key, self.how.seed, row, shape[-1]) for term in terms]
+        shape = np.broadcast_shapes(*(term.change.matrix_shape() or () for term in terms))
+        deltas = [term.delta(shape) for term in terms]
+        draws = [partial(term.draw, key, self.how.seed, count=shape[-1]) for term in terms]
         matrix = DENSE[self.how.method](deltas, self.how, draws)
         if _vector(terms):
             return (Delta(matrix.reshape(-1)),), 0.0
@@ -210,17 +213,7 @@ def _vector(terms: Sequence[Term]) -> bool:
     return all(isinstance(p, Delta) and p.delta.ndim == 1 for term in terms for p in term.update.additive)
 
 
-def _together(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
-
-
-def _spread(delta: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    import numpy as np
-
-    return np.array(np.broadcast_to(delta, shape))
-
-
-def _distance(exact: Any, update: Update) -> float:
+def _distance(exact: LowRank, update: Update) -> float:
     whole = norm(exact)
     return norm(total([(1.0, exact), (-1.0, lowrank(update))])) / whole if whole else 0.0
 
