@@ -130,6 +130,20 @@ def test_two_spellings_of_one_factor_are_refused():
     refused("LF-506", pair("unet.a.to_q") | pair("unet.a.to_q", LORA))
 
 
+@pytest.mark.parametrize("alpha", [np.zeros(0, np.float32), np.zeros(2, np.float32), np.float32("nan"), np.array(True)])
+def test_an_alpha_that_is_no_number_is_refused(alpha):
+    refused("LF-306", pair("unet.a.to_q") | {"unet.a.to_q.alpha": alpha})
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"),
+    [("LF-309", np.float32(1)), ("LF-309", np.ones(2, np.float32)), ("LF-311", np.ones((0, 5), np.float32)),
+     ("LF-314", np.ones((2, 5), np.int32))],
+)  # fmt: skip
+def test_a_factor_that_is_no_matrix_is_refused(rule, factor):
+    refused(rule, pair("unet.a.to_q", LORA) | {"unet.a.to_q.lora.down.weight": factor})
+
+
 def test_a_lone_factor_is_refused():
     tensors = pair("unet.a.to_q", LORA)
     del tensors["unet.a.to_q.lora.up.weight"]
