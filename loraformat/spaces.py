@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
+    from loraformat.base import Base
     from loraformat.links import Link
 
-__all__ = ["TORCH", "Known", "Space"]
+__all__ = ["TORCH", "Known", "Space", "space_of"]
 
 TORCH = "torch"
 
@@ -77,3 +78,9 @@ class Space(Protocol):
         knows no reading it gives no link, and the verb refuses what is left over (LF-602). What a rule needs and does
         not have (a number of heads) it refuses itself, with LF-604 and the way to state it.
         """
+
+
+def space_of(base: Base) -> str:
+    """The name space of a base's parameters: its ``names``, where it has such; a checkpoint's and a graph's are torch."""
+    space: str = getattr(base, "names", TORCH)
+    return space

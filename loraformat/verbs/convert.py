@@ -13,10 +13,10 @@ from loraformat.atomic import write_file, write_folder
 from loraformat.errors import Problem, fault
 from loraformat.layout import Layout, ReadOptions, WriteOptions
 from loraformat.resolve import Hints
-from loraformat.spaces import TORCH
+from loraformat.spaces import TORCH, space_of
 from loraformat.verbs.adapt import Adapted
 from loraformat.verbs.bind import bind
-from loraformat.verbs.retarget import retarget, space_of
+from loraformat.verbs.retarget import retarget
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter

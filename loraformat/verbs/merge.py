@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from loraformat.base import Base, Options
 from loraformat.bound import check_bound
-from loraformat.errors import fault
+from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.plan import Job
 from loraformat.resolve import Hints
+from loraformat.spaces import space_of
 from loraformat.strength import weighed
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.plan import Outcome, Plan
+    from loraformat.resolve import Resolution
 
 __all__ = ["attach", "merge", "prepare"]
 
@@ -44,11 +46,23 @@ def prepare(
         raise fault(
             "LF-703", f"{options.out} is the base itself", fix="write to another name: the base is the way back"
         )
-    jobs = [Job(adapter, base.resolve(adapter, hints or Hints()).require(), name) for name, adapter in adapters]
+    jobs = [Job(adapter, _resolved(adapter, base, hints or Hints()), name) for name, adapter in adapters]
     if not any_base:
         for job in jobs:
             check_bound(job.adapter, base, job.resolution)
     return base.plan(verb, jobs, options)
+
+
+def _resolved(adapter: Adapter, base: Base, hints: Hints) -> Resolution:
+    """Where every target lies; where the adapter has names of another space than the base, its refusal says so first."""
+    try:
+        return base.resolve(adapter, hints).require()
+    except LoraFormatError as error:
+        if adapter.names == (space := space_of(base)):
+            raise
+        what = f"the adapter has names of the space {adapter.names}, the base of {space}"
+        fix = f"loraformat retarget ADAPTER --base {base.path} -o OUT"
+        raise LoraFormatError([Problem("LF-602", what, fix=fix), *error.problems]) from None
 
 
 def merge(

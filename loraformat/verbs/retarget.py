@@ -17,14 +17,14 @@ from loraformat.links import Link, Seat
 from loraformat.names import join, name_space_fault
 from loraformat.recognised import recognised
 from loraformat.resolve import Hints
-from loraformat.spaces import TORCH, Known
+from loraformat.spaces import TORCH, Known, space_of
 from loraformat.translate import Translated, components, translate
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
 
-__all__ = ["base_names", "retarget", "space_of"]
+__all__ = ["base_names", "retarget"]
 
 
 def retarget(
@@ -65,12 +65,6 @@ def retarget(
     rest = replace(adapter, targets={key: update for key, update in adapter.items() if key not in stated})
     first = translate(own, [Link(Seat(key), Seat(name), "user: --names") for key, name in stated.items()], to)
     return _together(first, way.follow(rest)) if rest else first
-
-
-def space_of(base: Base) -> str:
-    """The name space of a base's parameters: its ``names``, where it has such; a checkpoint's and a graph's are torch."""
-    space: str = getattr(base, "names", TORCH)
-    return space
 
 
 def base_names(base: Base) -> dict[str, tuple[int, ...] | None]:

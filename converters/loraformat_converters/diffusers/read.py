@@ -102,11 +102,12 @@ def _sorted(tensors: Mapping[str, Array]) -> dict[str | None, _Component]:
 
 
 def _alpha(name: Name, key: str, tensor: Array, own: _Component, problems: list[Problem]) -> None:
-    value = float(np.asarray(tensor, np.float64).reshape(-1)[0]) if tensor.size == 1 else np.nan
+    single = tensor.size == 1 and tensor.dtype != np.bool_
+    value = float(np.asarray(tensor, np.float64).reshape(-1)[0]) if single else np.nan
     if np.isfinite(value):
         own.alphas[name.module] = value
     else:
-        problems.append(Problem("LF-306", f"alpha is one finite number, not {list(tensor.shape)}", key))
+        problems.append(Problem("LF-306", f"alpha is one finite number, not {tensor.dtype} {list(tensor.shape)}", key))
 
 
 def _config(
@@ -116,8 +117,10 @@ def _config(
 
     diffusers 0.42.1 utils/peft_utils.py (get_peft_kwargs): without a header and alphas, alpha is each module's rank.
     """
-    ranks = {
-        n.removesuffix(".lora_A.weight"): t.shape[0] for n, t in own.tensors.items() if n.endswith(".lora_A.weight")
+    ranks = {  # of what is no matrix the reader of the tensors says so
+        name.removesuffix(".lora_A.weight"): (tensor.shape or (1,))[0] or 1
+        for name, tensor in own.tensors.items()
+        if name.endswith(".lora_A.weight")
     }
     if stated is not None:
         _check_alphas(own, stated)

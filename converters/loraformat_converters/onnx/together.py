@@ -31,7 +31,7 @@ def together(models: Sequence[Model], adapter: Adapter, hints: Hints) -> Resolut
     for key in adapter:
         failures = {f: p for f, r in found.items() for p in r.unresolved if p.where == key}
         told = [_in(file, p, models) for file, p in failures.items() if p.rule != "LF-602"]
-        if told or key not in targets:
+        if told or (key not in targets and not any(p.where == key for p in ambiguous)):
             unresolved += told or [_nowhere(key, failures, models)]
         elif len(models) > 1:
             ambiguous += [problem for file in failures if (problem := doubts[file].of(key))]

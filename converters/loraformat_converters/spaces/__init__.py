@@ -1,15 +1,17 @@
-"""Name spaces of image models: kohya's underscores, and the names under which their authors published them.
+"""Name spaces: kohya's underscores, image models as their authors published them, the names of older transformers.
 
-``families`` knows the models, ``unet``, ``mmdit`` and ``encoders`` the names of their parameters, in diffusers and as
-published; ``kohya`` and ``published`` are the two spaces made of them.
+``families`` knows the image models, ``unet``, ``mmdit`` and ``encoders`` the names of their parameters, in diffusers and
+as published; ``kohya`` and ``published`` are the two spaces made of them. ``renames`` is transformers' own.
 """
 
 from __future__ import annotations
 
 from loraformat_converters.spaces.kohya import Kohya
 from loraformat_converters.spaces.published import Published
+from loraformat_converters.spaces.renames import Renames
 
-__all__ = ["kohya", "published"]
+__all__ = ["kohya", "published", "renames"]
 
 kohya = Kohya()
 published = Published()
+renames = Renames()

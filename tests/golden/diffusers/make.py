@@ -8,10 +8,12 @@ Needs the extra ``peers``. Every size differs from every other; every factor is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     FluxPipeline,
@@ -25,6 +27,8 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import loraformat as lf
 
 HERE = Path(__file__).parent
 FILE = "pytorch_lora_weights.safetensors"
@@ -236,6 +240,75 @@ def bare() -> None:
     save_file(deltas({"": unet()}, load), HERE / "bare" / "delta.safetensors")
 
 
+def stored(model: torch.nn.Module, component: str, base: Any) -> torch.nn.Module:
+    """The model with the weights that an exported graph holds, by whichever names and in whichever orientation."""
+    prefix = "text_model." if component == "text_encoder" else ""  # as it was called when it was exported
+    held = base.parameters()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            key = f"{component}/model.onnx:{prefix}{name}"
+            if key in held:
+                parameter.copy_(torch.from_numpy(base.read(key).copy()))
+                continue
+            change = lf.Update((lf.Delta(np.ones(parameter.shape, "f4")),))
+            name = f"{component}:{prefix}{name}"
+            if parameter.ndim == 2:
+                hints = lf.Hints(axes={"*": "in,out"})
+            else:  # a group norm was exported as a plain one and a Mul and an Add behind it
+                module, _, leaf = name.partition(":")[2].rpartition(".")
+                scope = re.sub(r"\.(?!\d)", "/", module)
+                hints = lf.Hints({name: f"/{scope}/{'Mul' if leaf == 'weight' else 'Add'}"})
+            probe = lf.Adapter({name: change}, components=(component,))
+            ((match, *_),) = base.resolve(probe, hints).require().targets.values()
+            value = torch.from_numpy(base.read(f"{match.file}:{match.weight}").copy())
+            parameter.copy_(value.T if parameter.ndim == 2 else value.reshape(parameter.shape))
+    return model.eval()
+
+
+def onnx() -> None:
+    """A kohya file of both models of a pipeline that lies exported beside the ONNX goldens, and what diffusers computes.
+
+    The models get the weights of the graphs; that they are those the graphs were exported from, their outputs show.
+    """
+    folder, exported = HERE / "onnx", HERE.parent / "onnx" / "pipeline"
+    base, truth = lf.open_base(exported / "model"), load_file(exported / "truth.safetensors")
+    configs = {c: json.loads((exported / "model" / c / "config.json").read_text()) for c in ("unet", "text_encoder")}
+    models = {
+        "unet": stored(UNet2DConditionModel.from_config(configs["unet"]), "unet", base),
+        "text_encoder": stored(CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])), "text_encoder", base),
+    }
+
+    def outputs() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            inputs = {name: truth[name] for name in ("sample", "timestep", "encoder_hidden_states")}
+            hidden = models["text_encoder"](truth["input_ids"]).last_hidden_state
+            return {"hidden": hidden.clone(), "noise": models["unet"](**inputs).sample.clone()}
+
+    for name, tensor in outputs().items():
+        torch.testing.assert_close(tensor, truth[f"base.{name}"], rtol=1e-4, atol=1e-5)
+    generator = torch.Generator().manual_seed(14)
+    state = {}
+    for component, prefix, wanted in (
+        ("unet", "lora_unet", ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in", "time_emb_proj")),
+        ("text_encoder", "lora_te_text_model", ("q_proj", "out_proj", "fc1")),
+    ):
+        for n, (name, weight) in enumerate(sorted(models[component].state_dict().items())):
+            module, rank = name.removesuffix(".weight"), 1 + n % 3
+            if module != name and module.endswith(wanted):
+                stem = f"{prefix}_{module.replace('.', '_')}"
+                down = torch.randn(rank, *weight.shape[1:], generator=generator) / 4
+                up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator) / 4
+                state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+                # diffusers 0.42.1 gives the commonest alpha to modules whose own it looks for under another name: those
+                # of attention processors, and, with transformers 5, of the whole text encoder
+                own = 0.5 + n % 5 if component == "unet" and ".attn" not in module else 1.5
+                state[f"{stem}.alpha"] = torch.tensor(own)
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "kohya.safetensors", {"ss_network_module": "networks.lora"})
+    into(StableDiffusionPipeline, folder / "kohya.safetensors")(models)
+    save_file({f"adapted.{name}": tensor for name, tensor in outputs().items()}, folder / "truth.safetensors")
+
+
 def main() -> None:
     sd("sd", header=True)
     sd("sd-no-header", header=False)
@@ -248,6 +321,7 @@ def main() -> None:
     alphas()
     processors()
     bare()
+    onnx()
     for path in sorted(HERE.glob("*/*")):
         print(path.relative_to(HERE), path.stat().st_size)
     print(json.dumps({"diffusers": __import__("diffusers").__version__, "peft": __import__("peft").__version__}))
