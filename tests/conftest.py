@@ -14,6 +14,13 @@ settings.register_profile("here", deadline=None, derandomize=True, max_examples=
 settings.load_profile("here")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where the peers are left out, a file that is theirs alone is not even imported: a framework takes seconds to."""
+    if "not peer" in config.option.markexpr and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.peer\n" in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 def pytest_sessionfinish(session):
     """Where LORAFORMAT_CI is set, a skipped test is a failure: there, everything can be installed."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
