@@ -17,10 +17,11 @@ from loraformat.links import Link, Seat, Share
 if TYPE_CHECKING:
     from loraformat.spaces import Known
 
-__all__ = ["FIX", "Decoder", "links", "number", "text_config"]
+__all__ = ["FIX", "Decoder", "links", "model_type", "number", "text_config"]
 
 FIX = "give the base or its config.json: --base config.json"
 
+_MOST = 2**16  # heads or experts: a number beyond it is none of a model
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -51,7 +52,8 @@ def links(decoder: Decoder, known: Known) -> Iterator[Link]:
     """The links of the adapter's keys, from torch to there.
 
     Raises:
-        LoraFormatError: LF-603 the experts of a stack can be one torch parameter or many; LF-604 how many is not known.
+        LoraFormatError: LF-603 the experts of a stack can be one torch parameter or many; LF-604 how many is not known;
+            LF-606 the model has not so many.
     """
     problems: list[Problem] = []
     for key in known.adapter:
@@ -69,11 +71,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else config
 
 
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """``model_type`` of the language model, where the config.json names one."""
+    found = text_config(config).get("model_type")
+    return found if isinstance(found, str) and found else None
+
+
 def number(config: Mapping[str, Any], names: tuple[str, ...], key: str) -> int:
     """A number of the model's config.json by the first of these names that it has; LF-604 where it has none."""
     own = text_config(config)
     found = next((own[name] for name in names if own.get(name) is not None), None)
-    if type(found) is not int or found < 1:
+    if type(found) is not int or not 0 < found <= _MOST:
         raise fault("LF-604", f"{' or '.join(names)} of the model is not known, which this needs", where=key, fix=FIX)
     return found
 
@@ -124,11 +132,13 @@ def _one_by_one(
 ) -> Iterator[Link]:
     """Each expert's own projection against its place in the stack."""
     for here, there in decoder.experts.items():
-        pattern = re.escape(f"{here}.weight").replace(r"\{e\}", r"(\d+)")
+        pattern = re.escape(f"{here}.weight").replace(r"\{e\}", r"(\d{1,5})")
         match = re.fullmatch(pattern, inner) if torch else None
         if match is None and (torch or inner != f"{there}.weight"):
             continue
         count = number(known.config, _EXPERTS, key)
+        if match and int(match[1]) >= count:
+            raise fault("LF-606", f"expert {match[1]} of a model with {count}", where=key, fix=FIX)
         for e in [int(match[1])] if match else range(count):
             seat = Seat(f"{blocks[1]}{there}.weight", index=(e, count), axes="batch,out,in")
             yield Link(Seat(f"{blocks[0]}{here.replace('{e}', str(e))}.weight"), seat, decoder.evidence)

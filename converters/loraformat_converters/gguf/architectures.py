@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraformat.decoders import Decoder, text_config
+from loraformat.decoders import Decoder, model_type, text_config
 
 __all__ = ["Architecture", "by_config", "by_gguf", "named", "tied"]
 
@@ -97,7 +97,7 @@ _TABLE: Mapping[str, Architecture] = {
 
 def by_config(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture of a model with this config.json, or None."""
-    return _TABLE.get(str(text_config(config).get("model_type")))
+    return _TABLE.get(model_type(config) or "")
 
 
 def by_gguf(name: str, *, experts: bool) -> Architecture | None:

@@ -88,7 +88,7 @@ def restored(text: str) -> dict[str, Value]:
     try:
         found = json.loads(text)
         values = {key: Value(kind, value) for key, (kind, value) in found.items()}
-        if all(_is(value.type.strip("[]"), value) for value in values.values()):
+        if all(_encodable(key) and _is(value.type.strip("[]"), value) for key, value in values.items()):
             return values
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
@@ -101,9 +101,18 @@ def _is(kind: str, value: Value) -> bool:
     return kind in _KINDS and isinstance(items, list) and all(_fits(kind, item) for item in items)
 
 
+def _encodable(text: str) -> bool:
+    """JSON can spell half a character, which no UTF-8 can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _fits(kind: str, item: Any) -> bool:
     if kind == "str":
-        return isinstance(item, str)
+        return isinstance(item, str) and _encodable(item)
     if kind == "bool":
         return isinstance(item, bool)
     if kind.startswith("f"):

@@ -14,7 +14,6 @@ from loraformat_converters.gguf.architectures import Architecture
 from loraformat_converters.gguf.rotary import interleaved
 
 if TYPE_CHECKING:
-    from loraformat.adapter import Adapter
     from loraformat.spaces import Known
 
 __all__ = ["links"]
@@ -43,8 +42,8 @@ def _architecture(known: Known) -> Architecture:
     """By the model's config.json, else by the metadata of a model in GGUF, or of what the adapter was in GGUF."""
     if (found := architectures.by_config(known.config)) is not None:
         return found
-    told = decoders.text_config(known.config).get("model_type")
-    if told is None and (told := known.config.get(keys.ARCHITECTURE) or _source(known.adapter)) is not None:
+    told = decoders.model_type(known.config)
+    if told is None and (told := _stated(known)) is not None:
         experts = any("_exps." in key or ".experts" in key for key in known.adapter)
         if (found := architectures.by_gguf(told, experts=experts)) is not None:
             return found
@@ -54,9 +53,11 @@ def _architecture(known: Known) -> Architecture:
     raise fault("LF-604", f"no table has the tensors of {told} in GGUF", fix="--names MAP for every target")
 
 
-def _source(adapter: Adapter) -> str | None:
-    """The architecture that a GGUF adapter states."""
-    text = adapter.extensions.get("gguf")
+def _stated(known: Known) -> str | None:
+    """The architecture that a model in GGUF states, or the source of a GGUF adapter."""
+    if isinstance(name := known.config.get(keys.ARCHITECTURE), str) and name:
+        return name
+    text = known.adapter.extensions.get("gguf")
     kept = keys.restored(text).get(keys.ARCHITECTURE) if text is not None else None
     return kept.value if kept is not None and kept.type == "str" else None
 

@@ -59,9 +59,9 @@ _TABLE: Mapping[str, Decoder] = {
 
 def links(known: Known) -> Iterator[Link]:
     """The links of the adapter's keys. LF-604 where the model is not known, or how many experts it has."""
-    told = decoders.text_config(known.config).get("model_type")
-    if told in _TABLE:
-        return decoders.links(_TABLE[str(told)], known)
+    told = decoders.model_type(known.config)
+    if told is not None and told in _TABLE:
+        return decoders.links(_TABLE[told], known)
     if told is None:
         raise fault("LF-604", "the model is not known, which tells its names in mlx-lm", fix=decoders.FIX)
     raise fault("LF-604", f"no table has the names of {told} in mlx-lm", fix="--names MAP for every target")

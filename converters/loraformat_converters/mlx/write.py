@@ -222,5 +222,5 @@ def _block(path: str) -> tuple[int, str] | None:
     >>> _block("model.layers.3.self_attn.q_proj")
     (3, 'self_attn.q_proj')
     """
-    match = re.search(r"\.(\d+)\.(.+)", path)
+    match = re.search(r"\.(\d{1,9})\.(.+)", path)
     return (int(match[1]), match[2]) if match else None
