@@ -21,16 +21,22 @@ CONVERTERS = ROOT / "converters" / "loraformat_converters"
 
 # A module may import only modules to its left.
 ORDER = (
-    *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned", "adapter"),
-    *("links", "spaces", "templates"),
+    *("errors", "blas", "names", "axes", "scale", "parts", "products", "magnitudes", "updates", "turned"),
+    *("packed", "lowrank", "adapter", "links", "spaces", "templates"),
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
-    *("resolve", "strength", "placing", "huggingface", "rounding", "tiles", "plan", "description", "ranges", "patch"),
-    *("checkpoint.change", "checkpoint.shard", "checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder"),
-    *("checkpoint.tied", "checkpoint.merging", "checkpoint.output", "checkpoint.base", "checkpoint", "normal"),
-    *("sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate", "decoders", "refactored"),
+    *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description"),
+    *("ranges", "patch"),
+    *("checkpoint.requantised", "checkpoint.change", "checkpoint.survival", "checkpoint.shard"),
+    *("checkpoint.safetensors", "checkpoint.torch", "checkpoint.folder", "checkpoint.eight_bits", "checkpoint.tied"),
+    *("checkpoint.merging", "checkpoint.task", "checkpoint.output", "checkpoint.base", "checkpoint"),
+    *("normal", "truncated", "sketch", "bound", "recognised", "cut", "fuse", "stacked", "translate", "decoders"),
+    *("refactored", "randomised", "counterparts", "linears", "others"),
+    *("combining", "combining.weights", "combining.terms", "combining.entries", "combining.methods"),
+    *("combining.settings", "combining.peft", "combining.beside"),
+    *("combining.agree", "combining.absolutes", "combining.finite"),
     *(
         "verbs",
         "verbs.merge",
@@ -47,6 +53,7 @@ ORDER = (
         "verbs.retarget",
         "verbs.convert",
     ),
+    *("pages.html", "pages.style", "pages.facts", "pages.heat", "pages.spectra", "pages.page", "pages"),
     *(
         "verbs.validate",
         "verbs.combine",
@@ -69,18 +76,8 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *(
-        "cli.completion",
-        "cli.retarget",
-        "cli.create",
-        "cli.check",
-        "cli.proof",
-        "cli.deploy",
-        "cli.graph",
-        "cli.combine",
-        "cli.resize",
-        "cli.main",
-    ),
+    *("cli.completion", "cli.retarget", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph"),
+    *("cli.combine", "cli.resize", "cli.extract", "cli.diff", "cli.report", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
