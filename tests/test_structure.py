@@ -88,18 +88,8 @@ ORDER = (
         "cli.info",
         "cli.layouts",
     ),
-    *(
-        "cli.completion",
-        "cli.retarget",
-        "cli.create",
-        "cli.check",
-        "cli.proof",
-        "cli.deploy",
-        "cli.graph",
-        "cli.combine",
-        "cli.resize",
-        "cli.main",
-    ),
+    *("cli.completion", "cli.retarget", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph"),
+    *("cli.combine", "cli.resize", "cli.extract", "cli.diff", "cli.report", "cli.main"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}

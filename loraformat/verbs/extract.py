@@ -1,19 +1,22 @@
 """Extract: the adapter that turns one model into another, as near as its rank allows; or the one that is attached.
 
-Each linear that differs becomes the best pair for W' − W (``loraformat.randomised``), one after the other: no more than
-one difference is held. What no pair can say is taken as it is where that is asked for, and else told with its size.
+Each linear that differs becomes the best pair for W' − W (``loraformat.randomised``), one after the other: no more
+than a few differences are held. What no pair can say is taken as it is where that is asked for, and else told with its size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from loraformat.adapter import Adapter
+from loraformat.blas import one_blas_thread
 from loraformat.counterparts import Counterparts, common_prefix, counterparts
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.linears import Linear, linears
@@ -25,9 +28,15 @@ from loraformat.updates import Update
 from loraformat.verbs import graph
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from loraformat.base import Base
 
+    F32 = npt.NDArray[np.float32]
+
 __all__ = ["Extracted", "between", "extract"]
+
+_WORKERS = 2  # more differences than that are not held, but for the one that is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ def extract(base: Base, tuned: Base | None = None, *, name: str | None = None, *
     return graph.extract(base, name=name) if tuned is None else between(base, tuned, **how)
 
 
+@one_blas_thread()
 def between(
     base: Base,
     tuned: Base,
@@ -103,9 +113,8 @@ def between(
     stated = hints or Hints()
     side = _side_by_side(base, tuned, only, stated)
     updates, pairs, equal, seen = dict[str, Update](), dict[str, Pair](), 0, set[str]()
-    for linear in _linears(base, tuned, side, only, stated):
+    for linear, pair in _pairs(_linears(base, tuned, side, only, stated), base, tuned, rank, energy):
         seen |= {linear.before.name, linear.after.name}
-        pair = _pair(linear, base, tuned, rank, energy)
         if pair.norm == 0.0:
             equal += 1
             continue
@@ -160,13 +169,32 @@ def _linears(base: Base, tuned: Base, side: Counterparts, only: Sequence[str], h
         ) from None
 
 
-def _pair(linear: Linear, base: Base, tuned: Base, rank: int | None, energy: float | None) -> Pair:
+def _pairs(
+    linears: Sequence[Linear], base: Base, tuned: Base, rank: int | None, energy: float | None
+) -> Iterator[tuple[Linear, Pair]]:
+    """Each with its pair, in order; while some are worked on the next is read."""
+    pool = ThreadPoolExecutor(_WORKERS)
+    waiting: deque[tuple[Linear, Future[Pair]]] = deque()
+    try:
+        for linear in linears:
+            matrix = _difference(linear, base, tuned)
+            waiting.append((linear, pool.submit(best_pair, matrix, rank=rank, energy=energy, seed_name=linear.key)))
+            del matrix  # the worker has it, and lets it go
+            if len(waiting) > _WORKERS:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        yield from ((linear, future.result()) for linear, future in waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _difference(linear: Linear, base: Base, tuned: Base) -> F32:
     matrix = linear.difference(base, tuned)
     with np.errstate(over="ignore", invalid="ignore"):
         finite = bool(np.isfinite(np.sum(matrix)))
     if not finite and not np.isfinite(matrix).all():
         raise fault("LF-312", "W' − W holds NaN or an infinity", where=linear.key, fix="the training diverged")
-    return best_pair(matrix, rank=rank, energy=energy, seed_name=linear.key)
+    return matrix
 
 
 def _whole(pairs: Mapping[str, Pair]) -> float:
