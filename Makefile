@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
-# The JavaScript that `info --how js` prints is run where node and npm are.
+# The JavaScript that `info --how js` prints, and the example's, is run where node and npm are.
 NODE := $(if $(shell command -v npm),node_modules/onnxruntime-node)
 
 # A stamp a set of packages: what is installed is installed again only when pyproject.toml changes.
@@ -73,7 +73,7 @@ $(TEST): $(CORE)
 	touch $@
 
 node_modules/onnxruntime-node:
-	ONNXRUNTIME_NODE_INSTALL=skip npm install --no-save --no-audit --no-fund --silent onnxruntime-node@1.30.0
+	ONNXRUNTIME_NODE_INSTALL=skip npm install --no-save --no-audit --no-fund --silent onnxruntime-node@1.30.0 onnxruntime-web@1.30.0
 
 $(LINT): $(TEST)
 	$(PIP) -e '.[lint]'

@@ -40,10 +40,18 @@ class Options:
 
     Attributes:
         out: the output file.
-        mode: of ``attach``: ``branch``.
+        mode: of ``attach``: ``branch``, ``swap`` or ``stack``.
         prefold: store what a runtime that optimises would compute once, in the place of the adapter's own tensors.
         requantize: round to 8 bits again where a weight is stored so.
         survival: the least share of ΔW that must survive the dtype of storage.
+        slots: of swap: ``optional`` inputs have a default, ``required`` ones are fed always.
+        pad_rank: of swap: the rank of all slots, which smaller adapters are filled up to; None: any rank is fed.
+        slot_names: of swap: ``native``, ``olive`` or ``genai``.
+        targets: of swap: patterns of weights that get slots whether an adapter has them or not.
+        rows: of stack: the inputs whose axis counts the rows, as ``INPUT`` or ``INPUT:AXIS``.
+        select: of stack: by ``index`` or by ``weights``.
+        provider: of stack: ``cpu`` or ``cuda``, for which the graph is laid out.
+        live_scale: of branch: the strength of each adapter is an input, 1 where nothing is fed.
     """
 
     out: Path
@@ -51,6 +59,14 @@ class Options:
     prefold: bool = False
     requantize: bool = False
     survival: float = 0.1
+    slots: str = "optional"
+    pad_rank: int | None = None
+    slot_names: str = "native"
+    targets: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    select: str = "index"
+    provider: str = "cpu"
+    live_scale: bool = False
 
 
 class BaseKind(Protocol):

@@ -46,11 +46,13 @@ class WriteOptions:
 
     Attributes:
         ending: of the output's name (``.npz``), for a layout that several containers hold; empty for a folder's.
+        model: what will run it: a model with inputs for an adapter (``--for``).
     """
 
     base: Base | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     ending: str = ""
+    model: Base | None = None
 
 
 @dataclass(frozen=True, slots=True)

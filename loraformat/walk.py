@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["adapters_under"]
 
 # By name alone, whatever is in them: a pickle can look like anything, and one that is passed over was not checked.
-_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx_adapter")
 
 
 def adapters_under(path: Path, markers: frozenset[str]) -> Iterator[Path]:

@@ -254,3 +254,44 @@ def test_a_path_with_quotes_is_a_legal_string_in_every_language(run, tmp_path):
     save(model("g (float[N, 3] x) => (float[N, 5] y) <float[3, 5] w> { y = MatMul (x, w) }"), tmp_path / name)
     run_python(printed(run, name, "python"), tmp_path)
     assert json.dumps(name) in printed(run, name, "js")
+
+
+# Models whose adapters are fed or chosen.
+
+
+def changed(tmp_path, *options):
+    save(model("g (float[N, 3] x) => (float[N, 5] y) <float[3, 5] w> { y = MatMul (x, w) }"), tmp_path / "m.onnx")
+    lf.save(adapter({"w": lora(5, 3)}), tmp_path / "a.safetensors")
+    return ("attach", "style=a.safetensors", "--to", "m.onnx", "-o", "out.onnx", *options)
+
+
+@pytest.mark.parametrize("mode", [("swap",), ("swap", "--slots", "required"), ("stack", "--rows", "x")])
+def test_the_python_code_of_a_model_that_is_fed_adapters_runs(mode, run, tmp_path):
+    assert run(*changed(tmp_path, "--mode", *mode)).code == 0
+    code = printed(run, "out.onnx", "python")
+    assert run_python(code, tmp_path) == [["y", "float32 (1, 5)"]]
+    assert ("add_active_adapter" in code) == (mode == ("swap",))
+    assert ("lora.index" in code) == (mode[0] == "stack")
+    assert "style" in code
+
+
+def test_an_active_adapter_is_in_the_code_of_every_language_that_can(run, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "swap")).code == 0
+    (tmp_path / "genai_config.json").write_text("{}")
+    for language, word in {
+        "cpp": "AddActiveLoraAdapter",
+        "csharp": "AddActiveLoraAdapter",
+        "genai": "og.Adapters",
+    }.items():
+        code = printed(run, "out.onnx", language)
+        assert word in code
+        assert "out.style.onnx_adapter" in code
+    done = run("info", "out.onnx", "--how", "js")
+    assert (done.code, "--slots required" in done.err) == (2, True)
+
+
+def test_javascript_feeds_required_slots(run, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "swap", "--slots", "required")).code == 0
+    code = printed(run, "out.onnx", "js")
+    assert '"lora/w/A"' in code
+    assert "out.style.onnx_adapter" in code

@@ -18,6 +18,7 @@ from loraformat import axes, testing, updates
 from loraformat_converters.onnx import branches, einsum
 from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.attach import Attachment
+from loraformat_converters.onnx.ends import Ends
 from loraformat_converters.onnx.nodes import Nodes
 
 # Everything is square, the rank too: a mistake cannot hide behind a shape that does not fit.
@@ -125,18 +126,18 @@ def the_factor_of_gemm_is_lost(patch):
 
 
 def the_bias_is_rescaled_too(patch):
-    whole = Attachment._end
-    patch.setattr(Attachment, "_end", lambda self, site: replace(whole(self, site), bias=""))
+    whole = Ends._end
+    patch.setattr(Ends, "_end", lambda self, site: replace(whole(self, site), bias=""))
 
 
 def the_bias_is_read_as_it_was(patch):
-    whole = Attachment._end
+    whole = Ends._end
 
     def stale(self, site):
         end = whole(self, site)
         return replace(end, bias=self.values.get(end.bias, end.bias))
 
-    patch.setattr(Attachment, "_end", stale)
+    patch.setattr(Ends, "_end", stale)
 
 
 def the_norm_is_of_the_base_alone(patch):

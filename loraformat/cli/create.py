@@ -101,6 +101,9 @@ def init_(
     "--to", "to_layout", metavar="LAYOUT", shell_complete=complete_layout, help="Layout of DST; else by its name."
 )
 @click.option("--base", metavar="BASE", help="Bind to this base: write how each matrix lies in its tensor.")
+@click.option(
+    "--for", "model", metavar="MODEL", help="The model with inputs for adapters that DST is for (.onnx_adapter)."
+)
 @click.option("--alpha", type=float, metavar="A", help="For a source that states no alpha.")
 @click.option("--rank", type=int, metavar="R", help="The rank that the source must have.")
 @click.option("--scale-rule", type=_RULES, help="For a source that states no rule.")
@@ -121,6 +124,7 @@ def convert(
     from_layout: str | None,
     to_layout: str | None,
     base: str | None,
+    model: str | None,
     alpha: float | None,
     rank: int | None,
     scale_rule: ScaleRule | None,
@@ -149,6 +153,7 @@ def convert(
         to_layout=to_layout,
         options=ReadOptions(alpha, rank, scale_rule, split_qkv=split_qkv),
         base=base,
+        model=model,
         hints=hints(names, axes),
         adapt=lambda adapter: adapt(
             adapter, drop=drop, to_lora=to_lora, dtype=dtype, fold_scale=fold_scale, pad_rank=pad_rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,9 +15,10 @@ from loraformat.cli.options import Choice, force, hints, json_flag, mapping, ori
 from loraformat.cli.printing import alike, command, echo_json, warn
 from loraformat.cli.progress import progress_bar
 from loraformat.cli.proof import json_of, show_plan, show_proof
+from loraformat.errors import fault
 
 if TYPE_CHECKING:
-    from loraformat.base import Base
+    from loraformat.base import Base, Options
     from loraformat.plan import Plan
     from loraformat.resolve import Hints
     from loraformat.verbs.verify import Verdict
@@ -66,21 +67,78 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER[:W]…")
+@click.argument("adapters", nargs=-1, metavar="[NAME=]ADAPTER[:W]…")
 @click.option("--to", "base", required=True, metavar="MODEL", help="An ONNX model, or a folder of them.")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if MODEL is one.")
-@click.option("--mode", type=Choice(["branch"]), default="branch", show_default=True, help="How the adapter is put in.")
+@click.option(
+    "--mode",
+    type=Choice(["branch", "swap", "stack"]),
+    default="branch",
+    show_default=True,
+    help="Always on; fed at run time; several, chosen row by row.",
+)
 @click.option("--prefold", is_flag=True, help="Store what a runtime would fold, for one that does not optimise.")
+@click.option("--live-scale", is_flag=True, help="branch: the strength is an input, 1 where nothing is fed.")
+@click.option(
+    "--slots",
+    type=Choice(["optional", "required"]),
+    default="optional",
+    show_default=True,
+    help="swap: inputs with a default; required ones for JavaScript.",
+)
+@click.option(
+    "--pad-rank", type=click.IntRange(1), metavar="R", help="swap: slots of rank R, which any provider takes."
+)
+@click.option(
+    "--slot-names",
+    type=Choice(["native", "olive", "genai"]),
+    default="native",
+    show_default=True,
+    help="swap: what the inputs are called.",
+)
+@click.option("--targets", "-t", multiple=True, metavar="PATTERN", help="swap: slots for these modules too.")
+@click.option(
+    "--rows",
+    multiple=True,
+    metavar="INPUT[:AXIS]",
+    help="stack: the input whose axis counts the rows; may be repeated.",
+)
+@click.option(
+    "--select",
+    type=Choice(["index", "weights"]),
+    default="index",
+    show_default=True,
+    help="stack: one adapter a row (lora.index), or a mixture (lora.weights).",
+)
+@click.option(
+    "--provider",
+    type=Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="stack: what the graph is laid out for.",
+)
 @_options
 def attach(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
     """Write an ONNX model that runs the branch s·B·A·x beside each target; its own weights are not touched.
 
-    Several adapters are applied one after the other; each can have a name and a weight:
+    Several adapters are applied one after the other; each can have a name and a weight. With --mode swap they are
+    written beside the model, which is fed one at a time; with --mode stack each row of a batch chooses its own:
 
     \b
     loraformat attach mine.lora.safetensors style=other.lora.safetensors:0.5 --to model.onnx -o out.onnx --verify
+    loraformat attach a=a.lora.safetensors b=b.lora.safetensors --to model.onnx -o out.onnx --mode swap
+    loraformat attach a=a.lora.safetensors b=b.lora.safetensors --to model.onnx -o out.onnx --mode stack --rows input_ids
     """
+    if not adapters and not options["targets"]:
+        raise click.UsageError("give an adapter, or --mode swap --targets PATTERN")
     _carry_out(_Asked(verb="attach", words=adapters, base=base, out=out, **options))
+
+
+_OF_MODE = {
+    "live_scale": "branch", "slots": "swap", "pad_rank": "swap", "slot_names": "swap", "targets": "swap",
+    "rows": "stack", "select": "stack", "provider": "stack",
+}  # fmt: skip
+"""Option → the mode that it is for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +165,26 @@ class _Asked:
     prefold: bool = False
     requantize: bool = False
     survival: float = 0.1
+    live_scale: bool = False
+    slots: str = "optional"
+    pad_rank: int | None = None
+    slot_names: str = "native"
+    targets: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    select: str = "index"
+    provider: str = "cpu"
+
+    def how(self) -> Options:
+        """How the verb is carried out; LF-705 for an option of another mode."""
+        from loraformat.base import Options
+
+        own = {field: getattr(self, field) for field in _OF_MODE}
+        usual = {field.name: field.default for field in fields(Options)}
+        strange = [f for f, mode in _OF_MODE.items() if own[f] != usual[f] and self.mode != mode]
+        if strange:
+            flags = ", ".join(f"--{field.replace('_', '-')}" for field in strange)
+            raise fault("LF-705", f"{flags} is not for --mode {self.mode}", fix=f"--mode {_OF_MODE[strange[0]]}")
+        return Options(Path(self.out), self.mode, self.prefold, self.requantize, self.survival, **own)
 
     def following(self, base: Base) -> str:
         """What a person does next: compare the output, if that was not asked for already, else look at it."""
@@ -123,7 +201,6 @@ class _Asked:
 
 def _carry_out(asked: _Asked) -> None:
     from loraformat.atomic import check_free
-    from loraformat.base import Options
     from loraformat.verbs.graph import inlined, prove
     from loraformat.verbs.merge import prepare
 
@@ -132,8 +209,7 @@ def _carry_out(asked: _Asked) -> None:
     base, gathered = open_both(asked.words, asked.base, asked.only, asked.scale)
     base = inlined(base) if asked.inline else base
     stated = hints(asked.names, asked.axes, asked.origin)
-    how = Options(Path(asked.out), asked.mode, asked.prefold, asked.requantize, asked.survival)
-    plan = prepare(asked.verb, gathered.adapters, base, how, stated, any_base=asked.any_base)
+    plan = prepare(asked.verb, gathered.adapters, base, asked.how(), stated, any_base=asked.any_base)
     if asked.plan_only:
         show_plan(plan, asked.as_json)
         return
@@ -143,7 +219,8 @@ def _carry_out(asked: _Asked) -> None:
             click.echo(f"note: {note}", err=True)
     with progress_bar(asked.verb, plan.writes, quiet=asked.as_json):
         outcome = base.apply(plan, force=asked.force)
-    verdict = _read_again(base, plan, stated) if asked.verify else None
+    held = asked.mode != "swap"  # what is fed is in no model: it is proved by running alone
+    verdict = _read_again(base, plan, stated) if asked.verify and held else None
     proof = prove(base, plan, asked.inputs) if asked.verify and "prove" in base.verbs else None
     holds = not (verdict is not None and verdict.problems) and (proof is None or proof.holds)
     if asked.as_json:

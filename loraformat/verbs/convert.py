@@ -48,6 +48,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     hints: Hints | None = None,
     adapt: Callable[[Adapter], Adapted] = Adapted,
+    model: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> Converted:
     """Read ``source``, bind it to ``base`` if given, write ``destination``. ΔW stays the same unless ``adapt`` changes it.
@@ -60,6 +61,7 @@ def convert(
         base: a path; it also tells the reader shapes that the source leaves open. Of a ``config.json`` alone, what the
             layouts take from that: nothing is bound.
         hints: what is known of the base.
+        model: a path, of a model with inputs for adapters: by its names and in its dtypes is written.
         adapt: another form of the same change, see ``loraformat.verbs.adapt``.
 
     Raises:
@@ -81,7 +83,9 @@ def convert(
         raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
     adapted = adapt(adapter)
     adapted = replace(adapted, adapter=_named(adapted.adapter, to.names, opened, options.config))
-    said = save(adapted.adapter, destination, to, WriteOptions(opened, options.config), force=force)
+    runs = registry.open_base(model) if model is not None else None
+    told = WriteOptions(opened, options.config, model=runs)
+    said = save(adapted.adapter, destination, to, told, force=force)
     return Converted(adapted.adapter, [*reading.warnings, *said], layout, to, adapted)
 
 

@@ -12,16 +12,18 @@ What is no plain pair changes the weight instead, in a constant subgraph between
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from loraformat.errors import fault
-from loraformat_converters.onnx.branches import FORMS, Form, Pair
-from loraformat_converters.onnx.index import Index, Site, Value
+from loraformat_converters.onnx.branches import FORMS, Form, Pair, unchanged
+from loraformat_converters.onnx.ends import Ends
+from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.nodes import Editor, Nodes
 from loraformat_converters.onnx.operators import attribute
 from loraformat_converters.onnx.rounding import balance
@@ -58,15 +60,6 @@ def _is_pair(update: Update, form: Form, site: Site) -> bool:
     return update.kind == "lora" or (update["magnitude"].magnitude_axes is None and form.spread(site) is not None)
 
 
-@dataclass
-class _End:
-    """Where the branches of one site end: the node whose output they change, and the bias that is in it."""
-
-    final: onnx.NodeProto
-    bias: str = ""
-    anchor: str = ""
-
-
 @dataclass(frozen=True)
 class _Rescaling:
     """m/‖V‖ of a DoRA as the output meets it, and 1 − it."""
@@ -80,15 +73,16 @@ class Attachment:
 
     Attributes:
         stems: (job, key) → below what the adapter's tensors and our nodes are named.
-        values: a value of ours → the value of the base in whose place it stands.
     """
 
-    def __init__(self, index: Index, folder: Path, *, prefold: bool = False) -> None:
+    mode = "branch"
+
+    def __init__(self, index: Index, folder: Path, *, prefold: bool = False, live: Sequence[str] = ()) -> None:
         self.index, self.folder, self.prefold = index, folder, prefold
         self.editor = Editor(index)
+        self.ends = Ends(index, self.editor)
         self.stems: dict[tuple[int, str], str] = {}
-        self.values: dict[str, str] = {}
-        self._ends: dict[int, _End] = {}
+        self.live = self._inputs(live)
 
     def add(self, spots: Sequence[Spot]) -> None:
         """Every change of every weight, at each of its uses."""
@@ -99,6 +93,16 @@ class Attachment:
             if has_branch(spot):
                 for n, change in enumerate(spot.changes):
                     self._branch(spot, n, change)
+
+    @property
+    def values(self) -> dict[str, str]:
+        """A value of ours → the value of the base in whose place it stands."""
+        return self.ends.values
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The inputs of --live-scale."""
+        return {"inputs": list(self.live)} if self.live else {}
 
     def finish(self) -> None:
         """Lay the new nodes into the graphs."""
@@ -113,7 +117,17 @@ class Attachment:
         pair, rescaling = self._constants(make, form, first, change, norms)
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
-            self._use(make if len(spot.sites) == 1 else make.below(str(i)), form, site, pair, rescaling)
+            run = make if len(spot.sites) == 1 else make.below(str(i))
+            self._use(run, form, site, pair, rescaling, self.live[change.job] if self.live else "")
+
+    def _inputs(self, names: Sequence[str]) -> list[str]:
+        """The strength of each adapter as an input: 1, unless it is fed."""
+        made = [f"lora.scale.{name}" if len(names) > 1 else "lora.scale" for name in names]
+        for name in made:
+            self.index.taken.add(name)
+            self.index.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, []))
+            self.index.graph.initializer.append(numpy_helper.from_array(np.ones((), np.float32), name))
+        return made
 
     def _constants(
         self, make: Nodes, form: Form, site: Site, change: Change, norms: Array | None
@@ -159,23 +173,19 @@ class Attachment:
         rest = make.node("Sub", [one, spread], "magnitude/rest")
         return _Rescaling(make.cast(spread, site.dtype, "magnitude/cast", kind), rest)
 
-    def _use(self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: _Rescaling | None) -> None:
+    def _use(
+        self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: _Rescaling | None, strength: str
+    ) -> None:
         """The branch beside one use."""
-        end = self._ends.get(site.number) or self._ends.setdefault(site.number, self._end(site))
+
+        def rescaled(run: Nodes, base: str, bias: str) -> str:
+            assert rescaling is not None
+            kept = run.node("Mul", [base, rescaling.ratio], "rescaled")
+            return run.node("Add", [kept, self._rest(run, form, site, bias, rescaling)], "bias") if bias else kept
+
         run = Nodes(self.index, make.stem)
-        change = form.run(run, site, pair)
-        y, base = end.final.output[0], self.index.fresh(f"{make.stem}/base")
-        kept = base if rescaling is None else run.node("Mul", [base, rescaling.ratio], "rescaled")
-        if rescaling is not None and end.bias:
-            rest = self._rest(run, form, site, end.bias, rescaling)
-            kept = run.node("Add", [kept, rest], "bias")
-        # The old producer gives up its name to the sum: every reader of y, the model's outputs too, sees the sum.
-        total = helper.make_node("Add", [kept, change], [y], self.index.fresh(f"{make.stem}/add"))
-        end.final.output[0] = base
-        end.anchor = end.anchor or base
-        self.editor.lay(site.scope, end.anchor, [*run.list, total])
-        self.values[base] = y
-        end.final = total
+        between = partial(_strengthened, run, site, strength) if strength else unchanged
+        self.ends.add(site, run, lambda run: form.run(run, site, pair, between), rescaled if rescaling else None)
 
     @staticmethod
     def _rest(make: Nodes, form: Form, site: Site, bias: str, rescaling: _Rescaling) -> str:
@@ -189,21 +199,6 @@ class Attachment:
             bias = make.reshape(bias, [site.operand.matrix_shape[-2]], _sizes(form, site), "bias/spread")
         rest = make.node("Mul", [bias, rescaling.rest], "bias/rest")
         return make.cast(rest, dtype, "bias/cast", wide(dtype))
-
-    def _end(self, site: Site) -> _End:
-        """The node whose output the branch is added to: the bias's Add, where the weight's operator feeds only that."""
-        own = site.bias or ""
-        y = Value(site.scope, site.end.output[0])
-        readers = self.index.readers(y)
-        if own or len(readers) != 1 or readers[0].node.op_type != "Add" or y.name in site.scope.outputs:
-            return _End(site.end, own)
-        add = readers[0].node
-        bias = add.input[1 - readers[0].position]
-        before = self.values.get(bias, bias)
-        home = site.scope.home(before, "roots")
-        if home is None or len(home.roots[before].dims) != 1 or add.output[0] not in site.scope.producers:
-            return _End(site.end)
-        return _End(add, bias)
 
     # The weight.
 
@@ -263,6 +258,12 @@ class Attachment:
             what = f"{site.node.name or site.operator}: its weight cannot be computed, and {spot.key} needs its values"
             raise fault("LF-608", what, where=spot.key, fix="loraformat convert --to-lora R makes a plain pair of it")
         return found[0].astype(np.float32), found[1]
+
+
+def _strengthened(make: Nodes, site: Site, strength: str, hidden: str) -> str:
+    """A·x times an input."""
+    scale = make.cast(strength, site.dtype, "strength", onnx.TensorProto.FLOAT)
+    return make.node("Mul", [hidden, scale], "hidden/strengthened")
 
 
 def _sizes(form: Form, site: Site) -> list[int]:

@@ -23,8 +23,7 @@ from loraformat.parts import roles_of
 from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
-from loraformat_converters.onnx.attach import Attachment
-from loraformat_converters.onnx.dense import beside
+from loraformat_converters.onnx.dense import beside as beside_dense
 from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.info import describe
@@ -32,12 +31,16 @@ from loraformat_converters.onnx.inputs import generated, stated
 from loraformat_converters.onnx.ladder import Found, climb
 from loraformat_converters.onnx.merge import merge, written_data
 from loraformat_converters.onnx.model import FLOATS, array, load
+from loraformat_converters.onnx.modes import Way, beside, cases, jobs_of, way
+from loraformat_converters.onnx.modes import notes as notes_of_mode
+from loraformat_converters.onnx.modes import obstacles as obstacles_of_mode
 from loraformat_converters.onnx.names import names_of
 from loraformat_converters.onnx.orient import parameter_of
 from loraformat_converters.onnx.part import Part
 from loraformat_converters.onnx.prove import ROUNDED, compare, tolerance
 from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
+from loraformat_converters.onnx.slots import Slots
 from loraformat_converters.onnx.spots import Change, Spot, by_tensor, every_change, gathered, spots
 from loraformat_converters.onnx.store import Addition, Patch, Storage
 from loraformat_converters.onnx.tied import moves_along, partners
@@ -148,6 +151,8 @@ class OnnxBase:
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
+        if attaches := verb == "attach":
+            jobs = jobs_of(self, jobs, options)
         changes = gathered(jobs)
         problems = list(obstacles(verb, changes, self.index.opset))
         if self.record is not None:
@@ -157,9 +162,11 @@ class OnnxBase:
             raise LoraFormatError(problems)
         changed = by_tensor(changes) if verb == "merge" else changes
         places = spots(self.model, self.index, changed, self.path.parent)
+        if attaches and (problems := list(obstacles_of_mode(self.model, self.index, places, jobs, options))):
+            raise LoraFormatError(problems)
         data = [d for spot in places if (d := written_data(spot))] if verb == "merge" else []
         storage = Storage(self.model, self.path, options.out, data, _tag(jobs))
-        said = (*prefixes(jobs), *notes(verb, places))
+        said = (*prefixes(jobs), *notes(verb, places), *(notes_of_mode(places, jobs, options) if attaches else ()))
         if storage.copied:
             said += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
         graph = self.path.stat().st_size
@@ -182,10 +189,9 @@ class OnnxBase:
         norms = {change.key: Norms() for change in every_change(places)}
         if plan.verb == "merge":
             data = self._merge(index, places, norms)
-        else:
-            data = []
-            self._attach(model, index, plan, places, norms)
-        return Storage(model, self.path, plan.options.out, data, _tag(plan.jobs)), norms
+            return Storage(model, self.path, plan.options.out, data, _tag(plan.jobs)), norms
+        made = self._attach(model, index, plan, places, norms)
+        return Storage(model, self.path, plan.options.out, [], _tag(plan.jobs), beside(made, plan.jobs)), norms
 
     def _copied(self, places: Iterable[Spot]) -> tuple[onnx.ModelProto, Index, list[Spot]]:
         """A copy of the model to be changed, and the same spots in it."""
@@ -204,14 +210,16 @@ class OnnxBase:
 
     def _attach(
         self, model: onnx.ModelProto, index: Index, plan: Plan, places: Sequence[Spot], norms: Mapping[str, Norms]
-    ) -> None:
-        attachment = Attachment(index, self.path.parent, prefold=plan.options.prefold)
+    ) -> Way:
+        identity = self.identity
+        attachment = way(self.model, index, plan.options, self.path.parent, identity, plan.jobs)
         attachment.add(places)
         attachment.finish()
         for spot in places:
             for change in spot.changes:
                 norms[change.key].delta += self._size(spot, change) ** 2
-        Record.of(plan.jobs, attachment, base_sha256(self.model)).write(model)
+        Record.of(plan.jobs, attachment, identity).write(model)
+        return attachment
 
     def _size(self, spot: Spot, change: Change) -> float:
         """‖ΔW‖ of one change of the weight as it is stored."""
@@ -219,6 +227,11 @@ class OnnxBase:
             return change.update.norm()
         weight, place = self.values.read(self.index.sites[spot.sites[0].number]) or (None, spot.sites[0].placement)
         return float(np.linalg.norm(change.turned(place).delta(weight)))
+
+    @property
+    def slots(self) -> Slots | None:
+        """The inputs for adapters, where ``attach --mode swap`` made some."""
+        return self.record.slots if self.record else None
 
     @property
     def attached(self) -> list[str]:
@@ -265,27 +278,31 @@ class OnnxBase:
         if any(spot.rounds for spot in plan.state):
             limit = max(limit, ROUNDED)
         try:
-            if plan.verb == "merge":
-                self.apply(self.plan("attach", plan.jobs, Options(other)), force=True)
-            else:
-                self._put_together(plan, other).write(force=True)
-            return compare(out, other, self.path, feeds, limit)
+            proofs = []
+            for case, jobs in cases(plan):
+                if jobs and plan.verb == "merge":
+                    self.apply(self.plan("attach", jobs, Options(other)), force=True)
+                elif jobs:
+                    self._put_together(jobs, other).write(force=True)
+                proofs.append(compare(out, other if jobs else self.path, self.path, {**feeds, **case(feeds)}, limit))
+            worst = max(proofs, key=lambda proof: proof.error)
+            return replace(worst, moved=min(p.moved for p in proofs if p.moved or len(proofs) == 1))
         finally:
             for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
                 path.unlink(missing_ok=True)
 
     @one_blas_thread()
-    def _put_together(self, plan: Plan, out: Path) -> Storage:
+    def _put_together(self, jobs: Sequence[Job], out: Path) -> Storage:
         """Base and adapter without a branch: merged, and beside weights that hold no change one product more."""
-        changes = gathered(plan.jobs)
+        changes = gathered(jobs)
         sealed = {sites: wanted for sites, wanted in changes.items() if any(site.sealed for site in sites)}
         whole = by_tensor({sites: wanted for sites, wanted in changes.items() if sites not in sealed})
         found = [spots(self.model, self.index, some, self.path.parent) for some in (whole, sealed)]
         model, index, places = self._copied([*found[0], *found[1]])
         merged, dense = places[: len(found[0])], places[len(found[0]) :]
         data = self._merge(index, merged, {change.key: Norms() for change in every_change(merged)})
-        beside(index, self.values, dense)
-        return Storage(model, self.path, out, data, _tag(plan.jobs))
+        beside_dense(index, self.values, dense)
+        return Storage(model, self.path, out, data, _tag(jobs))
 
     def _recorded(self) -> Record:
         if self.record is None:

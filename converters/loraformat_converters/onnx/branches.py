@@ -6,7 +6,7 @@ A form has two halves. ``constants`` lays A [*batch, r, in] and B [*batch, out, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from loraformat_converters.onnx.index import Site
 from loraformat_converters.onnx.nodes import Nodes
 from loraformat_converters.onnx.operators import attribute
 
-__all__ = ["FORMS", "Form", "Pair"]
+__all__ = ["FORMS", "Between", "Form", "Pair"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,22 @@ class Pair:
     b_shape: tuple[int, ...]
 
 
+Between = Callable[[str], str]
+"""What happens to A·x, whose last axis (of a convolution: the second) is the rank, before B."""
+
+
+def unchanged(hidden: str) -> str:
+    """Nothing."""
+    return hidden
+
+
 class Form(Protocol):
     """One operator's branch."""
 
     def constants(self, make: Nodes, site: Site, pair: Pair) -> Pair:
         """A and B as ``run`` takes them."""
 
-    def run(self, make: Nodes, site: Site, pair: Pair) -> str:
+    def run(self, make: Nodes, site: Site, pair: Pair, between: Between = unchanged) -> str:
         """s·B·A·x."""
 
     def spread(self, site: Site) -> Sequence[int] | None:
@@ -53,13 +62,13 @@ class _Linear:
         a = make.turn(pair.a, len(pair.a_shape), "lora_A/T")
         return Pair(a, make.turn(pair.b, len(pair.b_shape), "lora_B/T"), pair.a_shape, pair.b_shape)
 
-    def run(self, make: Nodes, site: Site, pair: Pair) -> str:
+    def run(self, make: Nodes, site: Site, pair: Pair, between: Between = unchanged) -> str:
         side = "BA"[site.side]
         turns = {name: attribute(site.node, name, 0) for name in (f"trans{side}", f"transBatch{side}")}
         if site.side == 0:
-            hidden = _multiply(make, site, pair.a, site.x, turns)
+            hidden = between(_multiply(make, site, pair.a, site.x, turns))
             return make.node("MatMul", [pair.b, hidden], "change")
-        hidden = _multiply(make, site, site.x, pair.a, turns)
+        hidden = between(_multiply(make, site, site.x, pair.a, turns))
         return make.node("MatMul", [hidden, pair.b], "change")
 
     def spread(self, site: Site) -> Sequence[int] | None:
@@ -90,8 +99,8 @@ class _Conv:
         laid = make.transpose(make.reshape(pair.a, pair.a_shape, a, "lora_A/kernel"), turn, "lora_A/T")
         return Pair(laid, make.reshape(pair.b, pair.b_shape, b, "lora_B/kernel"), tuple(a), tuple(b))
 
-    def run(self, make: Nodes, site: Site, pair: Pair) -> str:
-        hidden = make.node(site.like, [site.x, pair.a], "hidden", **_attributes(site.node))
+    def run(self, make: Nodes, site: Site, pair: Pair, between: Between = unchanged) -> str:
+        hidden = between(make.node(site.like, [site.x, pair.a], "hidden", **_attributes(site.node)))
         return make.node("Conv", [hidden, pair.b], "change")
 
     def spread(self, site: Site) -> Sequence[int] | None:
@@ -105,8 +114,8 @@ class _Gather:
         a, b = make.turn(pair.a, 2, "lora_A/T"), make.turn(pair.b, 2, "lora_B/T")
         return Pair(a, b, pair.a_shape, pair.b_shape)
 
-    def run(self, make: Nodes, site: Site, pair: Pair) -> str:
-        hidden = make.node("Gather", [pair.a, site.x], "hidden")
+    def run(self, make: Nodes, site: Site, pair: Pair, between: Between = unchanged) -> str:
+        hidden = between(make.node("Gather", [pair.a, site.x], "hidden"))
         return make.node("MatMul", [hidden, pair.b], "change")
 
     def spread(self, site: Site) -> Sequence[int] | None:
@@ -127,12 +136,12 @@ class _Einsum:
         )
         return Pair(*laid, pair.a_shape, pair.b_shape)
 
-    def run(self, make: Nodes, site: Site, pair: Pair) -> str:
+    def run(self, make: Nodes, site: Site, pair: Pair, between: Between = unchanged) -> str:
         letters = einsum.read(attribute(site.node, "equation", b"").decode(), site.position, len(site.operand.shape))
         shapes = (pair.a_shape, pair.b_shape)
         shared = [i for i, shape in enumerate(shapes) if not self._batch(shape)]
         first, second = letters.steps(shared)
-        hidden = make.node("Einsum", [site.x, pair.a], "hidden", equation=first)
+        hidden = between(make.node("Einsum", [site.x, pair.a], "hidden", equation=first))
         return make.node("Einsum", [hidden, pair.b], "change", equation=second)
 
     def spread(self, site: Site) -> Sequence[int] | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["Letters", "read"]
+__all__ = ["DOTS", "Letters", "read"]
 
-_DOTS = "..."
+DOTS = "..."
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,10 @@ def read(equation: str, position: int, rank: int) -> Letters:
     if not arrow or len(terms) != 2:
         raise ValueError(f"the equation {equation!r} is not of the form x,W->y")
     w, x = terms[position], terms[1 - position]
-    if (
-        _DOTS in w
-        or len(w) != rank
-        or any(len(set(t)) < len(t) for t in (w, x.replace(_DOTS, ""), y.replace(_DOTS, "")))
-    ):
+    if DOTS in w or len(w) != rank or any(len(set(t)) < len(t) for t in (w, x.replace(DOTS, ""), y.replace(DOTS, ""))):
         raise ValueError(f"the equation {equation!r} names the axes of its weight not one by one")
     alone = [c for c in w if c not in x and c not in y]
-    if alone or (_DOTS in x) != (_DOTS in y):
+    if alone or (DOTS in x) != (DOTS in y):
         raise ValueError(f"the equation {equation!r} sums over {', '.join(alone) or 'the dots'} on one side only")
     groups: dict[tuple[bool, bool], list[int]] = {}
     for axis, c in enumerate(w):

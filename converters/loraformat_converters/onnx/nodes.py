@@ -150,21 +150,29 @@ class Editor:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._places: dict[int, dict[str, list[onnx.NodeProto]]] = {}
+        self._before: dict[int, dict[str, list[onnx.NodeProto]]] = {}
 
     def lay(self, scope: Scope, after: str, nodes: Sequence[onnx.NodeProto]) -> None:
         """Put nodes behind the one that computes ``after``; at the head of the graph where it is ""."""
         self._places.setdefault(id(scope), {}).setdefault(after, []).extend(nodes)
 
+    def before(self, scope: Scope, output: str, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Put nodes before the one that computes ``output``."""
+        self._before.setdefault(id(scope), {}).setdefault(output, []).extend(nodes)
+
     def finish(self) -> None:
         """Insert all; inner graphs first, because a graph that is rebuilt copies those in it."""
         for scope in reversed(self.index.scopes):
             places = self._places.pop(id(scope), {})
-            if not places or scope.graph is None:
+            before = self._before.pop(id(scope), {})
+            if not (places or before) or scope.graph is None:
                 continue
             nodes = list(places.pop("", ()))
             for node in scope.graph.node:
+                nodes += [new for output in node.output for new in before.pop(output, ())]
                 nodes.append(node)
                 nodes += [new for output in node.output for new in places.pop(output, ())]
             assert not places, places.keys()
+            assert not before, before.keys()
             del scope.graph.node[:]
             scope.graph.node.extend(nodes)

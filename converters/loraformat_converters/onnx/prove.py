@@ -78,7 +78,9 @@ def _run(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     try:
         running = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in running.get_outputs()]
-        values = running.run(names, {i.name: feeds[i.name] for i in running.get_inputs()})
+        wanted = {i.name: feeds[i.name] for i in running.get_inputs()}
+        wanted |= {i.name: feeds[i.name] for i in running.get_overridable_initializers() if i.name in feeds}
+        values = running.run(names, wanted)
     except KeyError as error:
         raise fault("LF-705", f"no values for the input {error}", where=str(path), fix="--inputs FILE.npz") from None
     except Exception as error:  # onnxruntime raises a dozen classes of its own, without a common one

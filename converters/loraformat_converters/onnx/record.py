@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
@@ -24,17 +25,17 @@ from loraformat.identity import digest
 from loraformat.names import split_role
 from loraformat.parse import parse
 from loraformat_converters.onnx.scopes import Scope, scopes, tensors
+from loraformat_converters.onnx.slots import Slots
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
     from loraformat.plan import Job
-    from loraformat_converters.onnx.attach import Attachment
 
     Array = npt.NDArray[Any]
 
-__all__ = ["ATTACHED", "Record", "base_sha256"]
+__all__ = ["ATTACHED", "Attached", "Record", "base_sha256"]
 
 ATTACHED = "loraformat.attached"
 """metadata_props key: a list of what was attached, so that it can be told, checked and taken out again."""
@@ -45,6 +46,30 @@ BASE = "loraformat.base"
 _FIX = "it was changed after attach, by another tool perhaps: attach to the original model again"
 
 
+class Attached(Protocol):
+    """What was put into a graph, whichever way."""
+
+    @property
+    def mode(self) -> str:
+        """branch, swap or stack."""
+
+    @property
+    def prefold(self) -> bool:
+        """Whether the adapters' own tensors are not kept."""
+
+    @property
+    def stems(self) -> Mapping[tuple[int, str], str]:
+        """(job, key) → below what the adapter's tensors and our nodes are named."""
+
+    @property
+    def values(self) -> Mapping[str, str]:
+        """A value of ours → the value of the base in whose place it stands."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What else the way back, or a host, must know."""
+
+
 @dataclass(frozen=True)
 class Record:
     """The record of an attached model.
@@ -52,20 +77,22 @@ class Record:
     Attributes:
         attached: of each adapter: name, mode, digest, targets (key → below what its tensors are named), the dtypes of
             those tensors, and the metadata that its file would hold.
-        base: ``sha256`` of the model before, and ``values``: those that stand in the place of a value of the model.
+        base: ``sha256`` of the model before, and ``values``: those that stand in the place of a value of the model;
+            ``slots``: what a swap made inputs; ``inputs``: what else attach made one, by name;
+            ``stems``: below what nodes lie that are no adapter's own; ``stack``: what a row is, and how it chooses.
     """
 
     attached: Sequence[Mapping[str, Any]]
     base: Mapping[str, Any]
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], attachment: Attachment, sha256: str) -> Record:
+    def of(cls, jobs: Sequence[Job], attachment: Attached, sha256: str) -> Record:
         """What to write: the adapters without their tensors, which are in the graph."""
         stems: list[dict[str, str]] = [{} for _ in jobs]
         for (job, key), stem in attachment.stems.items():
             stems[job][key] = stem
-        entries = [_entry(job, names, attachment.prefold) for job, names in zip(jobs, stems, strict=True)]
-        return cls(entries, {"sha256": sha256, "values": attachment.values})
+        entries = [_entry(job, names, attachment) for job, names in zip(jobs, stems, strict=True) if job.name]
+        return cls(entries, {"sha256": sha256, "values": attachment.values, **attachment.record})
 
     @classmethod
     def read(cls, model: onnx.ModelProto) -> Record | None:
@@ -76,17 +103,24 @@ class Record:
         try:
             record = cls(canonical.loads(texts[ATTACHED]), canonical.loads(texts[BASE]))
             names = [entry[name] for entry in record.attached for name in ("name", "mode", "digest")]
-            names += [*record.stems, *record.base["values"].values(), record.base["sha256"]]
+            names += [*record.stems, *record.base["values"].values(), record.base["sha256"], *record.inputs]
+            _ = record.slots
             known = (
                 isinstance(record.attached, list)
-                and record.attached
+                and (record.attached or record.slots)
                 and all(e["version"] == 1 for e in record.attached)
             )
             if known and all(isinstance(name, str) for name in names):
                 return record
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
-        raise fault("LF-613", "the record of what is attached cannot be read", where=ATTACHED, fix=_FIX)
+        return _unread()
+
+    @classmethod
+    def of_file(cls, path: Path) -> Record:
+        """The record in a file; LF-613 where it has none."""
+        model = onnx.load(str(path), load_external_data=False)
+        return cls.read(model) or _unread()
 
     def write(self, model: onnx.ModelProto) -> None:
         """Put the record into a model."""
@@ -94,9 +128,20 @@ class Record:
         model.metadata_props.add(key=BASE, value=canonical.dumps(dict(self.base)))
 
     @property
+    def slots(self) -> Slots | None:
+        """What is fed to a model that ``attach --mode swap`` wrote."""
+        return Slots.from_json(self.base["slots"], self.base["sha256"]) if "slots" in self.base else None
+
+    @property
+    def inputs(self) -> list[str]:
+        """Every input that the base has not."""
+        slots = self.slots.slots.values() if self.slots else ()
+        return [*self.base.get("inputs", ()), *(name for slot in slots for name in (slot.a, slot.b))]
+
+    @property
     def stems(self) -> list[str]:
         """Below what everything that is attached is named."""
-        return [stem for entry in self.attached for stem in entry["targets"].values()]
+        return [*self.base.get("stems", ()), *(stem for entry in self.attached for stem in entry["targets"].values())]
 
     def adapters(self, model: onnx.ModelProto) -> list[tuple[str, Adapter]]:
         """(name, adapter) of everything that is attached, bit for bit."""
@@ -109,12 +154,16 @@ class Record:
         values = self.base["values"]
         for scope in scopes(model):
             if scope.graph is not None:
-                _remove(scope, stems, values)
+                _remove(scope, stems, values, frozenset(self.inputs))
         for i in reversed(range(len(model.metadata_props))):
             if model.metadata_props[i].key in (ATTACHED, BASE):
                 del model.metadata_props[i]
         if base_sha256(model) != self.base["sha256"]:
             raise fault("LF-613", "without what is attached, the model is not what it was before", fix=_FIX)
+
+
+def _unread() -> Record:
+    raise fault("LF-613", "the record of what is attached cannot be read", where=ATTACHED, fix=_FIX)
 
 
 def base_sha256(model: onnx.ModelProto) -> str:
@@ -147,13 +196,15 @@ def _pieces(model: onnx.ModelProto) -> Iterator[bytes]:
                 yield from (item.SerializeToString(deterministic=True) for item in value)
 
 
-def _entry(job: Job, stems: Mapping[str, str], prefolded: bool) -> dict[str, Any]:
+def _entry(job: Job, stems: Mapping[str, str], attachment: Attached) -> dict[str, Any]:
     """One adapter: what its file would say, where its tensors are, and what the graph cannot hold of it."""
-    entry: dict[str, Any] = {"version": 1, "name": job.name, "mode": "branch", "digest": digest(job.adapter)}
+    entry: dict[str, Any] = {"version": 1, "name": job.name, "mode": attachment.mode, "digest": digest(job.adapter)}
     entry["targets"] = dict(stems)
     if job.components:
         entry["components"] = list(job.components)
-    if prefolded:
+    if attachment.mode == "swap":
+        return entry
+    if attachment.prefold:
         return entry | {"prefolded": True}
     named = dict(tensors_of(job.adapter))
     entry["dtypes"] = {name: dtype_name(t.dtype) for name, t in named.items()}
@@ -166,6 +217,9 @@ def _adapter(entry: Mapping[str, Any], stored: Mapping[str, onnx.TensorProto]) -
     if entry.get("prefolded"):
         fix = "keep the adapter's own file, or attach without --prefold"
         raise fault("LF-613", "the adapter was folded into constants: its own tensors are not kept", fix=fix)
+    if entry["mode"] == "swap":
+        fix = "convert the .onnx_adapter file beside the model, or keep the adapter's own"
+        raise fault("LF-613", f"{entry['name']} is fed to the model, which does not hold it", fix=fix)
     held: dict[str, Array] = {}
     try:
         for name, dtype in entry["dtypes"].items():
@@ -186,13 +240,13 @@ def _adapter(entry: Mapping[str, Any], stored: Mapping[str, onnx.TensorProto]) -
     return adapter
 
 
-def _remove(scope: Scope, stems: tuple[str, ...], values: Mapping[str, str]) -> None:
+def _remove(scope: Scope, stems: tuple[str, ...], values: Mapping[str, str], inputs: Container[str]) -> None:
     """Take our nodes and constants out of one graph, and give the base's values their names back."""
     graph = scope.graph
     assert graph is not None
     for held in (graph.node, graph.initializer, graph.input):
         for i in reversed(range(len(held))):
-            if held[i].name.startswith(stems):
+            if held[i].name.startswith(stems) or (held is not graph.node and held[i].name in inputs):
                 del held[i]
     for node in graph.node:
         for names in (node.input, node.output):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat.atomic import write_file
+from loraformat.atomic import check_free, write_file
 from loraformat.errors import fault
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
@@ -49,12 +49,20 @@ class Storage:
 
     Attributes:
         copied: data files that are taken along unchanged.
+        beside: other files that belong to the model.
     """
 
     def __init__(
-        self, model: onnx.ModelProto, source: Path, out: Path, data: Sequence[Patch | Addition], tag: str
+        self,
+        model: onnx.ModelProto,
+        source: Path,
+        out: Path,
+        data: Sequence[Patch | Addition],
+        tag: str,
+        beside: Mapping[str, Writer] | None = None,
     ) -> None:
         self.model, self.out = model, out
+        self.beside: Mapping[str, Writer] = beside or {}
         self.patches = [item for item in data if isinstance(item, Patch)]
         self.additions = [item for item in data if isinstance(item, Addition)]
         self.places: dict[str, Path] = {}
@@ -64,8 +72,8 @@ class Storage:
                 self.places[place.location] = place.path
                 self.tensors.setdefault(place.location, []).append(tensor)
         touched = {patch.place.location for patch in self.patches}
-        beside = out.parent.resolve() == source.parent.resolve()
-        self.copied = [] if beside else sorted(self.places.keys() - touched)
+        here = out.parent.resolve() == source.parent.resolve()
+        self.copied = [] if here else sorted(self.places.keys() - touched)
         # A written data file has a name of the output's own: it is nobody else's, and an older output is whole
         # until the model itself is renamed.
         self.renamed = {name: f"{out.name}.{tag}.{i}.data" for i, name in enumerate(sorted({*touched, *self.copied}))}
@@ -84,10 +92,12 @@ class Storage:
         writers: dict[str, Writer] = {new: self._copier(name) for name, new in self.renamed.items()}
         if self.additions:
             writers[self.added] = self._add
-        return {**writers, self.out.name: lambda file: _write_all(file, graph)}
+        return {**writers, **self.beside, self.out.name: lambda file: _write_all(file, graph)}
 
     def write(self, force: bool) -> int:
         """Data files first, the model last, or nothing at all; the bytes written."""
+        for name in self.beside:
+            check_free(self.out.parent / name, force)
         writers = self.writers()
         new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
         try:

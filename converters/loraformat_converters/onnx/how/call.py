@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import fault
+from loraformat_converters.onnx.slot_names import file_of
 
 __all__ = ["Call", "Feed", "quoted"]
 
@@ -50,13 +51,17 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Everything that a language needs."""
+    """Everything that a language needs.
+
+    ``adapter``: the file of one that a run makes active; None where the model has no optional slots.
+    """
 
     path: Path
     feeds: tuple[Feed, ...]
     sizes: Mapping[str, int]
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
+    adapter: Path | None = None
 
     @classmethod
     def of(cls, description: Mapping[str, Any], path: Path) -> Call:
@@ -64,7 +69,7 @@ class Call:
         names = _Names()
         feeds = tuple(_feed(entry, names) for entry in description["inputs"] if not entry["optional"])
         outputs = tuple(entry["name"] for entry in description["outputs"])
-        return cls(path, feeds, names.sizes, outputs, tuple(_notes(description)))
+        return cls(path, feeds, names.sizes, outputs, tuple(_notes(description, path)), _adapter(description, path))
 
     def types(self, language: str, known: Mapping[str, Any]) -> None:
         """LF-705 where an input has a dtype that the language has no plain word for."""
@@ -125,18 +130,31 @@ def _feed(entry: Mapping[str, Any], names: _Names) -> Feed:
         what = f"the input {name} is a {entry['dtype']} of no stated shape" if entry["dtype"] else name
         raise fault("LF-705", f"{what}: there is no ready code for it", where=name)
     sizes = tuple(names.size(d, name, axis) for axis, d in enumerate(shape))
-    return Feed(name, names.of("input", name), entry["dtype"], sizes, 0 if name.startswith("lora/") else 1)
+    return Feed(name, names.of("input", name), entry["dtype"], sizes, 0 if name.startswith(("lora/", "lora.")) else 1)
 
 
-def _notes(description: Mapping[str, Any]) -> Sequence[str]:
-    """Lines that belong above the code: what is attached, which inputs need not be fed."""
+def _adapter(description: Mapping[str, Any], path: Path) -> Path | None:
+    """What ``attach --mode swap`` wrote beside the model for the first of its adapters."""
+    swapped = [entry["name"] for entry in description["attached"] if entry["mode"] == "swap" and entry["name"]]
+    fed = swapped and any(entry["optional"] for entry in description["inputs"])
+    return path.with_name(file_of(path.name, swapped[0])) if fed else None
+
+
+def _notes(description: Mapping[str, Any], path: Path) -> Sequence[str]:
+    """Lines that belong above the code: what is attached and how it is chosen, which inputs need not be fed."""
     notes = []
-    for entry in description["attached"]:
-        state = "always on" if entry["mode"] == "branch" else "fed at run time: zeros leave it off"
+    optional = [entry["name"] for entry in description["inputs"] if entry["optional"]]
+    for number, entry in enumerate(description["attached"], 1):
+        state = {
+            "branch": "always on",
+            "stack": f"{number} in lora.index, column {number - 1} of lora.weights; 0 is the base",
+            "swap": f"in {file_of(path.name, str(entry['name']))}, " + (
+                "active where a run says so" if optional else "whose tensors are fed in the place of zeros"
+            ),
+        }.get(str(entry["mode"]), "in a way that is not known")  # fmt: skip
         count = len(entry["targets"])
         notes.append(f"Attached: {entry['name']} ({entry['mode']}, {count} target{'s' * (count != 1)}), {state}.")
-    optional = [entry["name"] for entry in description["inputs"] if entry["optional"]]
-    if optional:
+    if optional and not any(entry["mode"] == "swap" for entry in description["attached"]):
         notes.append(
             f"Not fed, since the model holds values for them: {', '.join(optional[:4])}" + (", …" * (len(optional) > 4))
         )

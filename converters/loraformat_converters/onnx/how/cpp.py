@@ -49,7 +49,13 @@ def code(call: Call) -> str:
     lines += [line for feed in call.feeds for line in _tensor(feed)]
     for word, names in (("input", [f.name for f in call.feeds]), ("output", call.outputs)):
         lines += [f"  const char* {word}_names[] = {{{', '.join(map(quoted, names))}}};"]
-    lines += ["  auto outputs = session.Run(Ort::RunOptions(), input_names, inputs.data(), inputs.size(),"]
+    lines += ["  Ort::RunOptions options;"]
+    if call.adapter is not None:
+        lines += [
+            f"  auto adapter = Ort::LoraAdapter::CreateLoraAdapter(ORT_TSTR({quoted(str(call.adapter))}), nullptr);"
+        ]
+        lines += ["  options.AddActiveLoraAdapter(adapter);  // without it: the base"]
+    lines += ["  auto outputs = session.Run(options, input_names, inputs.data(), inputs.size(),"]
     lines += [f"                             output_names, {len(call.outputs)});"]
     return "\n".join(lines) + "\n" + _TAIL
 

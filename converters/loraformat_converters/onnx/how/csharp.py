@@ -32,7 +32,6 @@ using Microsoft.ML.OnnxRuntime;
 """
 
 _TAIL = """\
-using var options = new RunOptions();
 using var outputs = session.Run(options, feeds, outputNames);
 for (int i = 0; i < outputs.Count; i++)
     Console.WriteLine($"{outputNames[i]} {string.Join(" ", outputs[i].GetTensorTypeAndShape().Shape)}");
@@ -49,6 +48,10 @@ def code(call: Call) -> str:
     lines += ["", "var feeds = new Dictionary<string, OrtValue>", "{"]
     lines += [f"    [{quoted(feed.name)}] = {_tensor(feed)}," for feed in call.feeds]
     lines += ["};", f"var outputNames = new[] {{ {', '.join(map(quoted, call.outputs))} }};"]
+    lines += ["using var options = new RunOptions();"]
+    if call.adapter is not None:
+        made = f"OrtLoraAdapter.Create({quoted(str(call.adapter))}, OrtAllocator.DefaultInstance)"
+        lines += [f"using var adapter = {made};", "options.AddActiveLoraAdapter(adapter); // without it: the base"]
     return "\n".join(lines) + "\n" + _TAIL
 
 

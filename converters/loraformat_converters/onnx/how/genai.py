@@ -9,7 +9,7 @@ __all__ = ["code"]
 
 _CONFIG = "genai_config.json"
 
-# onnxruntime-genai 0.9: the model's inputs are fed by the library, so none of them is named here.
+# onnxruntime-genai 0.9 to 0.18: the model's inputs are fed by the library, so none of them is named here.
 _CODE = """\
 import onnxruntime_genai as og
 
@@ -18,10 +18,16 @@ tokenizer = og.Tokenizer(model)
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=200)
 generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode("Once upon a time"))
+{adapter}generator.append_tokens(tokenizer.encode("Once upon a time"))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
+"""
+
+_ADAPTER = """\
+adapters = og.Adapters(model)
+adapters.load({path!r}, "adapter")
+generator.set_active_adapter(adapters, "adapter")  # without it: the base
 """
 
 
@@ -31,4 +37,7 @@ def code(call: Call) -> str:
     if not (folder / _CONFIG).is_file():
         what = f"{call.path} is no model of ONNX Runtime GenAI: no {_CONFIG} lies beside it"
         raise fault("LF-705", what, fix="GenAI's model builder writes one; else take --how python")
-    return _CODE.format(notes="".join(f"# {note}\n" for note in call.notes), folder=str(folder))
+    adapter = ""
+    if call.adapter is not None:
+        adapter = _ADAPTER.format(path=str(call.adapter))
+    return _CODE.format(adapter=adapter, notes="".join(f"# {note}\n" for note in call.notes), folder=str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loraformat.errors import fault
 from loraformat_converters.onnx.how.call import Call, Feed, quoted
 
 __all__ = ["code"]
@@ -22,6 +23,11 @@ _TYPES = {
 def code(call: Call) -> str:
     """A CommonJS script."""
     call.types("JavaScript", _TYPES)
+    if call.adapter is not None:  # onnxruntime-node 1.30 ignores what is fed to them, onnxruntime-web throws
+        fix = "attach with --slots required, which JavaScript can feed"
+        raise fault(
+            "LF-705", "JavaScript sees no optional inputs: it would compute the base", where=str(call.path), fix=fix
+        )
     lines = ['const ort = require("onnxruntime-node"); // in a browser: onnxruntime-web', ""]
     lines += [f"// {note}" for note in call.notes]
     lines += ["async function main() {"]

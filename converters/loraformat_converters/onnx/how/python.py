@@ -27,7 +27,13 @@ def code(call: Call) -> str:
         lines += [f"{name} = {value}" for name, value in call.sizes.items()]
     lines += ["", "feeds = {", *(f"    {_text(feed.name)}: {_array(feed)}," for feed in call.feeds), "}"]
     lines += [f"names = [{', '.join(map(_text, call.outputs))}]"]
-    lines += ["for name, value in zip(names, session.run(names, feeds)):", "    print(name, value.dtype, value.shape)"]
+    options = ""
+    if call.adapter is not None:
+        lines += ["", "adapter = ort.LoraAdapter()", f"adapter.Load({_text(str(call.adapter))})"]
+        lines += ["options = ort.RunOptions()", "options.add_active_adapter(adapter)  # without it: the base", ""]
+        options = ", options"
+    lines += [f"for name, value in zip(names, session.run(names, feeds{options})):"]
+    lines += ["    print(name, value.dtype, value.shape)"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,181 @@
+"""``.onnx_adapter`` as a layout: what ``LoraAdapter`` of ONNX Runtime and ``Adapters`` of ONNX Runtime GenAI load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraformat.adapter import Adapter
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.layout import Output, Reading
+from loraformat.updates import Update
+from loraformat_converters.onnx import tort
+from loraformat_converters.onnx.slot_names import inputs_of, key_of
+from loraformat_converters.onnx.slots import Slots, laid, pair_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import BinaryIO
+
+    import numpy.typing as npt
+
+    from loraformat.base import Base
+    from loraformat.layout import ReadOptions, WriteOptions
+    from loraformat.source import Source
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["OnnxAdapter", "layout"]
+
+
+class OnnxAdapter:
+    """ONNX Runtime's file: A [in, r] and B [r, out] with the scale in B, by the names of a model's inputs."""
+
+    name = "onnx_adapter"
+    carries = frozenset({"lora"})
+    writes = True
+    describes = "ONNX Runtime's LoraAdapter (.onnx_adapter)"
+    scale = "folded into B"
+    markers: frozenset[str] = frozenset()
+    endings: tuple[str, ...] = (".onnx_adapter",)
+    names: frozenset[str] = frozenset()
+
+    def detect(self, source: Source) -> str | None:
+        """The flatbuffer's identifier."""
+        return "bytes 4 to 8 are TORT" if source.head[4:8] == tort.MAGIC else None
+
+    def read(self, source: Source, options: ReadOptions) -> Reading:
+        """By the names of our slots, of Olive's and of ONNX Runtime GenAI's; LF-506 of any other tensor."""
+        assert source.file is not None
+        contents = tort.read(source.file)
+        pairs, problems = _pairs(contents.tensors)
+        targets: dict[str, Update] = {}
+        for key, (a, b) in pairs.items():
+            try:
+                if a.any() or b.any():  # rank 0, or zeros, is what required slots take where the adapter has no target
+                    targets[key] = Update((pair_of(key, a, b),))
+            except LoraFormatError as error:
+                problems += error.problems
+        if options.rank is not None:
+            problems += [
+                Problem("LF-507", f"rank {u.rank}, and --rank says {options.rank}", k)
+                for k, u in targets.items()
+                if u.rank != options.rank
+            ]
+        stated = {"alpha": options.alpha, "scale-rule": options.scale_rule}
+        if given := [f"--{flag}" for flag, value in stated.items() if value is not None]:
+            problems.append(
+                Problem("LF-507", f"B holds the scale already, and {given[0]} states another", str(source.path))
+            )
+        if not targets and not problems:
+            problems.append(
+                Problem("LF-304", "every pair of the file is of rank 0, or zero: it changes nothing", str(source.path))
+            )
+        if problems:
+            raise LoraFormatError(problems)
+        return Reading(Adapter(targets))
+
+    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
+        """For a model with slots, where one is given: by its names, in its dtypes; else by the names of our slots."""
+        _check_folded(adapter)
+        if options.model is not None:
+            slots = _slots_of(options.model)
+            tensors, version = _exact(adapter, slots.feeds(adapter)), slots.version
+        else:
+            tensors, version = _named(adapter), 0
+
+        def write(file: BinaryIO) -> None:
+            tort.write(file, tensors, version)
+
+        return Output({"": write}, folder=False)
+
+
+layout = OnnxAdapter()
+
+
+def _slots_of(model: Base) -> Slots:
+    """LF-705 of a model without slots."""
+    slots: Slots | None = getattr(model, "slots", None)
+    if slots is None:
+        fix = "make one: loraformat attach … --mode swap"
+        raise fault("LF-705", f"{model.path} has no inputs for an adapter", fix=fix)
+    return slots
+
+
+def _pairs(tensors: Mapping[str, Array]) -> tuple[dict[str, tuple[Array, Array]], list[Problem]]:
+    """Key → (A, B), and every tensor that is neither, or is alone."""
+    sides: dict[str, dict[str, Array]] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        found = key_of(name)
+        if found is None:
+            fix = "lora/KEY/A, MODULE.lora_A.weight and MODULE.lora_A.MatMul.weight are known"
+            problems.append(Problem("LF-506", "the tensor has a name of no known style", name, fix))
+        elif found[1] in sides.setdefault(found[0], {}):
+            problems.append(Problem("LF-507", f"two tensors are the {found[1]} of one target", found[0]))
+        else:
+            sides[found[0]][found[1]] = tensor
+    problems += [
+        Problem("LF-303", f"the target has {next(iter(own))} alone", key) for key, own in sides.items() if len(own) == 1
+    ]
+    return {key: (own["A"], own["B"]) for key, own in sides.items() if len(own) == 2}, problems
+
+
+def _check_folded(adapter: Adapter) -> None:
+    """LF-508 where a scale has no place: the file has no field for it."""
+    problems = [
+        Problem(
+            "LF-508",
+            f"the layout has no scale, and this target's is {u.scale:g}",
+            key,
+            "--fold-scale multiplies it into B",
+        )
+        for key, u in adapter.items()
+        if "lora" in u and u.scale != 1.0
+    ]
+    if problems:
+        raise LoraFormatError(problems)
+
+
+def _named(adapter: Adapter) -> dict[str, Array]:
+    """By the names of our own slots."""
+    tensors: dict[str, Array] = {}
+    problems: list[Problem] = []
+    for key, update in adapter.items():
+        place = update.placement
+        conv = place is not None and len(place.shape) > 2 and not place.batch
+        kernel = [place.shape[axis] for axis in place.in_[1:]] if place is not None and conv else []
+        try:
+            a, b = laid(key, update, "conv" if conv else "linear", kernel)
+            if a.dtype not in tort.DTYPES.values() or b.dtype not in tort.DTYPES.values():
+                raise fault(
+                    "LF-508", f"ONNX Runtime takes no factors of {a.dtype.name}", where=key, fix="--dtype float32"
+                )
+            again = pair_of(key, a, b)
+            if not np.array_equal(again.lora_A.shape, update["lora"].lora_A.shape):
+                raise fault("LF-508", "its shapes would be read as those of another pair", where=key)
+            tensors |= dict(zip(inputs_of(key, "native"), (a, b), strict=True))
+        except LoraFormatError as error:
+            problems += (replace(p, rule="LF-508") for p in error.problems)
+    if problems:
+        raise LoraFormatError(problems)
+    return tensors
+
+
+def _exact(adapter: Adapter, feeds: dict[str, Array]) -> dict[str, Array]:
+    """The feeds, where the slots' dtype holds the factors exactly; LF-508 names the flag that asks for rounding."""
+    kinds = {t.dtype for t in feeds.values()}
+    lossy = {
+        p.dtype.name for u in adapter.values() for p in (u["lora"].lora_A, u["lora"].lora_B)
+        if not all(np.array_equal(p.astype(kind).astype(np.float64), p.astype(np.float64)) for kind in kinds)
+    }  # fmt: skip
+    if lossy:
+        (kind, *_) = sorted(k.name for k in kinds)
+        raise fault(
+            "LF-508",
+            f"the model's slots are {kind}, which rounds factors of {', '.join(sorted(lossy))}",
+            fix=f"--dtype {kind}",
+        )
+    return feeds

@@ -1,0 +1,126 @@
+"""The ways in which ``attach`` puts adapters into a graph, told apart in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from loraformat.errors import Problem
+from loraformat_converters.onnx import stackable, swap
+from loraformat_converters.onnx.attach import Attachment
+from loraformat_converters.onnx.choice import chosen
+from loraformat_converters.onnx.record import Record
+from loraformat_converters.onnx.slot_names import file_of
+from loraformat_converters.onnx.stack import Stack
+from loraformat_converters.onnx.swap import Swap
+from loraformat_converters.onnx.tort import read
+
+if TYPE_CHECKING:
+    from loraformat.atomic import Writer
+    from loraformat.base import Base, Options
+    from loraformat.plan import Job, Plan
+    from loraformat_converters.onnx.index import Index
+    from loraformat_converters.onnx.spots import Spot
+
+__all__ = ["Way", "beside", "cases", "jobs_of", "notes", "obstacles", "way"]
+
+Way = Attachment | Swap | Stack
+
+
+def way(
+    model: onnx.ModelProto, index: Index, options: Options, folder: Path, base_sha256: str, jobs: Sequence[Job]
+) -> Way:
+    """What changes a graph as the options have it."""
+    if options.mode == "swap":
+        return Swap(index, options, base_sha256)
+    if options.mode == "stack":
+        return Stack(index, options, jobs, model)
+    return Attachment(
+        index, folder, prefold=options.prefold, live=[job.name for job in jobs] if options.live_scale else ()
+    )
+
+
+def jobs_of(base: Base, jobs: Sequence[Job], options: Options) -> list[Job]:
+    """The jobs, and one more for slots that no adapter asked for."""
+    more = [swap.wanted(base, options.targets)] if options.mode == "swap" and options.targets else []
+    return [*jobs, *more]
+
+
+def obstacles(
+    model: onnx.ModelProto, index: Index, spots: Sequence[Spot], jobs: Sequence[Job], options: Options
+) -> Iterator[Problem]:
+    """What a mode cannot do, or cannot be asked."""
+    if options.mode == "swap":
+        for job in jobs:
+            if job.name and not re.fullmatch(r"[^./\\\0][^/\\\0]*", job.name):
+                yield Problem(
+                    "LF-705",
+                    f"{job.name!r} names a file beside the model",
+                    fix="a name without / that begins with no dot",
+                )
+        yield from swap.obstacles(spots, options, index)
+    if options.mode == "stack":
+        yield from stackable.obstacles(spots, options, index, model)
+    if options.live_scale:
+        yield from _unscaled(spots, options)
+
+
+def _unscaled(spots: Sequence[Spot], options: Options) -> Iterator[Problem]:
+    """A strength is multiplied into a branch s·B·A·x; of what is in the weight it has no place."""
+    if options.mode != "branch" or options.prefold:
+        yield Problem(
+            "LF-705",
+            "--live-scale is for --mode branch without --prefold",
+            fix="a swap is fed scaled factors, a stack weights",
+        )
+    for spot in spots:
+        for change in spot.changes:
+            if change.update.kind != "lora" or spot.sites[0].vector:
+                what = f"a {change.update.kind} update has no strength that a graph could multiply: it is not linear, or in the weight"
+                yield Problem("LF-608", what, change.key, "leave it out with --only, or attach without --live-scale")
+
+
+def notes(spots: Sequence[Spot], jobs: Sequence[Job], options: Options) -> Iterator[str]:
+    """What a person should know of a mode."""
+    if options.mode == "swap":
+        files = ", ".join(file_of(options.out.name, job.name) for job in jobs if job.name)
+        yield f"{2 * len(spots)} inputs for {len(spots)} targets" + (
+            f"; writes {files} beside the model" if files else ""
+        )
+        if said := swap.rounded(spots):
+            yield said
+
+
+Feeds = Mapping[str, Any]
+
+
+def cases(plan: Plan) -> Iterator[tuple[Callable[[Feeds], Feeds], Sequence[Job]]]:
+    """(what is fed besides the model's own inputs, the jobs that then act): all that a proof runs."""
+    options, named = plan.options, [job for job in plan.jobs if job.name]
+    if plan.verb == "attach" and options.mode == "swap":
+        slots = Record.of_file(options.out).slots
+        assert slots is not None
+        none = {n: v for s in slots.slots.values() for n, v in zip((s.a, s.b), s.default(), strict=True)}
+        yield (lambda feeds: none if slots.required else {}), []
+        for job in named:
+            path = options.out.parent / file_of(options.out.name, job.name)
+            yield partial(_tensors, path), [job]
+    elif plan.verb == "attach" and options.mode == "stack":
+        for number in range(len(named) + 1):
+            yield partial(chosen, options, len(named), number), named[number - 1 : number] if number else []
+    else:
+        yield (lambda feeds: {}), plan.jobs
+
+
+def _tensors(path: Path, feeds: Feeds) -> Feeds:
+    return read(path).tensors
+
+
+def beside(made: Way, jobs: Sequence[Job]) -> Mapping[str, Writer]:
+    """What is written beside the model."""
+    return made.files(jobs) if isinstance(made, Swap) else {}
