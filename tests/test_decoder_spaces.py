@@ -216,3 +216,20 @@ def test_from_peft_through_mlx_and_gguf_and_back_the_change_stays(tmp_path):
     assert again.keys() == ours.keys()
     for key, update in ours.items():
         assert testing.relative_error(again[key].matrix(), update.matrix()) <= 1e-6, key
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma"])
+def test_a_whole_checkpoint_as_the_base_gives_the_same(case, tmp_path):
+    """Bound to it first: placed, with sketches, the Conv1D of GPT-2 as [in, out]."""
+    (tmp_path / "base").mkdir()
+    shutil.copy(HERE / case / "config.json", tmp_path / "base")
+    draw, weights = np.random.default_rng(5), {}
+    for key, update in lf.load(peft_of(case)).items():
+        shape = update.matrix_shape()
+        turned = update.op == "embedding" or case == "gpt2"
+        weights[key] = draw.standard_normal(shape[::-1] if turned else shape).astype(np.float32)
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    lf.convert(peft_of(case), tmp_path / "bound.lora.safetensors", base=tmp_path / "base")
+    for source in (peft_of(case), tmp_path / "bound.lora.safetensors"):
+        lf.convert(source, tmp_path / "a.gguf", base=tmp_path / "base", force=True)
+        testing.check_golden(lf.load(tmp_path / "a.gguf"), truth_of(case))

@@ -56,7 +56,10 @@ def factors_are_swapped(monkeypatch):
 
     def swapped(self, source):
         found = whole(self, source)
-        return {k: {"lora_a": r["lora_b"].mT, "lora_b": r["lora_a"].mT} for k, r in found.items()}
+        return {
+            k: {"lora_a": r["lora_b"].swapaxes(-1, -2), "lora_b": r["lora_a"].swapaxes(-1, -2)}
+            for k, r in found.items()
+        }
 
     monkeypatch.setattr(Draft, "grouped", swapped)
 
