@@ -37,11 +37,14 @@ def time_and_memory(
         left.errorbar(sizes, medians, spread, fmt=style, capsize=3, label=label, color=color)
         if label not in silent:
             right.plot(sizes, [t.peak / 2**20 for t in timings], style, label=label, color=color)
-    left.set(xlabel=what, ylabel="seconds", ylim=(0, None), xlim=(0, None))
-    right.set(xlabel=what, ylabel="peak resident memory, MiB", yscale="log", ylim=(10, None), xlim=(0, None))
+    left.set(xlabel=what, ylabel="seconds")
+    right.set(xlabel=what, ylabel="peak resident memory, MiB", yscale="log", ylim=(10, None))
     if log:
-        left.set(xscale="log", yscale="log", ylim=(None, None), xlim=(None, None))
-        right.set(xscale="log", xlim=(None, None))
+        left.set(xscale="log", yscale="log")
+        right.set(xscale="log")
+    else:
+        left.set(ylim=(0, None), xlim=(0, None))
+        right.set(xlim=(0, None))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(series), frameon=False)
     DOCS.mkdir(exist_ok=True)
     figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})

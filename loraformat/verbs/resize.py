@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -79,15 +80,18 @@ def resize(
     check_values((adapter,))
     wanted = None if lost is None or per_target else _fewest({key: _squares(adapter[key]) for key in keys}, lost)
     targets, ranks, left = dict(adapter.targets), {}, {}
-    for key in keys:
+
+    def resized(key: str) -> tuple[Update, tuple[int, int], tuple[float, float]]:
         pairs = _Pairs(adapter[key], rank or (wanted[key] if wanted else None))
-        most = pairs.vectors or _beyond(pairs.squares, lost or 0.0)
         with finite(key) as check:
-            targets[key] = pairs.cut(most)
-            check(targets[key].parts)
-        ranks[key] = (pairs.rank, targets[key]["lora"].r)
-        left[key] = pairs.lost(targets[key])
+            made = pairs.cut(pairs.vectors or _beyond(pairs.squares, lost or 0.0))
+            check(made.parts)
         progress.advance(math.prod(pairs.exact.shape))
+        return made, (pairs.rank, made["lora"].r), pairs.lost(made)
+
+    with ThreadPoolExecutor(2) as pool:  # decompositions let go of Python's lock
+        for key, done in zip(keys, pool.map(resized, keys), strict=True):
+            targets[key], ranks[key], left[key] = done
     residuals = {key: gone / whole if whole else 0.0 for key, (gone, whole) in left.items()}
     away, all_ = (math.hypot(*(pair[i] for pair in left.values())) for i in (0, 1))
     asked = {"rank": rank, "energy": energy, "residual": residual, "per_target": per_target or None}
