@@ -202,6 +202,9 @@ class Index:
         placement = operand if means.shape else _in_root(operand, found)
         floats = product(node, position, found.dtype, scope, self._reader) if found.sealed else None
         refusal = means.refusal or found.refusal or (floats.refusal if floats else _dtype_refusal(found.dtype))
+        x = floats.x if floats else "".join(node.input[int(position == 0) :][:1])
+        if node.op_type in WEIGHTS and not x:
+            refusal = refusal or "it lacks the input that its weight is multiplied with"
         if (node.domain, node.op_type) in self._functions:
             refusal = f"{operator(node)} is a function of the model's own: give --inline, which writes its body into the graph"
         if not scope.rewritable:
