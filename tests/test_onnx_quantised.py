@@ -180,3 +180,46 @@ def test_what_is_no_pair_changes_a_weight_that_nodes_dequantise_and_no_other(for
         return
     with pytest.raises(lf.LoraFormatError, match=r"LF-608  /m/q/MatMul.*quantised.*(only a pair|no change beside)"):
         attach(lf.Adapter({KEY: update}), open_base(path), tmp_path / "out.onnx")
+
+
+def spoilt(made, draw):
+    """The model with one thing wrong in one of its nodes or tensors."""
+    node = made.graph.node[draw.integers(len(made.graph.node))]
+    tensor = made.graph.initializer[draw.integers(len(made.graph.initializer))]
+    match draw.integers(6):
+        case 0 if node.input:
+            del node.input[int(draw.integers(len(node.input))) :]
+        case 1 if node.input:
+            node.input[int(draw.integers(len(node.input)))] = str(draw.choice(["", "x", "none", tensor.name]))
+        case 2 if node.attribute:
+            attribute = node.attribute[int(draw.integers(len(node.attribute)))]
+            if attribute.type == onnx.AttributeProto.INT:
+                attribute.i = int(draw.choice([-1, 0, 1, 3, 7, 2**31, 2**62]))
+        case 3 if tensor.dims:
+            tensor.dims[int(draw.integers(len(tensor.dims)))] = int(draw.choice([0, 1, 5, 2**40]))
+        case 4:
+            tensor.data_type = int(draw.choice([1, 2, 3, 7, 10, 16, 21, 22]))
+        case _:
+            node.output[0] = str(draw.choice(["", "lost"]))
+    return made
+
+
+@every_form
+def test_a_spoilt_form_is_refused_or_changed_and_never_a_crash(form, tmp_path):
+    draw, outcomes = np.random.default_rng(len(form)), set()
+    for _ in range(10):
+        made, weight = FORMS[form]()
+        path = save(spoilt(made, draw), tmp_path / "base.onnx")
+        linear = lf.Placement(weight.shape, (0,), (1,))
+        op = "embedding" if "Gather" in form else None
+        pair = replace(lora(*weight.shape), op=op)
+        bound = replace(pair, placement=linear, sketch=sketch(weight.astype(np.float32), linear))
+        for update in (pair, bound):
+            try:
+                base = open_base(path)
+                base.describe()
+                attach(lf.Adapter({KEY: update}), base, tmp_path / "out.onnx", force=True)
+                outcomes.add("changed")
+            except lf.LoraFormatError as error:
+                outcomes |= {problem.rule for problem in error.problems}
+    assert outcomes & {"LF-602", "LF-606", "LF-608", "LF-610"}

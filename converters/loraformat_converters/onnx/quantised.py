@@ -97,12 +97,12 @@ def product(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader
         if operator(node) == "Gather" and kind in CODES:
             return _gather(node, scope, reader)
         return _between(node, position, kind, scope, reader) if kind in FLOATS else None
-    x, end, refusal = node.input[words.x], node, None
+    x, end, refusal = _input(node, words.x), node, None
     scale, zero, bias = (_input(node, at) for at in (words.scale, words.zero, words.bias))
     if words.end != "float" or operator(node).endswith("IntegerToFloat"):
         rounded = _producer(x, scope)
         if rounded is not None and rounded.op_type in _ROUNDED:
-            x = rounded.input[0]
+            x = _input(rounded, 0)
         else:
             refusal = f"{operator(node)} takes its x in 8 bits, and no float of it is at hand"
     if words.end == "sums":
@@ -119,16 +119,16 @@ def product(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader
             what = widened.op_type if widened is not None else "more than one node"
             refusal = refusal or f"{operator(node)} gives 8 bits, which {what} reads: a change would be rounded to them"
     kept = None if bias and words.end == "codes" else bias
-    rounds = x != node.input[words.x] or operator(node).endswith("DynamicQuantizeMatMul")
+    rounds = x != _input(node, words.x) or operator(node).endswith("DynamicQuantizeMatMul")
     return Product(words.like, x, end, _dtype(scale, scope), scale, zero, kept, refusal, rounds)
 
 
 def _gather(node: onnx.NodeProto, scope: Scope, reader: Reader) -> Product | None:
     """Rows of codes, dequantised behind the look-up (ONNX Runtime's dynamic quantiser)."""
     end = reader(scope, node.output[0])
-    if end is None or end.op_type != "DequantizeLinear" or end.input[0] != node.output[0]:
+    if end is None or end.op_type != "DequantizeLinear" or _input(end, 0) != node.output[0]:
         return None
-    return Product("Gather", node.input[1], end, _dtype(end.input[1], scope), end.input[1], _input(end, 2))
+    return Product("Gather", _input(node, 1), end, _dtype(_input(end, 1), scope), _input(end, 1), _input(end, 2))
 
 
 def _between(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader: Reader) -> Product | None:
@@ -138,12 +138,12 @@ def _between(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reade
     x, end = node.input[1 - position], node
     pair = _producer(x, scope)
     if pair is not None and pair.op_type == "DequantizeLinear":
-        before = _producer(pair.input[0], scope)
+        before = _producer(_input(pair, 0), scope)
         # Past what another such operator gives, the pair itself is where a change of it is added.
-        if before is not None and before.op_type == "QuantizeLinear" and not _weighs(before.input[0], scope):
-            x = before.input[0]
+        if before is not None and before.op_type == "QuantizeLinear" and not _weighs(_input(before, 0), scope):
+            x = _input(before, 0)
     rounded = reader(scope, node.output[0])
-    if rounded is not None and rounded.op_type == "QuantizeLinear" and rounded.input[0] == node.output[0]:
+    if rounded is not None and rounded.op_type == "QuantizeLinear" and _input(rounded, 0) == node.output[0]:
         widened = reader(scope, rounded.output[0])
         if widened is not None and widened.op_type == "DequantizeLinear":
             end = widened
@@ -166,7 +166,7 @@ def _scaled(node: onnx.NodeProto, scope: Scope, reader: Reader) -> tuple[onnx.No
     if end is None or end.op_type != "Mul":
         return None
     scales = next((_producer(name, scope) for name in end.input if name != cast.output[0]), None)
-    rounded = _producer(node.input[0], scope)
+    rounded = _producer(_input(node, 0), scope)
     if scales is None or scales.op_type != "Mul" or rounded is None or len(rounded.output) < 2:
         return None
     mine = [name for name in scales.input if name != rounded.output[1]]

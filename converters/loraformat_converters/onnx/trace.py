@@ -151,7 +151,10 @@ def _reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tup
     tensor = home.roots[node.input[1]] if home is not None else None
     if tensor is None or tensor.data_location == TensorProto.EXTERNAL or tensor.data_type != TensorProto.INT64:
         return None
-    wanted = [int(n) for n in np.ravel(numpy_helper.to_array(tensor))]
+    try:
+        wanted = [int(n) for n in np.ravel(numpy_helper.to_array(tensor))]
+    except ValueError:  # its bytes do not fit its shape
+        return None
     if not attribute(node, "allowzero", 0):
         wanted = [shape[i] if n == 0 and i < len(shape) else n for i, n in enumerate(wanted)]
     known, total = math.prod(n for n in wanted if n != -1), math.prod(shape)
