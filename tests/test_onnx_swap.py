@@ -10,6 +10,8 @@ import onnxruntime
 import pytest
 import updates
 from graphs import adapter, feeds, lora, model, save, session
+from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import loraformat as lf
 from loraformat import Adapter, LoraFormatError, Placement
@@ -319,6 +321,31 @@ def test_slots_that_cannot_be_read_are_a_fault(value, tmp_path):
     prop.value = json.dumps({**json.loads(prop.value), "slots": value})
     with pytest.raises(LoraFormatError, match="LF-613"):
         _ = open_base(save(made, tmp_path / "x.onnx")).slots
+
+
+# Beside quantised weights.
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("mode", ["swap", "stack"])
+def test_a_pair_is_fed_or_chosen_beside_a_quantised_weight(bits, mode, tmp_path):
+    made = model("""g (float[N,T,64] x) => (float[N,T,32] y) <float[64,32] w, float[32] b>
+      { ["/m/q/MatMul"] h = MatMul(x, w)  y = Add(h, b) }""")
+    if bits == 8:
+        quantize_dynamic(save(made, tmp_path / "float.onnx"), tmp_path / "base.onnx")
+    else:
+        quantiser = MatMulNBitsQuantizer(made, block_size=32, is_symmetric=True)
+        quantiser.process()
+        save(quantiser.model.model, tmp_path / "base.onnx")
+    base = open_base(tmp_path / "base.onnx")
+    given = [("a", adapter({KEY: (32, 64)})), ("b", adapter({KEY: lora(32, 64, rank=3, seed=9)}))]
+    options = Options(tmp_path / "out.onnx", mode, rows=("x",) if mode == "stack" else ())
+    plan = prepare("attach", given, base, options)
+    base.apply(plan)
+    proof = prove(base, plan)
+    assert (proof.error <= 2e-6, proof.moved > 0.1) == (True, True)
+    detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
 
 
 # The live strength of a branch.
