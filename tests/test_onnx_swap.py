@@ -323,6 +323,24 @@ def test_slots_that_cannot_be_read_are_a_fault(value, tmp_path):
         _ = open_base(save(made, tmp_path / "x.onnx")).slots
 
 
+def test_a_folder_of_models_has_an_adapter_for_each_and_gives_all_back(tmp_path):
+    (tmp_path / "base").mkdir()
+    for part, out in (("encoder", 7), ("decoder", 4)):
+        text = f"""g (float[N,T,5] x) => (float[N,T,{out}] y) <float[5,{out}] w>
+          {{ ["/{part}/q/MatMul"] y = MatMul(x, w) }}"""
+        save(model(text), tmp_path / "base" / f"{part}_model.onnx")
+    base = open_base(tmp_path / "base")
+    given = adapter({"encoder.q.weight": (7, 5), "decoder.q.weight": (4, 5)})
+    plan = prepare("attach", [("a", given)], base, Options(tmp_path / "out", mode="swap"))
+    base.apply(plan)
+    files = ["decoder_model.a.onnx_adapter", "decoder_model.onnx", "encoder_model.a.onnx_adapter", "encoder_model.onnx"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert prove(base, plan).holds
+    detach(open_base(tmp_path / "out"), tmp_path / "again")
+    before, after = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("base", "again"))
+    assert after == before
+
+
 # Beside quantised weights.
 
 
