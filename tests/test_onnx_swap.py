@@ -10,6 +10,8 @@ import onnxruntime
 import pytest
 import updates
 from graphs import adapter, feeds, lora, model, save, session
+from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import loraformat as lf
 from loraformat import Adapter, LoraFormatError, Placement
@@ -319,6 +321,49 @@ def test_slots_that_cannot_be_read_are_a_fault(value, tmp_path):
     prop.value = json.dumps({**json.loads(prop.value), "slots": value})
     with pytest.raises(LoraFormatError, match="LF-613"):
         _ = open_base(save(made, tmp_path / "x.onnx")).slots
+
+
+def test_a_folder_of_models_has_an_adapter_for_each_and_gives_all_back(tmp_path):
+    (tmp_path / "base").mkdir()
+    for part, out in (("encoder", 7), ("decoder", 4)):
+        text = f"""g (float[N,T,5] x) => (float[N,T,{out}] y) <float[5,{out}] w>
+          {{ ["/{part}/q/MatMul"] y = MatMul(x, w) }}"""
+        save(model(text), tmp_path / "base" / f"{part}_model.onnx")
+    base = open_base(tmp_path / "base")
+    given = adapter({"encoder.q.weight": (7, 5), "decoder.q.weight": (4, 5)})
+    plan = prepare("attach", [("a", given)], base, Options(tmp_path / "out", mode="swap"))
+    base.apply(plan)
+    files = ["decoder_model.a.onnx_adapter", "decoder_model.onnx", "encoder_model.a.onnx_adapter", "encoder_model.onnx"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert prove(base, plan).holds
+    detach(open_base(tmp_path / "out"), tmp_path / "again")
+    before, after = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("base", "again"))
+    assert after == before
+
+
+# Beside quantised weights.
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("mode", ["swap", "stack"])
+def test_a_pair_is_fed_or_chosen_beside_a_quantised_weight(bits, mode, tmp_path):
+    made = model("""g (float[N,T,64] x) => (float[N,T,32] y) <float[64,32] w, float[32] b>
+      { ["/m/q/MatMul"] h = MatMul(x, w)  y = Add(h, b) }""")
+    if bits == 8:
+        quantize_dynamic(save(made, tmp_path / "float.onnx"), tmp_path / "base.onnx")
+    else:
+        quantiser = MatMulNBitsQuantizer(made, block_size=32, is_symmetric=True)
+        quantiser.process()
+        save(quantiser.model.model, tmp_path / "base.onnx")
+    base = open_base(tmp_path / "base.onnx")
+    given = [("a", adapter({KEY: (32, 64)})), ("b", adapter({KEY: lora(32, 64, rank=3, seed=9)}))]
+    options = Options(tmp_path / "out.onnx", mode, rows=("x",) if mode == "stack" else ())
+    plan = prepare("attach", given, base, options)
+    base.apply(plan)
+    proof = prove(base, plan)
+    assert (proof.error <= 2e-6, proof.moved > 0.1) == (True, True)
+    detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
 
 
 # The live strength of a branch.

@@ -40,6 +40,7 @@ from loraformat_converters.onnx.part import Part
 from loraformat_converters.onnx.prove import ROUNDED, compare, tolerance
 from loraformat_converters.onnx.record import Record, base_sha256
 from loraformat_converters.onnx.refuse import obstacles
+from loraformat_converters.onnx.slot_names import file_of
 from loraformat_converters.onnx.slots import Slots
 from loraformat_converters.onnx.spots import Change, Spot, by_tensor, every_change, gathered, spots
 from loraformat_converters.onnx.store import Addition, Patch, Storage
@@ -232,6 +233,11 @@ class OnnxBase:
     def slots(self) -> Slots | None:
         """The inputs for adapters, where ``attach --mode swap`` made some."""
         return self.record.slots if self.record else None
+
+    @property
+    def fed(self) -> list[str]:
+        """The files that ``attach --mode swap`` wrote beside the model."""
+        return [file_of(self.path.name, name) for name in self.attached] if self.slots else []
 
     @property
     def attached(self) -> list[str]:

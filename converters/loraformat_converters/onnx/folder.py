@@ -159,9 +159,17 @@ class OnnxFolder:
         storages = {file: storage for file, (storage, _) in changed.items()}
         return self._write(plan.options.out, storages, _by_key(plan, found), force)
 
-    def _write(self, out: Path, storages: Mapping[str, Storage], norms: Mapping[str, Norms], force: bool) -> Outcome:
+    def _write(
+        self,
+        out: Path,
+        storages: Mapping[str, Storage],
+        norms: Mapping[str, Norms],
+        force: bool,
+        without: Container[str] = (),
+    ) -> Outcome:
         """The changed models, and the rest as it is."""
-        writers: dict[str, Writer] = {name: partial(_copy, self.path / name) for name in self._rest(storages)}
+        kept = [name for name in self._rest(storages) if name not in without]
+        writers: dict[str, Writer] = {name: partial(_copy, self.path / name) for name in kept}
         for file, storage in storages.items():
             inside = Path(file).parent
             writers |= {(inside / name).as_posix(): writer for name, writer in storage.writers().items()}
@@ -202,9 +210,11 @@ class OnnxFolder:
         """Write the folder as it was before ``attach``; LF-613 where nothing is attached or a model was changed."""
         check_free(out, force)
         _check_apart(self.path, out)
-        self.extract()
-        storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.attached}
-        return self._write(out, storages, {}, force)
+        if not any(model.base.slots for model in self.models.values()):  # whose adapters lie in files of their own
+            self.extract()
+        storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.record}
+        fed = {(Path(f).parent / name).as_posix() for f, m in self.models.items() for name in m.base.fed}
+        return self._write(out, storages, {}, force, without=fed)
 
     def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
         """The worst of what running each changed model proves."""
@@ -235,7 +245,7 @@ def _check_apart(base: Path, out: Path) -> None:
 
 
 def _before(model: Model) -> Model:
-    return replace(model, base=model.base.without()) if model.base.attached else model
+    return replace(model, base=model.base.without()) if model.base.record else model
 
 
 def _within(hints: Hints, component: str | None) -> Hints:
