@@ -11,7 +11,7 @@ import loraformat as lf
 from loraformat.testing import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
-KOHYA = GOLDEN / "diffusers" / "onnx" / "kohya.safetensors"
+KOHYA = GOLDEN / "kohya" / "onnx" / "kohya.safetensors"
 PIPELINE = GOLDEN / "onnx" / "pipeline"
 
 

@@ -270,7 +270,7 @@ def onnx() -> None:
 
     The models get the weights of the graphs; that they are those the graphs were exported from, their outputs show.
     """
-    folder, exported = HERE / "onnx", HERE.parent / "onnx" / "pipeline"
+    folder, exported = HERE.parent / "kohya" / "onnx", HERE.parent / "onnx" / "pipeline"
     base, truth = lf.open_base(exported / "model"), load_file(exported / "truth.safetensors")
     configs = {c: json.loads((exported / "model" / c / "config.json").read_text()) for c in ("unet", "text_encoder")}
     models = {
