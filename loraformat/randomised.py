@@ -25,7 +25,9 @@ __all__ = ["Pair", "best_pair", "square"]
 
 _MORE = 10  # random vectors beyond the rank
 _ROUNDS = 12
-_GAIN = 5e-3  # a round that wins less than this share of what is left out is the last: the flattest spectra end at 1.003
+_GAIN = (
+    5e-3  # a round that wins less than this share of what is left out is the last: the flattest spectra end at 1.003
+)
 _SMALL = 4  # a side that is less than so many times the vectors is decomposed whole
 _ROUNDING = 1e-7  # singular values below this share of the largest are rounding of float32
 
