@@ -263,6 +263,8 @@ KEPT = {
         t = Transpose <perm = [0, 2, 1, 3]> (s)  u = Transpose <perm = [0, 2, 1, 3]> (t)
         c = Shape(x)  v = Reshape(u, c)  h = MatMul(v, w)""",
     "all of them sliced": "b = Constant <value_ints = [0]> ()  e = Constant <value_ints = [2147483647]> ()  s = Slice(x, b, e, b)  h = MatMul(s, w)",
+    "cut elsewhere, where it is computed": """n = Shape(x)  b = Constant <value_ints = [1]> ()  e = Slice(n, b, b2, zero)
+        a = Constant <value_ints = [1]> ()  none = Sub(e, e)  t = Slice(x, none, e, a)  h = MatMul(t, w)""",
     "padded elsewhere": """p = Constant <value_ints = [0, 0, 1, 0, 0, 0]> ()  s = Pad(x, p)  b = Constant <value_ints = [1]> ()
         e = Constant <value_ints = [6]> ()  a = Constant <value_ints = [2]> ()  t = Slice(s, b, e, a)  h = MatMul(t, w)""",
     "beside another input": "s = Add(z, x)  n = ReduceMean <keepdims = 1> (s, axes)  t = Sub(s, n)  h = MatMul(t, w)",
@@ -272,7 +274,8 @@ KEPT = {
 @pytest.mark.parametrize("how", KEPT)
 def test_rows_are_followed_through_what_keeps_them(how, tmp_path):
     text = f"""g (float[N,4,5] x, float[N,4,5] z) => (float[P,Q,7] y) <float[5,7] w>
-      {{ axes = Constant <value_ints = [-1]> ()  {KEPT[how]}  y = Identity(h) }}"""
+      {{ axes = Constant <value_ints = [-1]> ()  zero = Constant <value_ints = [0]> ()
+      b2 = Constant <value_ints = [2]> ()  {KEPT[how]}  y = Identity(h) }}"""
     if how == "flattened":
         text = text.replace("float[P,Q,7]", "float[P,7]")
     base = open_base(save(named(model(text)), tmp_path / "base.onnx"))

@@ -199,12 +199,17 @@ def _gather(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
 def _slice(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
     """Of other axes; of the rows' own, all of them in their order, however many there are."""
     state, rank = _kept(own, node, read), own.rank(node.input[0])
-    starts, ends = own.numbers(node, "starts", 1) or [], own.numbers(node, "ends", 2) or []
-    axes = [axis % rank for axis in own.numbers(node, "axes", 3) or range(len(starts))]
-    steps = own.numbers(node, "steps", 4) or [1] * len(axes)
-    whole = [start == 0 and end >= _ANY and step == 1 for start, end, step in zip(starts, ends, steps, strict=True)]
-    if any(axis == state.axis and not all_ for axis, all_ in zip(axes, whole, strict=True)):
-        raise LostError(f"{node.name or node.op_type} cuts the rows")
+    axes = own.numbers(node, "axes", 3)
+    places = list(range(rank)) if axes is None else [axis % rank for axis in axes]
+    if state.axis in places:  # what is cut from other axes may be computed
+        at = places.index(state.axis)
+        starts, ends, steps = (
+            own.numbers(node, name, 1 + i + (i > 1)) for i, name in enumerate(("starts", "ends", "steps"))
+        )
+        if not starts or not ends or at >= len(starts):
+            raise LostError(f"{node.name or node.op_type} cuts the rows")
+        if starts[at] != 0 or ends[at] < _ANY or (steps or [1] * rank)[at] != 1:
+            raise LostError(f"{node.name or node.op_type} cuts the rows")
     return state
 
 
