@@ -1,5 +1,8 @@
 """Adapters on live JAX parameters: what the branch computes is what merged parameters compute, and no ΔW is formed."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -250,6 +253,20 @@ def test_factors_are_trained_and_saved(tmp_path):
     again = jax_live.apply(params, lf.load(tmp_path / "a.lora.safetensors"))
     expected = np.asarray(trained(Small().apply, IDS))
     assert relative_error(np.asarray(Small().apply(again, IDS)), expected) < 2e-6
+
+
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from loraformat_converters import jax_live.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    params, adapter = small()
+    factors = jax_live.branch(params, adapter).factors
+    names = {"params": params, "adapter": adapter, "model": Small(), "x": IDS, "jax": jax, "lf": lf, "trained": factors}
+    names["loss"] = lambda branched: (branched(Small().apply, IDS) ** 2).sum()
+    exec(code, names)
+    assert relative_error(np.asarray(names["y"]), np.asarray(Small().apply(names["merged"], IDS))) < 2e-6
+    assert names["grads"].keys() == adapter.keys()
+    assert lf.digest(lf.load(tmp_path / "trained.lora.safetensors")) == lf.digest(adapter)
 
 
 class Twin(nnx.Module):

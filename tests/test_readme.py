@@ -86,7 +86,7 @@ def test_the_table_of_layouts_has_every_layout_that_is_installed():
 
 @pytest.mark.usefixtures("files")
 def test_the_python_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import loraformat.*?)```", README, re.DOTALL)
     config = json.loads(Path("my-peft-adapter/adapter_config.json").read_text())
     names = {"tensors": load_file("my-peft-adapter/adapter_model.safetensors"), "config": config}
     exec(code, names)
