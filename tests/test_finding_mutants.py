@@ -56,7 +56,7 @@ def a_transpose_is_accepted(patch):
 
     def both(self, key, sites):
         turned = Values(self.values.index, self.values.folder)
-        turned._read = lambda site: _turned(Values._read(turned, site))
+        turned.read = lambda site: _turned(Values.read(turned, site))
         upright, self.values = self.values, turned
         found = alike(self, key, sites)
         self.values = upright
@@ -66,6 +66,8 @@ def a_transpose_is_accepted(patch):
 
 
 def _turned(read):
+    if read is None:
+        return None
     weight, place = read
     return weight, replace(place, out=place.in_, in_=place.out)
 

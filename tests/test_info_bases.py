@@ -165,7 +165,7 @@ def test_dtypes_are_listed_with_the_largest_first(run, tmp_path):
 
 
 def test_an_adapter_in_an_unknown_layout_is_not_taken_for_a_checkpoint(run, tmp_path):
-    save_file({"lora_unet_x.lora_down.weight": np.ones((2, 3), np.float32)}, tmp_path / "k.safetensors")
+    save_file({"blocks.0.lora_strange": np.ones((2, 3), np.float32)}, tmp_path / "k.safetensors")
     told = run("info", "k.safetensors")
     assert told.code == 1
     assert "LF-501  no known layout claims k.safetensors" in told.err

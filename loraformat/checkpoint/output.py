@@ -75,7 +75,7 @@ class Output:
         found = {**self.merge.files.others, **({index[0]: folder / index[0]} if index else {})}
         return {name: path for name, path in found.items() if name not in texts}
 
-    def write(self, out: Path, force: bool, identity: str) -> Merging:
+    def write(self, out: Path, force: bool, identity: Callable[[], str]) -> Merging:
         """All of it, or nothing: LF-615 too little of the change survives; LF-702, LF-703."""
         check_free(out, force)
         check_room(out, sum(change.nbytes for change in self.merge.changes.values()))
@@ -83,7 +83,7 @@ class Output:
             name: partial(shard.write, changes=self.merge.of_shard(name))
             for name, shard in self.merge.files.shards.items()
         }
-        task = Merging(identity, self.merge, self.survival)
+        task = Merging(identity() if self.texts is not None else "", self.merge, self.survival)
         if self.texts is None:
             (writer,) = writers.values()
             write_file(out, partial(_then, writer, task.check), force=force)

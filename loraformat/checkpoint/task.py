@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loraformat import progress
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.survival import too_little
 from loraformat.errors import LoraFormatError
@@ -23,7 +24,8 @@ __all__ = ["Merging", "identity"]
 
 def identity(plan: Plan, files: Files) -> str:
     """SHA-256 of what is made of what: adapters, places, and the files of the base as they lie on the disk."""
-    jobs = [[digest(job.adapter), job.resolution.as_json()["targets"]] for job in plan.jobs]
+    with progress.listening(lambda _: None):  # what is read here is no part of what is written
+        jobs = [[digest(job.adapter), job.resolution.as_json()["targets"]] for job in plan.jobs]
     paths = [*(shard.path for shard in files.shards.values()), *files.others.values()]
     stats = [[str(path), found.st_size, found.st_mtime_ns, found.st_ino] for path in paths for found in [path.stat()]]
     how = [importlib.metadata.version("loraformat"), plan.options.requantize]
