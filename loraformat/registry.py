@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
     from loraformat.loaders import Loader
-    from loraformat.spaces import Space
+    from loraformat.naming.spaces import Space
 
 T = TypeVar("T")
 

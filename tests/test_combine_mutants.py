@@ -13,7 +13,7 @@ import test_resize
 import test_truncated
 from mutants import net
 
-from loraformat import lowrank, truncated
+from loraformat.algebra import lowrank, truncated
 from loraformat.combining import absolutes, agree, beside, entries, methods, peft, terms, weights
 from loraformat.verbs import combine, resize
 

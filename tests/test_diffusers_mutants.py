@@ -8,7 +8,8 @@ from mutants import net
 from updates import normal
 
 import loraformat as lf
-from loraformat import Adapter, Lora, Placement, Update, cut, fuse, links, parts, translate
+from loraformat import Adapter, Lora, Placement, Update, parts
+from loraformat.naming import cut, fuse, links, translate
 from loraformat.verbs.convert import save
 from loraformat_converters.diffusers import layout, metadata, read, spelling, write
 from loraformat_converters.peft import lora

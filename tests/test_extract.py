@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
-from loraformat.randomised import best_pair
+from loraformat.algebra.randomised import best_pair
 from loraformat.testing import relative_error
 
 BF16 = ml_dtypes.bfloat16

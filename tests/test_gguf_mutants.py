@@ -9,7 +9,8 @@ from test_decoder_spaces import check_converted
 from test_gguf import LLAMA, pair
 
 import loraformat as lf
-from loraformat import Adapter, decoders, testing
+from loraformat import Adapter, testing
+from loraformat.naming import decoders
 from loraformat.verbs.convert import save
 from loraformat_converters.gguf import architectures, file, layout, names, read, write
 

@@ -5,9 +5,9 @@ import pytest
 from updates import made
 
 import loraformat as lf
+from loraformat.algebra.lowrank import LowRank, angles, cosine, inner, lowrank, norm, svd, total
 from loraformat.axes import Placement
 from loraformat.blas import one_blas_thread
-from loraformat.lowrank import LowRank, angles, cosine, inner, lowrank, norm, svd, total
 from loraformat.parts import Lora
 
 

@@ -9,7 +9,7 @@ from updates import normal
 
 import loraformat as lf
 from loraformat import Adapter, Lora, Update, registry
-from loraformat.links import Link, Seat
+from loraformat.naming.links import Link, Seat
 from loraformat_converters.spaces.families import FAMILIES
 
 FAMILY = {family.name: family for family in FAMILIES}

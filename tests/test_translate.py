@@ -8,8 +8,8 @@ from updates import KERNEL, MATRIX, made, normal
 
 import loraformat as lf
 from loraformat import Adapter, Lora, Placement, Update
-from loraformat.links import Link, Seat, Share
-from loraformat.translate import translate
+from loraformat.naming.links import Link, Seat, Share
+from loraformat.naming.translate import translate
 
 EXACT_BY_ROWS = ("lora", "dora", "delta", "loha", "replace", "rows", "rows of the last axis", "everything")
 

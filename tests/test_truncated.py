@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from loraformat import truncated as module
+from loraformat.algebra import truncated as module
+from loraformat.algebra.truncated import truncated
 from loraformat.blas import one_blas_thread
-from loraformat.truncated import truncated
 
 
 @pytest.fixture(autouse=True)

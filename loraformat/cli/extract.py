@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loraformat.adapter import Adapter
-    from loraformat.others import Form, Other
+    from loraformat.extracting.others import Form, Other
     from loraformat.verbs.extract import Extracted
 
 __all__ = ["extract"]

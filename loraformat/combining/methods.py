@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraformat.algebra.lowrank import cosine, lowrank
 from loraformat.combining.entries import (
     Draw,
     drop,
@@ -24,7 +25,6 @@ from loraformat.combining.entries import (
     trim_both,
 )
 from loraformat.errors import fault
-from loraformat.lowrank import cosine, lowrank
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat.algebra.lowrank import SVD, lowrank, svd, total
+from loraformat.algebra.truncated import truncated
 from loraformat.combining.entries import elect, trim
 from loraformat.errors import Problem
-from loraformat.lowrank import SVD, lowrank, svd, total
 from loraformat.parts import Lora
-from loraformat.truncated import truncated
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraformat import progress
+from loraformat.algebra.lowrank import lowrank, svd
 from loraformat.canonical import dumps
 from loraformat.errors import LoraFormatError
 from loraformat.identity import tensor_sha256
-from loraformat.lowrank import lowrank, svd
 from loraformat.metadata import part_json
 from loraformat.parts import roles_of
 from loraformat.values import value_problems

@@ -13,6 +13,8 @@ import numpy as np
 
 from loraformat import progress
 from loraformat.adapter import Adapter
+from loraformat.algebra.lowrank import lowrank, norm, svd, total
+from loraformat.algebra.truncated import truncated
 from loraformat.blas import one_blas_thread
 from loraformat.combining import notes, peft
 from loraformat.combining.absolutes import kept
@@ -25,13 +27,11 @@ from loraformat.combining.terms import Term
 from loraformat.combining.weights import Weight, by_pattern, weight_of
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
-from loraformat.lowrank import lowrank, norm, svd, total
 from loraformat.parts import ORDER, Delta, Lora, Part
-from loraformat.truncated import truncated
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
-    from loraformat.lowrank import LowRank
+    from loraformat.algebra.lowrank import LowRank
 
 __all__ = ["Combined", "combine"]
 

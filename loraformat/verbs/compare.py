@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraformat.counterparts import Apart, apart, counterparts
+from loraformat.extracting.counterparts import Apart, apart, counterparts
 from loraformat.registry import model_config
 from loraformat.resolve import Hints
 

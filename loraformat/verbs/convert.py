@@ -12,8 +12,8 @@ from loraformat import canonical, registry
 from loraformat.atomic import write_file, write_folder
 from loraformat.errors import Problem, fault
 from loraformat.layout import Layout, ReadOptions, WriteOptions
+from loraformat.naming.spaces import TORCH, space_of
 from loraformat.resolve import Hints
-from loraformat.spaces import TORCH, space_of
 from loraformat.verbs.adapt import Adapted
 from loraformat.verbs.bind import bind
 from loraformat.verbs.retarget import retarget

@@ -1,6 +1,6 @@
 """Extract: the adapter that turns one model into another, as near as its rank allows; or the one that is attached.
 
-Each linear that differs becomes the best pair for W' − W (``loraformat.randomised``), one after the other: no more
+Each linear that differs becomes the best pair for W' − W (``loraformat.algebra.randomised``), one after the other: no more
 than a few differences are held. What no pair can say is taken as it is where that is asked for, and else told with its size.
 """
 
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from loraformat.adapter import Adapter
+from loraformat.algebra.randomised import Pair, best_pair
 from loraformat.blas import one_blas_thread
-from loraformat.counterparts import Counterparts, common_prefix, counterparts
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.linears import Linear, linears
-from loraformat.others import KINDS, Form, Other, others
+from loraformat.extracting.counterparts import Counterparts, common_prefix, counterparts
+from loraformat.extracting.linears import Linear, linears
+from loraformat.extracting.others import KINDS, Form, Other, others
 from loraformat.parts import Lora
-from loraformat.randomised import Pair, best_pair
 from loraformat.resolve import Hints, matches
 from loraformat.updates import Update
 from loraformat.verbs import graph

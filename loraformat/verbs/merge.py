@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from loraformat.base import Base, Options
 from loraformat.bound import check_bound
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.naming.spaces import space_of
 from loraformat.plan import Job
 from loraformat.resolve import Hints
-from loraformat.spaces import space_of
 from loraformat.strength import weighed
 
 if TYPE_CHECKING:

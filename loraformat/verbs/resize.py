@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraformat import progress
+from loraformat.algebra.lowrank import lowrank, norm, svd, total
 from loraformat.blas import one_blas_thread
 from loraformat.combining.finite import check_values, finite
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
-from loraformat.lowrank import lowrank, norm, svd, total
 from loraformat.parts import ORDER, Delta, Lora, Part
 from loraformat.updates import Update
 

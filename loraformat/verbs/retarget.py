@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat import registry
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.links import Link, Seat
 from loraformat.names import join, name_space_fault
-from loraformat.recognised import recognised
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.recognised import recognised
+from loraformat.naming.spaces import TORCH, Known, space_of
+from loraformat.naming.translate import Translated, components, translate
 from loraformat.resolve import Hints
-from loraformat.spaces import TORCH, Known, space_of
-from loraformat.translate import Translated, components, translate
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter

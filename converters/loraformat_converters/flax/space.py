@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraformat.links import Link, Seat
-from loraformat.spaces import TORCH, Known
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import TORCH, Known
 
 if TYPE_CHECKING:
     from loraformat.updates import Update

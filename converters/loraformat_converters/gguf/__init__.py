@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
     from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
-    from loraformat.links import Link
+    from loraformat.naming.links import Link
+    from loraformat.naming.spaces import Known
     from loraformat.source import Source
-    from loraformat.spaces import Known
 
 __all__ = ["Gguf", "GgufKind", "GgufSpace", "kind", "layout", "space"]
 

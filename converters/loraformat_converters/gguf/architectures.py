@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraformat.decoders import Decoder, model_type, text_config
+from loraformat.naming.decoders import Decoder, model_type, text_config
 
 __all__ = ["Architecture", "by_config", "by_gguf", "named", "tied"]
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraformat import decoders
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.links import Link
+from loraformat.naming import decoders
+from loraformat.naming.links import Link
 from loraformat_converters.gguf import architectures, keys
 from loraformat_converters.gguf.architectures import Architecture
 from loraformat_converters.gguf.rotary import interleaved
 
 if TYPE_CHECKING:
-    from loraformat.spaces import Known
+    from loraformat.naming.spaces import Known
 
 __all__ = ["links"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from loraformat.algebra.refactored import under_scale
 from loraformat.container import dtype_name
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
-from loraformat.refactored import under_scale
 from loraformat_converters.gguf import architectures, keys, store
 from loraformat_converters.gguf.file import LONGEST_NAME
 from loraformat_converters.gguf.read import EMBEDDING, ROLES

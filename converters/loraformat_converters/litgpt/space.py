@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.errors import fault
-from loraformat.links import Link, Seat
-from loraformat.spaces import Known
-from loraformat.templates import Templates
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import Known
+from loraformat.naming.templates import Templates
 from loraformat_converters.litgpt import NAMES
 from loraformat_converters.litgpt.heads import heads_of
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from loraformat import decoders
-from loraformat.decoders import Decoder
 from loraformat.errors import fault
-from loraformat.links import Link
+from loraformat.naming import decoders
+from loraformat.naming.decoders import Decoder
+from loraformat.naming.links import Link
 
 if TYPE_CHECKING:
-    from loraformat.spaces import Known
+    from loraformat.naming.spaces import Known
 
 __all__ = ["links"]
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from loraformat import container
+from loraformat.algebra.refactored import under_scale
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, ReadOptions
 from loraformat.parts import Lora
-from loraformat.refactored import under_scale
 from loraformat_converters.mlx import TENSORS
 from loraformat_converters.mlx import config as configs
 from loraformat_converters.mlx.read import read_tensors

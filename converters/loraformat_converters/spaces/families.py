@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from loraformat.links import Link, Seat
+from loraformat.naming.links import Link, Seat
 from loraformat_converters.spaces import encoders, mmdit
 from loraformat_converters.spaces.rows import Row
 from loraformat_converters.spaces.unet import unet

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from loraformat.links import Link, Seat
-from loraformat.spaces import TORCH, Known
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import TORCH, Known
 from loraformat_converters.spaces.families import FAMILIES, HOMES, Family, kohya_name
 from loraformat_converters.spaces.forms import COMPONENTS, canonical, forms, split_key
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraformat.links import Share
+from loraformat.naming.links import Share
 from loraformat_converters.spaces.rows import Row, modules, swapped, thirds
 
 __all__ = ["flux", "sd3"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraformat.links import Link, Seat
-from loraformat.spaces import TORCH, Known
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import TORCH, Known
 from loraformat_converters.spaces.families import FAMILIES
 from loraformat_converters.spaces.forms import canonical, forms
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraformat.links import Link, Seat
-from loraformat.spaces import TORCH, Known
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import TORCH, Known
 
 __all__ = ["Renames"]
 

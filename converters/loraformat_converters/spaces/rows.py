@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraformat.links import Share
+from loraformat.naming.links import Share
 
 __all__ = ["WEIGHT", "Row", "modules", "swapped", "thirds"]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from loraformat.errors import fault
-from loraformat.links import Link, Seat
-from loraformat.spaces import TORCH, Known
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import TORCH, Known
 from loraformat_converters.tinker import NAMES
 
 __all__ = ["space"]

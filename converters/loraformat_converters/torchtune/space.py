@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import fault
-from loraformat.links import Link, Seat
-from loraformat.spaces import Known
-from loraformat.templates import Templates
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import Known
+from loraformat.naming.templates import Templates
 from loraformat_converters.torchtune import NAMES
 from loraformat_converters.torchtune.rotary import pairs_of_halves
 

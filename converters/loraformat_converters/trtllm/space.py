@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loraformat.errors import fault
-from loraformat.links import Link, Seat
-from loraformat.spaces import TORCH, Known
-from loraformat.templates import Templates
+from loraformat.naming.links import Link, Seat
+from loraformat.naming.spaces import TORCH, Known
+from loraformat.naming.templates import Templates
 from loraformat_converters.trtllm import NAMES
 
 __all__ = ["space"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.links import Link, Seat, Share
+from loraformat.naming.links import Link, Seat, Share
 
 if TYPE_CHECKING:
-    from loraformat.spaces import Known
+    from loraformat.naming.spaces import Known
 
 __all__ = ["FIX", "Decoder", "links", "model_type", "number", "text_config"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loraformat.axes import Placement
 from loraformat.container import DTYPES
-from loraformat.counterparts import Counterparts, apart
 from loraformat.errors import fault
+from loraformat.extracting.counterparts import Counterparts, apart
 from loraformat.huggingface import is_embedding
 from loraformat.parts import Delta, Replace
 from loraformat.rounding import widened

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.axes import Placement
-from loraformat.cut import cut, out_size
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.fuse import fuse
-from loraformat.links import Link, Seat, Share
 from loraformat.names import key_fault, nearest
+from loraformat.naming.cut import cut, out_size
+from loraformat.naming.fuse import fuse
+from loraformat.naming.links import Link, Seat, Share
+from loraformat.naming.stacked import stack, unstack
 from loraformat.parts import Replace
 from loraformat.shapes import shape_problems
-from loraformat.stacked import stack, unstack
 from loraformat.turned import neutral, turned
 
 if TYPE_CHECKING:

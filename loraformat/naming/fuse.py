@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.cut import out_axis, resized
 from loraformat.errors import fault
+from loraformat.naming.cut import out_axis, resized
 from loraformat.parts import ORDER, Delta, Loha, Lora, Magnitude, Part, Replace, Rows
 from loraformat.updates import Update
 

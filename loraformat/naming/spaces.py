@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.base import Base
-    from loraformat.links import Link
+    from loraformat.naming.links import Link
 
 __all__ = ["TORCH", "Known", "Space", "space_of"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError
-from loraformat.links import Link, Seat
+from loraformat.naming.links import Link, Seat
 from loraformat.resolve import Hints
 from loraformat.sketch import recognise, sketch, telling
 from loraformat.tiles import Lazy
