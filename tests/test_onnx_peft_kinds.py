@@ -110,7 +110,7 @@ def recipe(build, inputs, targets, method=peft.LoraConfig, **config):
 
 
 def llama(tied):
-    return lambda: exports._llama(tied=tied)
+    return lambda: exports.llama(tied=tied)
 
 
 LINEAR = ["up", "head"]
