@@ -1,18 +1,21 @@
 """What a run that writes a folder has finished, so that after a kill the next one need not do it again.
 
-A file is entered when it is on the disk, with its digest; whoever goes on reads it again and compares. The journal of one
-task is of no use to another: its first line says what is being made of what.
+A file is entered when it is on the disk, with a checksum; whoever goes on reads it again and compares. A CRC tells a file
+that the kill or the disk damaged, at a third of the time that a SHA-256 takes: nobody else writes there. A run of a few
+seconds is begun again and keeps no journal. That of one task is of no use to another: its first line says what is being
+made of what.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import time
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,6 +26,9 @@ __all__ = ["NAME", "Journal"]
 
 NAME = ".loraformat.journal"
 """What it is called in the folder that is being written."""
+
+PATIENCE = 5.0
+"""Seconds that a run lasts before its files are entered, the first ones then too."""
 
 _CHUNK = 8 << 20
 
@@ -43,7 +49,7 @@ class Journal:
         """What was noted with a file, if it is there as it was entered."""
         entry, path = self.done.get(name), self.path.parent / name
         with suppress(OSError):
-            if entry and path.stat().st_size == entry["size"] and _sha256(path) == entry["sha256"]:
+            if entry and path.stat().st_size == entry["size"] and _crc(path) == entry["crc32"]:
                 note: Mapping[str, Any] = entry["note"]
                 return note
         return None
@@ -66,19 +72,25 @@ class _Clerk:
     path: Path
     pool: ThreadPoolExecutor
     over: Event
+    begun: float = field(default_factory=time.monotonic)
+    waiting: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
     def enter(self, name: str, note: Mapping[str, Any]) -> None:
         """The file is written; what is noted with it is given back to whoever goes on."""
-        self.pool.submit(self._enter, name, note)
+        self.waiting.append((name, note))
+        if time.monotonic() - self.begun >= PATIENCE:
+            for entry in self.waiting:
+                self.pool.submit(self._enter, *entry)
+            self.waiting.clear()
 
     def _enter(self, name: str, note: Mapping[str, Any]) -> None:
         path = self.path.parent / name
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        found = _sha256(path, self.over)
+        found = _crc(path, self.over)
         if found is None:
             return
-        entry = {"file": name, "size": path.stat().st_size, "sha256": found, "note": note}
+        entry = {"file": name, "size": path.stat().st_size, "crc32": found, "note": note}
         with open(self.path, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
@@ -97,16 +109,16 @@ def _entries(path: Path, identity: str) -> dict[str, Mapping[str, Any]]:
     for line in lines:
         with suppress(ValueError, KeyError, TypeError):
             entry = canonical.loads(line)
-            found[entry["file"]] = {name: entry[name] for name in ("size", "sha256", "note")}
+            found[entry["file"]] = {name: entry[name] for name in ("size", "crc32", "note")}
     return found
 
 
-def _sha256(path: Path, over: Event | None = None) -> str | None:
-    """Of a file; None where it was ``over`` before the end."""
-    total = hashlib.sha256()
+def _crc(path: Path, over: Event | None = None) -> int | None:
+    """CRC-32 of a file; None where it was ``over`` before the end."""
+    total = 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             if over is not None and over.is_set():
                 return None
-            total.update(chunk)
-    return total.hexdigest()
+            total = zlib.crc32(chunk, total)
+    return total

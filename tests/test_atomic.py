@@ -263,6 +263,28 @@ def journal_of(path):
 TEXTS = {"a": "one", "b/c": "two", "d": "three", "e": "four"}
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """A journal is kept from the first file on."""
+    monkeypatch.setattr("loraformat.journal.PATIENCE", 0.0)
+
+
+def test_a_run_of_a_moment_keeps_no_journal(tmp_path):
+    seen = []
+
+    class Watching(Noted):
+        def writers(self, texts, end=None):
+            def write(file):
+                seen.append(journal_of(Path(file.name)).read_text().count("\n"))
+                file.write(b"x")
+
+            return dict.fromkeys(texts, write)
+
+    task = Watching()
+    write_folder(tmp_path / "out", task.writers(TEXTS), task=task)
+    assert seen == [1] * len(TEXTS)  # what is being made of what, and nothing that is finished
+
+
 def killed_at(path, name, identity="what is made of what"):
     """A run that is killed while it writes ``name``, when what came before is in the journal."""
     child = os.fork()
@@ -273,6 +295,7 @@ def killed_at(path, name, identity="what is made of what"):
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.usefixtures("impatient")
 def test_the_next_run_of_the_same_task_goes_on_where_a_killed_one_was(tmp_path):
     killed_at(tmp_path / "out", "d")
     assert not (tmp_path / "out").exists()
@@ -282,6 +305,7 @@ def test_the_next_run_of_the_same_task_goes_on_where_a_killed_one_was(tmp_path):
     assert everything(tmp_path) == {f"out/{name}": text for name, text in TEXTS.items()}
 
 
+@pytest.mark.usefixtures("impatient")
 def test_another_task_begins_anew_and_takes_the_leftovers_away(tmp_path):
     killed_at(tmp_path / "out", "d")
     task = Noted("something else")
@@ -290,6 +314,7 @@ def test_another_task_begins_anew_and_takes_the_leftovers_away(tmp_path):
     assert everything(tmp_path) == {f"out/{name}": text for name, text in TEXTS.items()}
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_finished_file_that_is_no_longer_what_it_was_is_written_again(tmp_path):
     killed_at(tmp_path / "out", "d")
     (left,) = tmp_path.iterdir()
@@ -300,17 +325,19 @@ def test_a_finished_file_that_is_no_longer_what_it_was_is_written_again(tmp_path
     assert (tmp_path / "out/a").read_text() == "one"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_journal_that_the_kill_cut_off_is_read_as_far_as_it_goes(tmp_path):
     killed_at(tmp_path / "out", "d")
     (left,) = tmp_path.iterdir()
     text = (left / NAME).read_text()
-    (left / NAME).write_text(text[: text.rindex('"sha256"')])
+    (left / NAME).write_text(text[: text.rindex('"crc32"')])
     task = Noted()
     write_folder(tmp_path / "out", task.writers(TEXTS), task=task)
     assert list(task.resumed) == ["a"]
     assert NAME not in everything(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_merge_that_was_killed_goes_on_and_knows_the_norms_of_what_was_finished(tmp_path):
     (tmp_path / "base").mkdir()
     draw, homes = np.random.default_rng(0), {}
