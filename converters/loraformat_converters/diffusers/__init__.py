@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraformat_converters.diffusers import metadata, spelling
+from loraformat_converters.diffusers import spelling
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -37,8 +37,8 @@ class Diffusers:
         """The header's own key, or names that only diffusers spells so."""
         if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
             return None
-        if metadata.KEY in source.header:
-            return f"the header has {metadata.KEY}"
+        if spelling.KEY in source.header:
+            return f"the header has {spelling.KEY}"
         return spelling.evidence(source.tensors, own_file=source.file.name in _FILES)
 
     def read(self, source: Source, options: ReadOptions) -> Reading:

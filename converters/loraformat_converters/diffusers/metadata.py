@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loraformat.errors import Problem, fault
+from loraformat_converters.diffusers.spelling import KEY
 from loraformat_converters.peft import config as configs
 
 __all__ = ["KEY", "of_tensors", "parse", "text"]
-
-KEY = "lora_adapter_metadata"
 
 
 def parse(said: str, components: Iterable[str | None]) -> tuple[dict[str | None, configs.Config], list[Problem]]:

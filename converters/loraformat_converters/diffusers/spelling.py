@@ -18,7 +18,10 @@ from typing import Literal, get_args
 
 from loraformat.errors import Problem
 
-__all__ = ["COMPONENTS", "SPELLINGS", "Name", "Spelling", "evidence", "is_text", "numbered", "parse", "spell"]
+__all__ = ["COMPONENTS", "KEY", "SPELLINGS", "Name", "Spelling", "evidence", "is_text", "numbered", "parse", "spell"]
+
+KEY = "lora_adapter_metadata"
+"""In the header: the configuration of PEFT, as text."""
 
 Spelling = Literal["peft", "lora", "linear", "processor"]
 SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)

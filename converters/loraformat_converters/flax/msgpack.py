@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by its name once it is imported)
 import numpy as np
 
 from loraformat.errors import fault
@@ -26,6 +25,8 @@ _MISSING = "reading msgpack needs the package msgpack"
 
 def read(path: Path) -> dict[str, Array]:
     """Path → array, views of the file's bytes. LF-503: damaged, or leaves that are no arrays; LF-704: no msgpack."""
+    import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by its name once it is imported)
+
     library = _library()
     try:
         tree = library.unpackb(path.read_bytes(), ext_hook=_array, strict_map_key=False, raw=False)
