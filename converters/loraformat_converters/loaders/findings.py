@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.updates import Update
 
-__all__ = ["beyond", "convolutions", "lacking", "peft_config", "scale_of_all", "stacks"]
+__all__ = ["beyond", "convolutions", "lacking", "pairs_alone", "peft_config", "scale_of_all", "stacks"]
 
 NAMES = {
     "magnitude": "DoRA (a magnitude)",
@@ -44,6 +44,11 @@ def lacking(
             fate = "not loaded" if verdict == "no" else "left out without an error"
             what = f"{fate}: {NAMES[kind]}, {_targets(keys)}"
             yield Reason(verdict, what, keys[0], MERGE, source)
+
+
+def pairs_alone(adapter: Adapter, source: str, verdict: Literal["no", "wrong"] = "no") -> Iterator[Reason]:
+    """A reason a kind of part, of a loader that knows pairs and nothing else."""
+    yield from lacking(adapter, dict.fromkeys(NAMES, source), verdict)
 
 
 def convolutions(adapter: Adapter, source: str) -> Iterator[Reason]:

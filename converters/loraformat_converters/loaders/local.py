@@ -44,8 +44,7 @@ class LlamaCpp:
     def reasons(self, adapter: Adapter) -> Iterator[Reason]:
         """Pairs only; changes of norms are skipped."""
         source = "llama.cpp src/llama-adapter.cpp at 0650ea8c"
-        kinds = dict.fromkeys(("magnitude", "loha", "lokr", "delta", "rows", "replace"), source)
-        yield from findings.lacking(adapter, kinds)
+        yield from findings.pairs_alone(adapter, source)
         yield from findings.convolutions(adapter, source)
 
 
@@ -60,8 +59,7 @@ class OnnxRuntime:
     def reasons(self, adapter: Adapter) -> Iterator[Reason]:
         """Its file holds tensors for inputs of one model: pairs, where that model computes B·A·x."""
         source = "onnxruntime 1.31.1 core/session/lora_adapters.h"
-        kinds = dict.fromkeys(("magnitude", "loha", "lokr", "delta", "rows", "replace"), source)
-        yield from findings.lacking(adapter, kinds)
+        yield from findings.pairs_alone(adapter, source)
         fix = "loraformat attach … --mode swap makes one; or attach the adapter as a branch, which needs no file"
         yield Reason("if", "the model must have inputs of these names", fix=fix, source=source)
 

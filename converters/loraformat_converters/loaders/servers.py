@@ -72,8 +72,7 @@ class Sglang:
     def reasons(self, adapter: Adapter) -> Iterator[Reason]:
         """Kinds; patterns and rsLoRA change the scale unseen."""
         source = "sglang 0.5.23 python/sglang/srt/lora/lora.py"
-        kinds = dict.fromkeys(("magnitude", "delta", "loha", "lokr", "rows", "replace"), source)
-        yield from findings.lacking(adapter, kinds)
+        yield from findings.pairs_alone(adapter, source)
         yield from findings.convolutions(adapter, source)
         yield from findings.scale_of_all(adapter, f"{source}: scaling = lora_alpha / r", _alpha_over_r(adapter))
 
@@ -89,8 +88,7 @@ class TensorRT:
     def reasons(self, adapter: Adapter) -> Iterator[Reason]:
         """What it drops without an error, one scale for all, and a side told by its size."""
         source = "TensorRT-LLM examples/hf_lora_convert.py at 05316d33"
-        kinds = dict.fromkeys(("magnitude", "delta", "loha", "lokr", "rows", "replace"), source)
-        yield from findings.lacking(adapter, kinds, "wrong")
+        yield from findings.pairs_alone(adapter, source, "wrong")
         yield from findings.convolutions(adapter, source)
         yield from findings.stacks(adapter, source)
         config = findings.peft_config(adapter)
