@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -59,7 +59,8 @@ def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
 class Task(Protocol):
     """What a folder is written for: a run that was killed is gone on with by the next one of the same identity."""
 
-    identity: str
+    def identity(self) -> str:
+        """Of what is made of what; asked for where there is a journal to compare with, or to begin."""
 
     def note(self, name: str) -> Mapping[str, Any]:
         """What the next run must know of a file that it need not write again, as JSON has it."""
@@ -119,7 +120,7 @@ def _write_or_resume(temporary: Path, writers: Mapping[str, Writer], task: Task)
             (temporary / name).unlink(missing_ok=True)
             _write(temporary / name, writer)
             clerk.enter(name, task.note(name))
-    journal.path.unlink()
+    journal.path.unlink(missing_ok=True)
 
 
 def _swap(temporary: Path, path: Path, old: Path) -> None:
@@ -166,7 +167,7 @@ def _check_nothing_else(path: Path, names: Mapping[str, Writer]) -> None:
 
 
 @contextmanager
-def _temporary(path: Path, *, folder: bool, identity: str | None = None) -> Iterator[Path]:
+def _temporary(path: Path, *, folder: bool, identity: Callable[[], str] | None = None) -> Iterator[Path]:
     """A locked temporary of ``path``, new or left by a killed run of the same task; gone at the end unless renamed."""
     temporary, lock = _left_by(path, identity) if identity else (_temporary_name(path), None)
     _remove_leftovers(path)
@@ -188,7 +189,7 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
-def _left_by(path: Path, identity: str) -> tuple[Path, int | None]:
+def _left_by(path: Path, identity: Callable[[], str]) -> tuple[Path, int | None]:
     """A temporary that a killed run of this task left, with its lock; else a new name."""
     for entry in _leftovers(path):
         with suppress(OSError):

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,14 +34,15 @@ _CHUNK = 8 << 20
 
 
 class Journal:
-    """The journal in ``folder``, of the task ``identity``."""
+    """The journal in ``folder``, of the task ``identity``, which is asked for where there is a journal to read or to write."""
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: Path, identity: Callable[[], str]) -> None:
         self.path, self.identity = folder / NAME, identity
         self.done: dict[str, Mapping[str, Any]] = _entries(self.path, identity)
+        self.begun = bool(self.done)
 
     @staticmethod
-    def fits(folder: Path, identity: str) -> bool:
+    def fits(folder: Path, identity: Callable[[], str]) -> bool:
         """Whether a run that was killed left this task there, with something finished."""
         return bool(_entries(folder / NAME, identity))
 
@@ -54,12 +55,16 @@ class Journal:
                 return note
         return None
 
+    def begin(self) -> None:
+        """The first line, unless it is there."""
+        if not self.begun:
+            self.path.write_text(json.dumps({"identity": self.identity()}) + "\n", encoding="utf-8")
+            self.begun = True
+
     @contextmanager
     def writing(self) -> Iterator[_Clerk]:
         """Enters files in a thread of its own: while one is flushed and read again, the next is written."""
-        if not self.done:
-            self.path.write_text(json.dumps({"identity": self.identity}) + "\n", encoding="utf-8")
-        clerk = _Clerk(self.path, ThreadPoolExecutor(1), Event())
+        clerk = _Clerk(self, ThreadPoolExecutor(1), Event())
         try:
             yield clerk
         finally:
@@ -69,7 +74,7 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class _Clerk:
-    path: Path
+    journal: Journal
     pool: ThreadPoolExecutor
     over: Event
     begun: float = field(default_factory=time.monotonic)
@@ -79,29 +84,30 @@ class _Clerk:
         """The file is written; what is noted with it is given back to whoever goes on."""
         self.waiting.append((name, note))
         if time.monotonic() - self.begun >= PATIENCE:
+            self.journal.begin()
             for entry in self.waiting:
                 self.pool.submit(self._enter, *entry)
             self.waiting.clear()
 
     def _enter(self, name: str, note: Mapping[str, Any]) -> None:
-        path = self.path.parent / name
+        path = self.journal.path.parent / name
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         found = _crc(path, self.over)
         if found is None:
             return
         entry = {"file": name, "size": path.stat().st_size, "crc32": found, "note": note}
-        with open(self.path, "a", encoding="utf-8") as journal:
+        with open(self.journal.path, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
 
-def _entries(path: Path, identity: str) -> dict[str, Mapping[str, Any]]:
+def _entries(path: Path, identity: Callable[[], str]) -> dict[str, Mapping[str, Any]]:
     """The whole lines of a journal of this task; a line that the kill cut off is none."""
     try:
         first, *lines = path.read_text(encoding="utf-8").split("\n")
-        if canonical.loads(first) != {"identity": identity}:
+        if canonical.loads(first) != {"identity": identity()}:
             return {}
     except (OSError, ValueError):
         return {}

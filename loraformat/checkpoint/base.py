@@ -221,7 +221,7 @@ class Checkpoint:
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the merged checkpoint: unchanged tensors byte for byte, changed ones with one rounding."""
         output: Output = plan.state
-        resumed = output.write(plan.options.out, force, lambda: identity(plan, self.files))
+        resumed = output.write(plan.options.out, force, identity(plan, self.files))
         norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
         ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
         return Outcome(ordered, plan.writes, plan.writes - plan.reads, tuple(resumed.names))

@@ -83,7 +83,7 @@ class Output:
             name: partial(shard.write, changes=self.merge.of_shard(name))
             for name, shard in self.merge.files.shards.items()
         }
-        task = Merging(identity() if self.texts is not None else "", self.merge, self.survival)
+        task = Merging(identity, self.merge, self.survival)
         if self.texts is None:
             (writer,) = writers.values()
             write_file(out, partial(_then, writer, task.check), force=force)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,22 @@ if TYPE_CHECKING:
 __all__ = ["Merging", "identity"]
 
 
-def identity(plan: Plan, files: Files) -> str:
-    """SHA-256 of what is made of what: adapters, places, and the files of the base as they lie on the disk."""
-    with progress.listening(lambda _: None):  # what is read here is no part of what is written
-        jobs = [[digest(job.adapter), job.resolution.as_json()["targets"]] for job in plan.jobs]
+def identity(plan: Plan, files: Files) -> Callable[[], str]:
+    """SHA-256 of what is made of what: adapters, places, and the files of the base as they lie on the disk now.
+
+    The adapters are read when it is asked for the first time: a merge of a moment never asks.
+    """
     paths = [*(shard.path for shard in files.shards.values()), *files.others.values()]
     stats = [[str(path), found.st_size, found.st_mtime_ns, found.st_ino] for path in paths for found in [path.stat()]]
     how = [importlib.metadata.version("loraformat"), plan.options.requantize]
-    return hashlib.sha256(json.dumps([how, jobs, stats], sort_keys=True).encode()).hexdigest()
+
+    @functools.cache
+    def found() -> str:
+        with progress.listening(lambda _: None):  # what is read here is no part of what is written
+            jobs = [[digest(job.adapter), job.resolution.as_json()["targets"]] for job in plan.jobs]
+        return hashlib.sha256(json.dumps([how, jobs, stats], sort_keys=True).encode()).hexdigest()
+
+    return found
 
 
 @dataclass(slots=True)
@@ -40,7 +49,7 @@ class Merging:
         names: the files that were finished already.
     """
 
-    identity: str
+    identity: Callable[[], str]
     merge: Merge
     survival: float
     names: list[str] = field(default_factory=list)
