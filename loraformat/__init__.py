@@ -96,14 +96,15 @@ _HOMES = {
     "Update": "updates",
     "report": "pages",
     "save": "file",
-    **{name: f"verbs.{name}" for name in ("bind", "convert", "init", "retarget", "verify")},
-    **{name: f"verbs.{name}" for name in ("bind", "convert", "diff", "extract", "init", "verify")},
+    **{name: f"verbs.{name}" for name in ("bind", "convert", "diff", "extract", "init", "retarget", "verify")},
     "digest": "identity",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name with its module, the first time it is asked for (PEP 562)."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("loraformat")
     if name not in _HOMES:
         raise AttributeError(f"module 'loraformat' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"loraformat.{_HOMES[name]}"), name)

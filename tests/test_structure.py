@@ -109,7 +109,7 @@ ORDER = (
         "cli.layouts",
     ),
     *("cli.completion", "cli.retarget", "cli.create", "cli.check", "cli.proof", "cli.deploy", "cli.graph"),
-    *("cli.combine", "cli.resize", "cli.extract", "cli.diff", "cli.report", "cli.main"),
+    *("cli.combine", "cli.resize", "cli.extract", "cli.diff", "cli.report", "cli.main", "__main__"),
 )
 THIRD_PARTY = {"numpy", "ml_dtypes", "click", "regex", "rich", "threadpoolctl"}
 HEAVY = {"torch", "onnx", "onnxruntime", "jax", "transformers", "peft", "safetensors"}
