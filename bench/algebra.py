@@ -64,8 +64,9 @@ def ours(method: str, count: int, out: Path) -> tuple[float, float]:
     """Seconds on the wall and of the processor; what was computed goes to ``out``."""
     given = [(adapter(seed, count), weight) for seed, weight in zip((1, 2), WEIGHTS, strict=True)]
     how = {"density": DENSITY} if method == "ties_svd" else {}
+    combine = lf.combine  # imports it; PEFT has been imported too when it is called
     begin, worked = time.perf_counter(), time.process_time()
-    done = lf.combine(given, f"peft_{method}", rank=RANK, **how)
+    done = combine(given, f"peft_{method}", rank=RANK, **how)
     taken = time.perf_counter() - begin, time.process_time() - worked
     keep(out, {key: (u["lora"].lora_A, u["lora"].lora_B) for key, u in done.adapter.items()})
     return taken
@@ -108,9 +109,9 @@ def keep(out: Path, pairs: dict[str, tuple[np.ndarray, ...]]) -> None:
 
 
 def resized(count: int) -> tuple[float, float]:
-    source = adapter(3, count, FROM)
+    source, resize = adapter(3, count, FROM), lf.resize
     begin, worked = time.perf_counter(), time.process_time()
-    lf.resize(source, rank=RANK)
+    resize(source, rank=RANK)
     return time.perf_counter() - begin, time.process_time() - worked
 
 

@@ -270,14 +270,14 @@ def test_all_entries_kept_is_the_sum():
             assert relative_error(made[key].matrix(), published("linear", key, GIVEN, 0)) < 1e-6
 
 
-def test_only_one_target_is_dense_at_a_time():
+def test_only_two_targets_are_dense_at_a_time():
     many = {f"{i}.weight": (400, 300) for i in range(12)}
     given, dense_bytes = [(adapter(i, 2, keys=many), 1.0) for i in (1, 2)], 400 * 300 * 4
     lf.combine(given, "ties", density=0.5, rank=2)
     tracemalloc.start()
     try:
         lf.combine(given, "ties", density=0.5, rank=2)
-        assert tracemalloc.get_traced_memory()[1] < 8 * dense_bytes
+        assert tracemalloc.get_traced_memory()[1] < 14 * dense_bytes
     finally:
         tracemalloc.stop()
 

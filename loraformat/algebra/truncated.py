@@ -60,26 +60,33 @@ def _leading(m: F32, rank: int) -> SVD:
     if short <= max(_SMALL, 4 * block):
         return _exact(m, rank)
     steps, held = [_orthonormal(_start(short, block))], 0.0
-    images = [m @ steps[0]]
+    image = m @ steps[0]
+    images = [image.astype(np.float64)]
+    squares = images[0].T @ images[0]
     while len(steps) * block <= short // 2:
-        steps.append(_beyond(steps, m.T @ images[-1]))
-        images.append(m @ steps[-1])
-        found = _ritz(steps, images, rank)
-        energy = float(np.sum(found.s**2))
+        steps.append(_beyond(steps, m.T @ image))
+        image = m @ steps[-1]
+        images.append(image.astype(np.float64))
+        squares = _bordered(squares, images)
+        values, vectors = np.linalg.eigh(squares)
+        energy = float(np.sum(values[-rank:]))
         if energy - held <= _GAIN:
-            return found
+            return _ritz(steps, images, vectors[:, ::-1][:, :rank])
         held = energy
     return _exact(m, rank)
 
 
-def _ritz(steps: list[F32], images: list[F32], rank: int) -> SVD:
-    """The best of the rank that the space holds: M·K decomposed, K its basis."""
-    basis, image = np.concatenate(steps, axis=1, dtype=np.float64), np.concatenate(images, axis=1, dtype=np.float64)
-    _, vectors = np.linalg.eigh(image.T @ image)
-    v = vectors[:, ::-1][:, :rank]
-    left = image @ v
+def _bordered(squares: F64, images: list[F64]) -> F64:
+    """(M·K)ᵀ(M·K) for a space that is a block larger."""
+    new = np.concatenate([image.T @ images[-1] for image in images])
+    return np.block([[squares, new[: len(squares)]], [new.T]])
+
+
+def _ritz(steps: list[F32], images: list[F64], v: F64) -> SVD:
+    """The best that the space K holds: M·K turned to its singular vectors."""
+    left = np.concatenate(images, axis=1) @ v
     s = np.linalg.norm(left, axis=0)
-    return SVD(left / np.where(s > 0, s, 1), s, (basis @ v).T)
+    return SVD(left / np.where(s > 0, s, 1), s, (np.concatenate(steps, axis=1, dtype=np.float64) @ v).T)
 
 
 def _polished(m: F64, found: SVD) -> SVD:

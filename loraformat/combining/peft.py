@@ -32,7 +32,11 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
 
-__all__ = ["Stream", "problems", "together"]
+__all__ = ["DRAWS", "Stream", "problems", "together"]
+
+
+DRAWS = frozenset({"peft_dare_linear", "peft_dare_linear_svd", "peft_dare_ties", "peft_dare_ties_svd"})
+"""Those that draw, target after target, from one stream."""
 
 
 class Stream:

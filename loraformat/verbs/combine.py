@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -63,8 +64,8 @@ def combine(
 ) -> Combined:
     """One adapter of several, target by target.
 
-    Sums (``cat``, ``linear``, ``svd``, ``slerp``) never leave the factors. Of the other methods the dense ΔW of one
-    target is held at a time, and its nearest of ``rank`` stored. The result is float32, but for what ``cat`` can keep.
+    Sums (``cat``, ``linear``, ``svd``, ``slerp``) never leave the factors. Of the other methods the dense ΔW of two
+    targets are held at a time, and the nearest of ``rank`` stored. The result is float32, but for what ``cat`` can keep.
 
     Args:
         adapters: each with its weight, which may be negative; see ``Weight``.
@@ -116,20 +117,21 @@ class _Making:
 
     @one_blas_thread()
     def all(self) -> tuple[dict[str, Update], dict[str, float], list[str]]:
-        made: dict[str, Update] = {}
-        residuals: dict[str, float] = {}
-        for key, terms in self.terms.items():
-            if not terms:
-                continue
-            with finite(key) as check:
-                parts, residual = self._parts(key, terms)
-                check(parts)
-            if residual is not None:
-                residuals[key] = residual
-            parts = sorted((*parts, *self.kept[key]), key=lambda part: ORDER.index(part.kind))
-            made[key] = replace(placed_as([term.update for term in terms]), parts=tuple(parts))
-            progress.advance(sum(_entries(term.update) for term in terms))
+        keys = [key for key, terms in self.terms.items() if terms]
+        with ThreadPoolExecutor(1 if self.how.method in peft.DRAWS else 2) as pool:  # numpy lets go of Python's lock
+            done = dict(zip(keys, pool.map(self._made, keys), strict=True))
+        residuals = {key: residual for key, (_, residual) in done.items() if residual is not None}
+        made = {key: update for key, (update, _) in done.items()}
         return made, residuals, [key for key, terms in self.terms.items() if not terms]
+
+    def _made(self, key: str) -> tuple[Update, float | None]:
+        terms = self.terms[key]
+        with finite(key) as check:
+            parts, residual = self._parts(key, terms)
+            check(parts)
+        parts = sorted((*parts, *self.kept[key]), key=lambda part: ORDER.index(part.kind))
+        progress.advance(sum(_entries(term.update) for term in terms))
+        return replace(placed_as([term.update for term in terms]), parts=tuple(parts)), residual
 
     def _terms(self, key: str) -> list[Term]:
         """Those that take part: PEFT lets a weight of zero vote."""
