@@ -46,34 +46,67 @@ class Sizes:
         return {f"layers.{i}.{name}": shape for i in range(self.layers) for name, shape in one.items()}
 
 
-def write_model(path: Path, sizes: Sizes, dtype: str) -> None:
-    """The layers: a residual stream that each projection reads and writes, all weights in one data file."""
+PACKED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+BLOCK = 32  # values of a column that share a scale in 4 bits
+
+
+def write_model(path: Path, sizes: Sizes, dtype: str, *, packed: bool = False, int4: bool = False) -> None:
+    """The layers: a residual stream that each projection reads and writes, all weights in one data file.
+
+    Args:
+        packed: q, k and v in one product, and gate and up.
+        int4: weights in 4 bits with a scale for each block (MatMulNBits), as ONNX Runtime's quantiser writes them.
+    """
     kind, draw = helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), np.random.default_rng(1)
     numpy = helper.tensor_dtype_to_np_dtype(kind)
     nodes, tensors, x = [], [], "x"
+    shapes = sizes.weights()
 
     def product(name: str, source: str) -> str:
-        nodes.append(helper.make_node("MatMul", [source, f"{name}.w"], [name], f"/{name.replace('.', '/')}/MatMul"))
+        (rows, columns), node = shapes[name], f"/{name.replace('.', '/')}/MatMul"
+        if not int4:
+            values = draw.standard_normal((rows, columns), np.float32) * np.float32(0.3 / rows**0.5)
+            tensors.append(onnx.numpy_helper.from_array(values.astype(numpy), f"{name}.w"))
+            nodes.append(helper.make_node("MatMul", [source, f"{name}.w"], [name], node))
+            return name
+        codes = draw.integers(0, 256, (columns, rows // BLOCK, BLOCK // 2), np.uint8)
+        scales = np.full(columns * rows // BLOCK, 0.07 / rows**0.5, numpy)
+        tensors.append(onnx.numpy_helper.from_array(codes, f"{name}.w_Q4"))
+        tensors.append(onnx.numpy_helper.from_array(scales, f"{name}.w_scales"))
+        how = {"K": rows, "N": columns, "bits": 4, "block_size": BLOCK, "domain": "com.microsoft"}
+        inputs = [source, f"{name}.w_Q4", f"{name}.w_scales"]
+        nodes.append(helper.make_node("MatMulNBits", inputs, [name], f"{node}_Q4", **how))
         return name
+
+    def products(layer: int, group: str, source: str) -> list[str]:
+        names = [f"layers.{layer}.{name}" for name in PACKED[group]]
+        if not packed:
+            return [product(name, source) for name in names]
+        widths = [shapes[name][1] for name in names]
+        whole, ends = f"layers.{layer}.{group}", f"l{layer}.{group}.ends"
+        shapes[whole] = (sizes.hidden, sum(widths))
+        tensors.append(onnx.numpy_helper.from_array(np.array(widths, np.int64), ends))
+        nodes.append(helper.make_node("Split", [product(whole, source), ends], names, axis=-1))
+        return names
 
     def node(op: str, inputs: list[str], output: str) -> str:
         nodes.append(helper.make_node(op, inputs, [output], output))
         return output
 
     for i in range(sizes.layers):
-        q, k, v = (product(f"layers.{i}.{name}", x) for name in "qkv")
+        q, k, v = products(i, "qkv", x)
         joined = node("Concat", [k, v] * (sizes.hidden // (2 * sizes.small)), f"l{i}.kv")
         nodes[-1].attribute.append(helper.make_attribute("axis", -1))
         y = node("Add", [x, product(f"layers.{i}.o", node("Mul", [q, joined], f"l{i}.qkv"))], f"l{i}.mid")
-        gate = node("Sigmoid", [product(f"layers.{i}.gate", y)], f"l{i}.gated")
-        wide = node("Mul", [gate, product(f"layers.{i}.up", y)], f"l{i}.wide")
+        gate, up = products(i, "gate_up", y)
+        wide = node("Mul", [node("Sigmoid", [gate], f"l{i}.gated"), up], f"l{i}.wide")
         x = node("Add", [y, product(f"layers.{i}.down", wide)], f"l{i}.out")
-    for name, (rows, columns) in sizes.weights().items():
-        values = draw.standard_normal((rows, columns), np.float32) * np.float32(0.3 / rows**0.5)
-        tensors.append(onnx.numpy_helper.from_array(values.astype(numpy), f"{name}.w"))
     ends = [helper.make_tensor_value_info(name, kind, ["rows", "tokens", sizes.hidden]) for name in ("x", x)]
-    graph = helper.make_graph(nodes, "layers", ends[:1], ends[1:], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    between = [helper.make_tensor_value_info(n, kind, ["rows", "tokens", shapes[n][1]]) for n in shapes if int4]
+    graph = helper.make_graph(nodes, "layers", ends[:1], ends[1:], tensors, value_info=between)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )
     onnx.save_model(model, str(path), save_as_external_data=True, location="base.data", size_threshold=1024)
 
 

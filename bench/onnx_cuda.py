@@ -1,0 +1,169 @@
+"""The layers of a Llama 8B on a GPU: every way to attach, with and without CUDA graphs, beside PEFT on the same card.
+
+``python -m bench.onnx_cuda [--form plain|int4] [--tokens 1 8 128 1024]``, with onnxruntime-gpu; PEFT's rows need torch
+and peft. Inputs and outputs stay on the device at fixed addresses. All variants run interleaved; times are medians of
+the wall, and a ratio is to the dense layers as exported: those of ONNX Runtime to the ONNX model's, PEFT's to torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from bench.onnx_modes import Sizes, adapter, variants, write_model
+from loraformat import merge, open_base
+from loraformat_converters.onnx import tort
+
+Run = Callable[[], None]
+LLAMA = (4, 4096, 14336, 1024, 16)
+
+
+def fixed(path: Path, feeds: Mapping[str, np.ndarray], graph: bool) -> Run:
+    """A run of the model on the device, with every buffer at one address; captured once where ``graph``."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1" if graph else "0"})
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider, "CPUExecutionProvider"])
+    binding, held = session.io_binding(), []
+    for name, values in feeds.items():
+        held.append(tort.value(onnxruntime.OrtValue, np.ascontiguousarray(values), "cuda"))
+        binding.bind_ortvalue_input(name, held[-1])
+    out = tort.value(onnxruntime.OrtValue, np.zeros_like(feeds["x"]), "cuda")
+    binding.bind_ortvalue_output(session.get_outputs()[0].name, out)
+
+    def run(kept: Any = (session, held, out)) -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    run()
+    return run
+
+
+def onnx_runs(models: Mapping[str, tuple[Path, Any]], x: np.ndarray, graph: bool) -> dict[str, Run]:
+    """Those that run; why another does not."""
+    found = {}
+    for what, (path, fed) in models.items():
+        try:
+            found[what] = fixed(path, {"x": x, **fed(*x.shape[:2])}, graph)
+        except Exception as error:  # of any part of ONNX Runtime
+            print(f"{what}{', CUDA graph' if graph else ''}: not run: {str(error).splitlines()[0][:160]}")
+    return found
+
+
+def torch_layers(sizes: Sizes) -> Any:
+    """The layers of ``write_model`` as a module."""
+    import torch
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            one = Sizes(1, sizes.hidden, sizes.wide, sizes.small, sizes.rank)
+            for name, (rows, columns) in one.weights().items():
+                self.add_module(name.rpartition(".")[2], torch.nn.Linear(rows, columns, bias=False))
+
+        def forward(self, x: Any) -> Any:
+            joined = torch.cat([self.k(x), self.v(x)] * (sizes.hidden // (2 * sizes.small)), -1)
+            y = x + self.o(self.q(x) * joined)
+            return y + self.down(torch.sigmoid(self.gate(y)) * self.up(y))
+
+    with torch.device("cuda"):
+        return torch.nn.Sequential(*(Layer() for _ in range(sizes.layers))).half().requires_grad_(False)
+
+
+def torch_runs(sizes: Sizes, x: np.ndarray, graph: bool) -> dict[str, Run]:
+    """Dense and with PEFT's branches: eager, or compiled with CUDA graphs."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    given, found = torch.from_numpy(x).cuda(), {}
+    for what in ("torch, dense", "torch, PEFT"):
+        model = torch_layers(sizes)
+        if what == "torch, PEFT":
+            names = [name.rpartition(".")[2] for name in sizes.weights()]
+            config = LoraConfig(r=sizes.rank, lora_alpha=sizes.rank, target_modules=sorted(set(names)))
+            model = get_peft_model(model, config, autocast_adapter_dtype=False).half().eval()
+        call = torch.compile(model, mode="reduce-overhead") if graph else model
+
+        def run(call: Any = call) -> None:
+            with torch.inference_mode():
+                call(given)
+            torch.cuda.synchronize()
+
+        for _ in range(3):
+            run()
+        found[what] = run
+    return found
+
+
+def measure(runs: Mapping[str, Run], count: int) -> dict[str, list[float]]:
+    """Milliseconds of each run, one after the other."""
+    taken: dict[str, list[float]] = {what: [] for what in runs}
+    for turn in range(count + 5):
+        for what, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if turn >= 5:
+                taken[what].append(1e3 * (time.perf_counter() - begin))
+    return taken
+
+
+def show(label: str, taken: Mapping[str, list[float]]) -> None:
+    for what, times in taken.items():
+        low, middle, high = np.quantile(times, [0.1, 0.5, 0.9])
+        dense = statistics.median(taken["torch, dense" if what.startswith("torch") else "dense"])
+        print(f"{label}  {what:36} {middle:8.3f} ms ({low:.3f}–{high:.3f})  {middle / dense:5.2f} ×", flush=True)
+
+
+def written(folder: Path, sizes: Sizes, form: str, stacks: list[int]) -> dict[str, tuple[Path, Any]]:
+    """Every model, by what it is."""
+    write_model(folder / "base.onnx", sizes, "float16", int4=form == "int4")
+    models = variants(folder, sizes, "float16", stacks)
+    models = {what: model for what, model in models.items() if "gathered" not in what}
+    if form == "plain":
+        (folder / "packed").mkdir()
+        write_model(folder / "packed" / "base.onnx", sizes, "float16", packed=True)
+        (folder / "merged").mkdir()
+        merge(adapter(sizes, 0, "float16"), open_base(folder / "base.onnx"), folder / "merged" / "model.onnx")
+        nothing = models["dense"][1]
+        models["dense, packed"] = (folder / "packed" / "base.onnx", nothing)
+        models["merged"] = (folder / "merged" / "model.onnx", nothing)
+    return models
+
+
+def main() -> None:
+    """A table for each number of tokens, without and with CUDA graphs."""
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--form", choices=["plain", "int4"], default="plain", help="of the base: float16, or 4 bits")
+    asked.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 128, 1024])
+    asked.add_argument("--stacks", nargs="+", type=int, default=[8])
+    asked.add_argument("--sizes", nargs=5, type=int, default=LLAMA, help="layers, hidden, wide, small, rank")
+    asked.add_argument("--runs", type=int, default=40)
+    given = asked.parse_args()
+    sizes = Sizes(*given.sizes)
+    print(f"onnxruntime {onnxruntime.__version__}, {sizes}, {given.form}")
+    onnxruntime.preload_dlls()
+    peft = importlib.util.find_spec("peft") is not None and given.form == "plain"
+    with tempfile.TemporaryDirectory() as name:
+        models = written(Path(name), sizes, given.form, given.stacks)
+        for tokens in given.tokens:
+            x = np.random.default_rng(3).standard_normal((1, tokens, sizes.hidden)).astype(np.float16)
+            for graph in (False, True):
+                runs = onnx_runs(models, x, graph) | (torch_runs(sizes, x, graph) if peft else {})
+                show(f"{tokens:5} tokens{', CUDA graph' if graph else '            '}", measure(runs, given.runs))
+                del runs
+                gc.collect()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
