@@ -141,7 +141,9 @@ def variants(folder: Path, sizes: Sizes, dtype: str, counts: list[int]) -> dict[
         return lambda rows, tokens: {"lora.index": np.arange(rows, dtype=np.int64) % count + 1}
 
     found: dict[str, tuple[Path, Fed]] = {"dense": (base.path, nothing)}
-    found["branch"] = (made("branch", adapters[:1], "branch"), nothing)
+    for topology in ("separate", "concat", "folded"):
+        path = made(f"branch-{topology}", adapters[:1], "branch", topology=topology)
+        found[f"branch, {topology}"] = (path, nothing)
     swap = made("swap", adapters[:1], "swap")
     tensors = dict(tort.read(folder / "swap.a0.onnx_adapter").tensors)
     found |= {"swap, off": (swap, nothing), "swap, on": (swap, lambda rows, tokens: tensors)}

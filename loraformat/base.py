@@ -50,7 +50,9 @@ class Options:
         targets: of swap: patterns of weights that get slots whether an adapter has them or not.
         rows: of stack: the inputs whose axis counts the rows, as ``INPUT`` or ``INPUT:AXIS``.
         select: of stack: by ``index`` or by ``weights``.
-        provider: of stack: ``cpu`` or ``cuda``, for which the graph is laid out.
+        provider: of branch and stack: ``cpu`` or ``cuda``, for which the graph is laid out.
+        topology: of branch: where pairs act: ``separate`` beside the operator, ``concat`` in its product, ``folded`` in
+            its weight; ``auto``: as is fast on the provider.
         live_scale: of branch: the strength of each adapter is an input, 1 where nothing is fed.
     """
 
@@ -66,6 +68,7 @@ class Options:
     rows: tuple[str, ...] = ()
     select: str = "index"
     provider: str = "cpu"
+    topology: str = "auto"
     live_scale: bool = False
 
 

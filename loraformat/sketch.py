@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     F32 = npt.NDArray[np.float32]
     F64 = npt.NDArray[np.float64]
 
-__all__ = ["ACCEPT", "GAP", "Recognised", "cosine", "recognise", "sketch", "sketches", "telling"]
+__all__ = ["ACCEPT", "GAP", "SIZE", "Recognised", "cosine", "recognise", "sketch", "sketches", "telling"]
 
 ACCEPT = 0.90
 """The least cosine at which a weight is recognised."""
@@ -48,6 +48,9 @@ GAP = 0.3
 """The least distance between its cosine and that of any other weight."""
 
 _K = 8
+SIZE = _K * _K
+"""How many numbers a sketch has."""
+
 _TILE = 1 << 18  # values: 2 MiB of float64
 
 Name = TypeVar("Name")

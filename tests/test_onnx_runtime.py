@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import updates
-from graphs import adapter, lora, model, save, session
+from graphs import adapter, lora, model, save, session, stored
 
 import loraformat as lf
 from loraformat import Adapter, LoraFormatError, Placement
 from loraformat.base import Options
 from loraformat.registry import open_base
+from loraformat.sketch import sketch
 from loraformat.testing import relative_error
 from loraformat.verbs.convert import convert
 from loraformat.verbs.merge import merge, prepare
+from loraformat_converters.onnx import pooled, runtime
 from loraformat_converters.onnx.blend import blend
 from loraformat_converters.onnx.runtime import Session
 
@@ -169,6 +174,73 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     running.load("q", tmp_path / "for_this.onnx_adapter")
 
 
+def bound(given, base):
+    """The adapter with the sketches of the weights that stand in a graph as [in, out]."""
+    weights = {KEY: stored(base.path)["w"].T, OTHER: stored(base.path)["v"].T}
+    places = {key: Placement(weights[key].shape, (0,), (1,)) for key in given}
+    return Adapter({k: replace(u, placement=places[k], sketch=sketch(weights[k], places[k])) for k, u in given.items()})
+
+
+def test_an_adapter_that_is_bound_to_other_weights_is_refused(tmp_path):
+    """By the sketches that a swap keeps of its weights, where an adapter of it was bound."""
+    base = open_base(save(model(TEXT), tmp_path / "base.onnx"))
+    (tmp_path / "other").mkdir()
+    other = open_base(save(model(TEXT, seed=8), tmp_path / "other" / "base.onnx"))
+    own, strange = bound(GIVEN["both"], base), bound(GIVEN["q"], other)
+    base.apply(prepare("attach", [("both", own)], base, Options(tmp_path / "swap.onnx", "swap")))
+    running = Session(tmp_path / "swap.onnx")
+    running.load("own", bound(GIVEN["q"], base))
+    running.load("unbound", GIVEN["q"])
+    lf.save(strange, tmp_path / "strange.safetensors")
+    for given in (strange, tmp_path / "strange.safetensors"):
+        with pytest.raises(LoraFormatError, match=r"LF-607.*cosine"):
+            running.load("strange", given)
+    running.load("strange", strange, any_base=True)
+    assert running.names == ["own", "unbound", "strange"]
+    bare = Session(attached(tmp_path / "other", "swap", ["both"]))
+    assert bare.slots.sketches == {}
+    bare.load("own", own)
+
+
+def test_what_runs_is_bound_once_and_lets_go_of_its_inputs(tmp_path):
+    running = Session(attached(tmp_path, "swap", ["both"]))
+    running.load("both", GIVEN["both"])
+    x = {"x": X["x"].copy()}
+    held = weakref.ref(x["x"])
+    for _ in range(3):
+        running.use("both").run(x)
+    (bindings,) = running.use("both").held._free.values()
+    assert len(bindings) == 1
+    del x
+    gc.collect()
+    assert held() is None
+
+
+def test_a_run_that_failed_leaves_nothing_behind(truth, tmp_path):
+    running = Session(attached(tmp_path, "swap", ["both"]))
+    running.load("both", GIVEN["both"])
+    with pytest.raises(Exception, match="x"):
+        running.use("both").run({"x": np.zeros((1, 2, 9), np.float32)})
+    assert relative_error(running.use("both").run(X)["y"], truth("both")) <= 3e-6
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_where_a_provider_is_not_installed_adapters_lie_where_the_model_runs(truth, tmp_path):
+    given = [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]
+    running = Session(attached(tmp_path, "swap", ["both"]), given)
+    if running.inference.get_providers()[0].startswith("CUDA"):
+        pytest.skip("it is installed here")
+    running.load("both", GIVEN["both"])
+    assert running.device == ("cpu", 0)
+    assert relative_error(running.use("both").run(X)["y"], truth("both")) <= 3e-6
+
+
+def test_a_file_that_is_no_model_is_a_fault(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    with pytest.raises(LoraFormatError, match="LF-705  ONNX Runtime cannot open"):
+        Session(tmp_path / "no.onnx")
+
+
 MISFITS = {
     "a target without a slot": (adapter({"m.k.weight": (7, 5)}), "LF-602"),
     "other sizes": (adapter({KEY: (7, 6)}), "LF-606"),
@@ -256,3 +328,36 @@ def test_the_runtime_needs_no_onnx():
     code = "import loraformat_converters.onnx.runtime, sys; print('onnx' in sys.modules, 'onnxruntime' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+# No test that cannot fail.
+
+
+def one_binding_serves_all_choices(patch):
+    whole, first = pooled.Pooled.hold, []
+    patch.setattr(pooled.Pooled, "hold", lambda self, tensors: first.append(whole(self, tensors)) or first[0])
+
+
+def what_was_bound_stays_bound(patch):
+    whole = pooled.Bound.take
+    patch.setattr(pooled.Bound, "take", lambda self, inference, names: whole(BINDINGS, inference, names))
+
+
+BINDINGS = pooled.Bound({})
+
+
+def weights_are_ignored(patch):
+    patch.setattr(runtime, "blend", lambda adapters: blend([(one, 1.0) for one, _ in adapters]))
+
+
+@pytest.mark.parametrize("mutant", [one_binding_serves_all_choices, what_was_bound_stays_bound, weights_are_ignored])
+def test_a_choice_that_does_not_act_is_red(mutant, monkeypatch, truth, tmp_path):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_what_is_chosen_acts("optional", 6, truth, tmp_path)
+
+
+def test_sketches_that_are_not_compared_are_red(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime.Slots, "check_base", lambda self, adapter: None)
+    with pytest.raises(pytest.fail.Exception):
+        test_an_adapter_that_is_bound_to_other_weights_is_refused(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +11,7 @@ import updates
 from graphs import adapter, lora, model, save, session
 
 import loraformat as lf
-from loraformat import Adapter, LoraFormatError, Placement
+from loraformat import Adapter, Lora, LoraFormatError, Placement
 from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
@@ -294,12 +296,51 @@ def test_rows_are_followed_through_what_keeps_them(how, tmp_path):
         assert relative_error(found[row], wanted[row]) <= 3e-6
 
 
-@pytest.mark.parametrize("kind", ["dora", "delta", "replace"])
-def test_what_no_row_could_choose_is_refused(kind, tmp_path):
-    base = open_base(save(named(model(GRAPHS["MatMul"][0])), tmp_path / "base.onnx"))
-    given = Adapter({KEY: updates.made(kind, Placement((7, 5), (0,), (1,)))})
+@pytest.mark.parametrize("name", [name for name, (_, place, _) in GRAPHS.items() if place.shape in ((7, 5), (6, 6))])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_a_magnitude_is_chosen_with_its_pair(name, provider, tmp_path):
+    text, place, shape = GRAPHS[name]
+    base = open_base(save(named(model(text)), tmp_path / "base.onnx"))
+    dora = updates.made("dora", place)
+    other = (
+        replace(dora["lora"], alpha=-5.0),
+        replace(dora["magnitude"], magnitude=dora["magnitude"].magnitude[::-1] * 2),
+    )
+    kinds = {"dora": dora, "plain": wide(place), "other": replace(dora, parts=other)}
+    given = [(kind, Adapter({KEY: update})) for kind, update in kinds.items()]
+    put(base, tmp_path / "out.onnx", given, provider=provider)
+    x = {"x": values(shape, False)}
+    alone = [session(base.path).run(None, x)[0]]
+    for _, one in given:
+        merge(one, base, tmp_path / "merged.onnx", force=True)
+        alone.append(session(tmp_path / "merged.onnx").run(None, x)[0])
+    assert min(relative_error(one, other) for one in alone for other in alone if one is not other) > 0.1
+    index = np.array([3, 0, 1, 2, 1])
+    for optimise in (True, False):
+        found = session(tmp_path / "out.onnx", optimise=optimise).run(None, {**x, "lora.index": index})[0]
+        assert relative_error(found, np.stack([alone[n][row] for row, n in enumerate(index)])) <= 3e-6
+    assert np.array_equal(found[1], session(base.path, optimise=False).run(None, x)[0][1])
+    for called, one in given:
+        assert lf.digest(extract(open_base(tmp_path / "out.onnx"), name=called)) == lf.digest(one)
+    detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
+
+
+UNCHOSEN = {
+    "a whole difference": ("MatMul", "delta", {}),
+    "another weight": ("MatMul", "replace", {}),
+    "a magnitude by weights": ("MatMul", "dora", {"select": "weights"}),
+    "the magnitude of a kernel": ("Conv", "dora", {}),
+}
+
+
+@pytest.mark.parametrize("case", UNCHOSEN)
+def test_what_no_row_could_choose_is_refused(case, tmp_path):
+    name, kind, options = UNCHOSEN[case]
+    text, place, _ = GRAPHS[name]
+    base = open_base(save(named(model(text)), tmp_path / "base.onnx"))
     with pytest.raises(LoraFormatError, match="LF-608"):
-        put(base, tmp_path / "out.onnx", [("a", given)])
+        put(base, tmp_path / "out.onnx", [("a", Adapter({KEY: updates.made(kind, place)}))], **options)
 
 
 def test_options_of_another_mode_are_mistakes(tmp_path, run):
@@ -310,7 +351,8 @@ def test_options_of_another_mode_are_mistakes(tmp_path, run):
         ("--rows", "x"),
         ("--mode", "stack", "--pad-rank", "3"),
         ("--mode", "swap", "--live-scale"),
-        ("--provider", "cuda"),
+        ("--mode", "swap", "--provider", "cuda"),
+        ("--mode", "stack", "--rows", "x", "--topology", "folded"),
     ):
         assert run(*words, *more).code == 2, more
     assert run(*words, "--mode", "stack").code == 2
@@ -327,18 +369,16 @@ def index_off_by_one(patch):
 
 
 def mask_lost(patch):
-    patch.setattr(choice.Choice, "keep", lambda self, run, site, hidden, mask, total: hidden)
+    patch.setattr(choice.Choice, "keep", lambda self, run, site, hidden, axes, owners: hidden)
 
 
 def scale_lost(patch):
-    whole = stack.balance
-    patch.setattr(stack.Lora, "scale", property(lambda self: 1.0))
-    assert whole
+    patch.setattr(Lora, "scale", property(lambda self: 1.0))
 
 
 def owners_exchanged(patch):
-    whole = choice.Choice.columns
-    patch.setattr(choice.Choice, "columns", lambda self, make, owners: whole(self, make, owners[::-1]))
+    whole = choice.Choice._columns
+    patch.setattr(choice.Choice, "_columns", lambda self, owners, shape: whole(self, owners[::-1], shape))
 
 
 def slots_begin_with_an_adapter(patch):
@@ -352,6 +392,30 @@ def slots_begin_with_an_adapter(patch):
             value=onnx.numpy_helper.from_array(np.ones(1, np.float32)),
         ),
     )
+
+
+def magnitudes_of_the_base(patch):
+    patch.setattr(stack, "table", lambda make, site, ratios, count: None)
+
+
+def magnitudes_one_slot_on(patch):
+    whole = stack.table
+    patch.setattr(
+        stack,
+        "table",
+        lambda make, site, ratios, count: whole(make, site, {n - 1: g for n, g in ratios.items()}, count),
+    )
+
+
+def the_bias_is_rescaled_too(patch):
+    patch.setattr(stack.magnitude, "rest", lambda make, form, site, bias, rest: make.node("Sub", [rest, rest], "none"))
+
+
+@pytest.mark.parametrize("mutant", [magnitudes_of_the_base, magnitudes_one_slot_on, the_bias_is_rescaled_too])
+def test_magnitudes_are_red_on_a_mutant(mutant, monkeypatch, tmp_path):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_a_magnitude_is_chosen_with_its_pair("Gemm", "cpu", tmp_path)
 
 
 MUTANTS = [

@@ -115,7 +115,14 @@ def merge(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> Non
     type=Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="stack: what the graph is laid out for.",
+    help="branch, stack: what the graph is laid out for.",
+)
+@click.option(
+    "--topology",
+    type=Choice(["auto", "separate", "concat", "folded"]),
+    default="auto",
+    show_default=True,
+    help="branch: where pairs act: beside the operator, in its product, in its weight.",
 )
 @_options
 def attach(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> None:
@@ -135,10 +142,10 @@ def attach(adapters: tuple[str, ...], base: str, out: str, **options: Any) -> No
 
 
 _OF_MODE = {
-    "live_scale": "branch", "slots": "swap", "pad_rank": "swap", "slot_names": "swap", "targets": "swap",
-    "rows": "stack", "select": "stack", "provider": "stack",
+    "live_scale": ("branch",), "slots": ("swap",), "pad_rank": ("swap",), "slot_names": ("swap",), "targets": ("swap",),
+    "rows": ("stack",), "select": ("stack",), "provider": ("branch", "stack"), "topology": ("branch",),
 }  # fmt: skip
-"""Option → the mode that it is for."""
+"""Option → the modes that it is for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +180,7 @@ class _Asked:
     rows: tuple[str, ...] = ()
     select: str = "index"
     provider: str = "cpu"
+    topology: str = "auto"
 
     def how(self) -> Options:
         """How the verb is carried out; LF-705 for an option of another mode."""
@@ -180,10 +188,10 @@ class _Asked:
 
         own = {field: getattr(self, field) for field in _OF_MODE}
         usual = {field.name: field.default for field in fields(Options)}
-        strange = [f for f, mode in _OF_MODE.items() if own[f] != usual[f] and self.mode != mode]
+        strange = [f for f, modes in _OF_MODE.items() if own[f] != usual[f] and self.mode not in modes]
         if strange:
             flags = ", ".join(f"--{field.replace('_', '-')}" for field in strange)
-            raise fault("LF-705", f"{flags} is not for --mode {self.mode}", fix=f"--mode {_OF_MODE[strange[0]]}")
+            raise fault("LF-705", f"{flags} is not for --mode {self.mode}", fix=f"--mode {_OF_MODE[strange[0]][0]}")
         return Options(Path(self.out), self.mode, self.prefold, self.requantize, self.survival, **own)
 
     def following(self, base: Base) -> str:

@@ -6,12 +6,13 @@ Runtime folds when it loads the model, so that attaching writes only the adapter
     x ──┬── MatMul(W) ── Add(bias) ───────────────────── lora/T/base ──┐
         └── MatMul(Aᵀ) ── MatMul((s·B)ᵀ) ── lora/T/change ──────────── Add ── y
 
-What is no plain pair changes the weight instead, in a constant subgraph between W and its operator (``weight``).
+What is no plain pair changes the weight instead, in a constant subgraph between W and its operator (``weight``). Pairs
+can do so too, in two ways: *folded*, which costs nothing at run time and holds W + ΔW in memory, and *concat*, where B
+stands below W (``widen``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,52 +21,28 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from loraformat.errors import fault
+from loraformat_converters.onnx import magnitude
 from loraformat_converters.onnx.branches import FORMS, Form, Pair, unchanged
 from loraformat_converters.onnx.ends import Ends
 from loraformat_converters.onnx.index import Index, Site
+from loraformat_converters.onnx.magnitude import Rescaling
 from loraformat_converters.onnx.nodes import Editor, Nodes
-from loraformat_converters.onnx.operators import attribute
 from loraformat_converters.onnx.rounding import balance
 from loraformat_converters.onnx.spots import Change, Spot
-from loraformat_converters.onnx.values import Values
+from loraformat_converters.onnx.topology import Place, Topology, place_of
 from loraformat_converters.onnx.weight import Weight, wide
+from loraformat_converters.onnx.widen import Factors, factors, owners, together, widen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from loraformat.axes import Placement
-    from loraformat.updates import Update
-
     Array = npt.NDArray[Any]
 
-__all__ = ["Attachment", "has_branch"]
+__all__ = ["Attachment"]
 
-
-def has_branch(spot: Spot) -> bool:
-    """Whether every change of this weight is a pair, or a pair with a magnitude, that its operators can run beside it."""
-    first, form = spot.sites[0], FORMS.get(spot.sites[0].like)
-    if form is None or first.vector or any(s.operand != first.operand for s in spot.sites):
-        return False
-    if any(FORMS.get(site.like) is not form for site in spot.sites):
-        return False
-    return all(_is_pair(change.update, form, first) for change in spot.changes)
-
-
-def _is_pair(update: Update, form: Form, site: Site) -> bool:
-    if update.kind not in ("lora", "dora") or update["lora"].mid is not None:
-        return False
-    return update.kind == "lora" or (update["magnitude"].magnitude_axes is None and form.spread(site) is not None)
-
-
-@dataclass(frozen=True)
-class _Rescaling:
-    """m/‖V‖ of a DoRA as the output meets it, and 1 − it."""
-
-    ratio: str
-    rest: str
+_FLOAT = onnx.TensorProto.FLOAT
 
 
 class Attachment:
@@ -73,26 +50,39 @@ class Attachment:
 
     Attributes:
         stems: (job, key) → below what the adapter's tensors and our nodes are named.
+        shared: below what the nodes are named that are nobody's own.
     """
 
     mode = "branch"
 
-    def __init__(self, index: Index, folder: Path, *, prefold: bool = False, live: Sequence[str] = ()) -> None:
-        self.index, self.folder, self.prefold = index, folder, prefold
+    def __init__(
+        self,
+        index: Index,
+        folder: Path,
+        *,
+        prefold: bool = False,
+        live: Sequence[str] = (),
+        topology: Topology = "separate",
+    ) -> None:
+        self.index, self.folder, self.prefold, self.topology = index, folder, prefold, topology
         self.editor = Editor(index)
         self.ends = Ends(index, self.editor)
         self.stems: dict[tuple[int, str], str] = {}
+        self.shared: list[str] = []
         self.live = self._inputs(live)
 
     def add(self, spots: Sequence[Spot]) -> None:
         """Every change of every weight, at each of its uses."""
+        places: dict[Place, list[Spot]] = {"weight": [], "product": [], "beside": []}
         for spot in spots:
-            if not has_branch(spot):
-                self._folded(spot) if self.prefold else self._weights(spot)
-        for spot in spots:  # last: a branch under a magnitude reads the bias, which may have changed
-            if has_branch(spot):
-                for n, change in enumerate(spot.changes):
-                    self._branch(spot, n, change)
+            places[place_of(spot, self.topology)].append(spot)
+        for spot in places["weight"]:
+            self._folded(spot) if self.prefold else self._weights(spot)
+        for group in together(places["product"]):
+            self._widened(group)
+        for spot in places["beside"]:  # last: a branch under a magnitude reads the bias, which may have changed
+            for n, change in enumerate(spot.changes):
+                self._branch(spot, n, change)
 
     @property
     def values(self) -> dict[str, str]:
@@ -101,8 +91,9 @@ class Attachment:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The inputs of --live-scale."""
-        return {"inputs": list(self.live)} if self.live else {}
+        """The inputs of --live-scale, and below what the nodes lie that are nobody's own."""
+        found = {"inputs": list(self.live), "stems": list(self.shared)}
+        return {name: value for name, value in found.items() if value}
 
     def finish(self) -> None:
         """Lay the new nodes into the graphs."""
@@ -131,7 +122,7 @@ class Attachment:
 
     def _constants(
         self, make: Nodes, form: Form, site: Site, change: Change, norms: Array | None
-    ) -> tuple[Pair, _Rescaling | None]:
+    ) -> tuple[Pair, Rescaling | None]:
         """A and s·B in the graph's dtype, from A, B and s as stored; with a magnitude, what rescales the output."""
         update, dtype = change.update, site.dtype
         lora = update["lora"]
@@ -141,7 +132,7 @@ class Attachment:
         scale = make.store("scale", np.asarray(lora.scale * site.factor * 2.0**k, kind))
         # fp16 arithmetic has no CPU kernel to fold it, so products are taken in fp32 and cast last (ORT 1.32).
         b = make.node("Mul", [make.cast(b, wide(dtype), "lora_B/wide"), scale], "lora_B/scaled")
-        ratio = None if norms is None else self._ratio(make, update, norms, wide(dtype))
+        ratio = None if norms is None else magnitude.ratio(make, update, norms, wide(dtype))
         if ratio is not None:
             column = make.reshape(ratio, lora.lora_B.shape[:1], [lora.lora_B.shape[0], 1], "magnitude/column")
             b = make.node("Mul", [b, column], "lora_B/rescaled")
@@ -160,45 +151,53 @@ class Attachment:
         return pair, rescaling
 
     @staticmethod
-    def _ratio(make: Nodes, update: Update, norms: Array, kind: int) -> str:
-        m = make.cast(make.store("magnitude", update["magnitude"].magnitude), kind, "magnitude/wide")
-        norm = make.store("norm", norms.astype(helper.tensor_dtype_to_np_dtype(kind)))
-        return make.node("Div", [m, norm], "magnitude/ratio")
-
-    @staticmethod
-    def _rescaling(make: Nodes, form: Form, site: Site, ratio: str) -> _Rescaling:
+    def _rescaling(make: Nodes, form: Form, site: Site, ratio: str) -> Rescaling:
         kind, out = wide(site.dtype), site.operand.matrix_shape[-2]
-        spread = make.reshape(ratio, [out], _sizes(form, site), "magnitude/spread")
+        spread = make.reshape(ratio, [out], magnitude.sizes(form, site), "magnitude/spread")
         one = make.store("one", np.ones((), helper.tensor_dtype_to_np_dtype(kind)))
         rest = make.node("Sub", [one, spread], "magnitude/rest")
-        return _Rescaling(make.cast(spread, site.dtype, "magnitude/cast", kind), rest)
+        return Rescaling(make.cast(spread, site.dtype, "magnitude/cast", kind), rest)
 
-    def _use(
-        self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: _Rescaling | None, strength: str
-    ) -> None:
+    def _use(self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: Rescaling | None, strength: str) -> None:
         """The branch beside one use."""
 
         def rescaled(run: Nodes, base: str, bias: str) -> str:
             assert rescaling is not None
             kept = run.node("Mul", [base, rescaling.ratio], "rescaled")
-            return run.node("Add", [kept, self._rest(run, form, site, bias, rescaling)], "bias") if bias else kept
+            if not bias:
+                return kept
+            return run.node("Add", [kept, magnitude.rest(run, form, site, bias, rescaling.rest)], "bias")
 
         run = Nodes(self.index, make.stem)
         between = partial(_strengthened, run, site, strength) if strength else unchanged
         self.ends.add(site, run, lambda run: form.run(run, site, pair, between), rescaled if rescaling else None)
 
-    @staticmethod
-    def _rest(make: Nodes, form: Form, site: Site, bias: str, rescaling: _Rescaling) -> str:
-        """(1 − m/‖V‖) ⊙ bias: the magnitude rescales W, and W alone."""
-        dtype = site.dtype
-        bias = make.cast(bias, wide(dtype), "bias/wide", dtype)
-        if (beta := attribute(site.node, "beta", 1.0)) != 1.0 and site.operator == "Gemm":
-            scale = np.asarray(beta, helper.tensor_dtype_to_np_dtype(wide(dtype)))
-            bias = make.node("Mul", [bias, make.store("bias/beta", scale)], "bias/scaled")
-        if site.like in ("Conv", "ConvTranspose"):
-            bias = make.reshape(bias, [site.operand.matrix_shape[-2]], _sizes(form, site), "bias/spread")
-        rest = make.node("Mul", [bias, rescaling.rest], "bias/rest")
-        return make.cast(rest, dtype, "bias/cast", wide(dtype))
+    # The product.
+
+    def _widened(self, spots: Sequence[Spot]) -> None:
+        """[x|u] · [W;B], u once for all weights that read one x."""
+        uses = [(spot.sites[0], [self._factors(change, spot.sites[0]) for change in spot.changes]) for spot in spots]
+        make = Nodes(self.index, self.index.stem(spots[0].key))
+        self.shared.append(make.stem)
+        whose = owners([pair for _, own in uses for pair in own])
+        between = partial(self._weighed, make, spots[0].sites[0], whose) if self.live else _unweighed
+        self.values.update(widen(self.index, self.editor, make, uses, between))
+        self.editor.lay(self.index.scopes[0], "", make.list)
+
+    def _factors(self, change: Change, site: Site) -> Factors:
+        """The pair. What its operator multiplies the product with is not its own: it is inside."""
+        make = self._nodes(change)
+        found = factors(make, change, site, 1.0)
+        self.editor.lay(self.index.scopes[0], "", make.list)
+        return found
+
+    def _weighed(self, make: Nodes, site: Site, whose: Sequence[int], run: Nodes, hidden: str) -> str:
+        """u with each column times the strength of its adapter."""
+        one = make.store("strength/shape", np.array([1]))
+        each = [make.node("Reshape", [name, one], "strength") for name in self.live]
+        every = make.node("Concat", each, "strengths", axis=0)
+        held = make.node("Gather", [every, make.store("owners", np.array(whose, np.int64))], "strengths/columns")
+        return run.node("Mul", [hidden, make.cast(held, site.dtype, "strengths/cast", _FLOAT)], "hidden/strengthened")
 
     # The weight.
 
@@ -224,7 +223,7 @@ class Attachment:
 
     def _folded(self, spot: Spot) -> None:
         """W' itself, stored beside W."""
-        value, place = self._read(spot)
+        value, place = magnitude.read(self.index, self.folder, spot)
         for change in spot.changes:
             value = change.turned(place).apply(value)
         make, matrix = self._nodes(spot.changes[0]), place.to_matrix(value)
@@ -234,6 +233,9 @@ class Attachment:
             self.values[name] = site.values[-1].name
             site.node.input[site.position] = name
 
+    def _norms(self, spot: Spot, n: int) -> Array:
+        return magnitude.norms(self.index, self.folder, spot, spot.changes[n], spot.changes[:n])
+
     def _nodes(self, change: Change) -> Nodes:
         if (stem := self.stems.get((change.job, change.key))) is not None:  # another tensor of the same target
             return Nodes(self.index, f"{stem}/tied")
@@ -241,31 +243,13 @@ class Attachment:
         self.stems[change.job, change.key] = stem
         return Nodes(self.index, stem)
 
-    def _norms(self, spot: Spot, n: int) -> Array:
-        """What the magnitude of change number ``n`` divides by, on the weight that the changes before it leave."""
-        value, root = self._read(spot)
-        for change in spot.changes[:n]:
-            value = change.turned(root).apply(value)
-        change = spot.changes[n]
-        place = change.parameter or root
-        return replace(change.update, placement=place).norms(place.from_matrix(root.to_matrix(value)))
 
-    def _read(self, spot: Spot) -> tuple[Array, Placement]:
-        """The weight as float32, and how [out, in] lies in it."""
-        site = spot.sites[0]
-        found = Values(self.index, self.folder).read(site)
-        if found is None:
-            what = f"{site.node.name or site.operator}: its weight cannot be computed, and {spot.key} needs its values"
-            raise fault("LF-608", what, where=spot.key, fix="loraformat convert --to-lora R makes a plain pair of it")
-        return found[0].astype(np.float32), found[1]
+def _unweighed(run: Nodes, hidden: str) -> str:
+    """u as it is."""
+    return hidden
 
 
 def _strengthened(make: Nodes, site: Site, strength: str, hidden: str) -> str:
     """A·x times an input."""
     scale = make.cast(strength, site.dtype, "strength", onnx.TensorProto.FLOAT)
     return make.node("Mul", [hidden, scale], "hidden/strengthened")
-
-
-def _sizes(form: Form, site: Site) -> list[int]:
-    out = site.operand.matrix_shape[-2]
-    return [out if n == -1 else n for n in form.spread(site) or ()]

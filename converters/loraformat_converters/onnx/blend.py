@@ -9,7 +9,7 @@ import numpy as np
 from loraformat.adapter import Adapter
 from loraformat.parts import Lora
 from loraformat.updates import Update
-from loraformat_converters.onnx.slots import folded, laid
+from loraformat_converters.onnx.pairs import folded, laid
 
 __all__ = ["blend"]
 

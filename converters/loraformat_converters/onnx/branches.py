@@ -18,7 +18,9 @@ from loraformat_converters.onnx.index import Site
 from loraformat_converters.onnx.nodes import Nodes
 from loraformat_converters.onnx.operators import attribute
 
-__all__ = ["FORMS", "Between", "Form", "Pair"]
+__all__ = ["FORMS", "LINEAR", "Between", "Form", "Pair"]
+
+LINEAR = ("MatMul", "Gemm", "com.microsoft.FusedMatMul")
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class _Einsum:
 
 
 FORMS: Mapping[str, Form] = {
-    **dict.fromkeys(("MatMul", "Gemm", "com.microsoft.FusedMatMul"), _Linear()),
+    **dict.fromkeys(LINEAR, _Linear()),
     **dict.fromkeys(("Conv", "ConvTranspose"), _Conv()),
     "Gather": _Gather(),
     "Einsum": _Einsum(),

@@ -7,7 +7,7 @@ its columns is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class Choice:
             "Slice", [shape, make.store("zero", np.array([0])), make.store("one", np.array([1]))], "count"
         )
         self.index, self._mask, self._void = self._indexed(count) if self.by_index else self._weighed()
-        self._voids: dict[int, str] = {}
+        self._shared: dict[object, str] = {}
 
     def _indexed(self, count: int) -> tuple[str, str, str]:
         """(index, [rows, N] of bool, [rows, 1]: 0, or NaN for an index that is none)."""
@@ -72,44 +72,63 @@ class Choice:
         """("", the weights themselves, [1, 1]: 0)."""
         return "", self.input, self.make.store("void", np.zeros((1, 1), np.float32))
 
-    def columns(self, make: Nodes, owners: Sequence[int]) -> str:
-        """[rows, K]: whether, or how much, each row has chosen the adapter that a column belongs to."""
-        held = make.store("owners", np.array(owners, np.int64))
-        return make.node("Gather", [self._mask, held], "mask", axis=1)
+    def keep(self, run: Nodes, site: Site, hidden: str, axes: int | None, owners: Sequence[int]) -> str:
+        """Of u, whose columns are its last axis (of a convolution: its second), what its row chose.
 
-    def keep(self, run: Nodes, site: Site, hidden: str, mask: str, total: int) -> str:
-        """Of u, whose K = ``total`` columns are its last axis (of a convolution: its second), what its row chose."""
-        dtype = site.dtype
-        void = self._cast(dtype)
+        Args:
+            axes: how many axes u has, where the first counts the rows and nothing else; None where it counts tokens too.
+            owners: the adapter of each column.
+        """
+        total, dtype = len(owners), site.dtype
         if site.like in ("Conv", "ConvTranspose"):
-            more = [1] * (len(site.operand.shape) - 2)
-            mask, void = (
-                self._spread(run, "mask", mask, [0, total, *more]),
-                self._spread(run, "void", void, [0, 1, *more]),
-            )
-            return self._where(run, dtype, mask, hidden, void)
+            return self._where(run, dtype, hidden, owners, [0, total, *[1] * (len(site.operand.shape) - 2)])
+        if axes is not None:
+            return self._where(run, dtype, hidden, owners, [0, *[1] * (axes - 2), total])
         wanted = run.node("Concat", [self.rows, run.store("rest", np.array([-1, total]))], "hidden/rows", axis=0)
         tall = run.node("Reshape", [hidden, wanted], "hidden/by_row")
-        mask, void = self._spread(run, "mask", mask, [0, 1, total]), self._spread(run, "void", void, [0, 1, 1])
-        kept = self._where(run, dtype, mask, tall, void)
+        kept = self._where(run, dtype, tall, owners, [0, 1, total])
         return run.node("Reshape", [kept, run.node("Shape", [hidden], "hidden/shape")], "hidden/kept")
 
-    @staticmethod
-    def _spread(run: Nodes, role: str, value: str, shape: Sequence[int]) -> str:
-        return run.node("Reshape", [value, run.store(f"{role}/shape", np.array(shape))], f"{role}/spread")
-
-    def _where(self, run: Nodes, dtype: int, mask: str, hidden: str, void: str) -> str:
+    def _where(self, run: Nodes, dtype: int, hidden: str, owners: Sequence[int], shape: Sequence[int]) -> str:
         """By Where and not by a product alone: 0 · Inf of an adapter that is not chosen would be NaN."""
+        mask = self._columns(owners, shape)
+        void = self._once(
+            ("void", dtype), lambda: self.make.cast(self._void, dtype, "void/cast", onnx.TensorProto.FLOAT)
+        )
+        void = self._spread("void", void, [1 if n == len(owners) else n for n in shape])
         if self.by_index:
             return run.node("Where", [mask, hidden, void], "hidden/chosen")
-        none = run.node("Equal", [mask, run.store("none", np.array(0, np.float32))], "mask/none")
-        mixed = run.node("Mul", [hidden, run.cast(mask, dtype, "mask/cast", onnx.TensorProto.FLOAT)], "hidden/mixed")
-        return run.node("Where", [none, void, mixed], "hidden/chosen")
+        none = self._once(
+            ("none", mask),
+            lambda: self.make.node("Equal", [mask, self.make.store("none", np.array(0, np.float32))], "mask/none"),
+        )
+        much = self._once(
+            ("cast", mask, dtype), lambda: self.make.cast(mask, dtype, "mask/cast", onnx.TensorProto.FLOAT)
+        )
+        return run.node("Where", [none, void, run.node("Mul", [hidden, much], "hidden/mixed")], "hidden/chosen")
 
-    def _cast(self, dtype: int) -> str:
-        if dtype not in self._voids:
-            self._voids[dtype] = self.make.cast(self._void, dtype, "void/cast", onnx.TensorProto.FLOAT)
-        return self._voids[dtype]
+    def _columns(self, owners: Sequence[int], shape: Sequence[int]) -> str:
+        """Whether, or how much, each row has chosen the adapter that a column of u belongs to, in a shape that meets u."""
+
+        def gathered() -> str:
+            held = self.make.store("owners", np.array(owners, np.int64))
+            return self.make.node("Gather", [self._mask, held], "mask/columns", axis=1)
+
+        return self._spread("mask", self._once(("columns", *owners), gathered), shape)
+
+    def _spread(self, role: str, value: str, shape: Sequence[int]) -> str:
+        def reshaped() -> str:
+            return self.make.node(
+                "Reshape", [value, self.make.store(f"{role}/shape", np.array(shape))], f"{role}/spread"
+            )
+
+        return self._once((role, value, *shape), reshaped)
+
+    def _once(self, key: object, made: Callable[[], str]) -> str:
+        """A value that all targets share is made for the first of them: on a GPU each node costs a kernel."""
+        if key not in self._shared:
+            self._shared[key] = made()
+        return self._shared[key]
 
 
 def chosen(options: Options, count: int, number: int, feeds: Mapping[str, Array]) -> dict[str, Array]:

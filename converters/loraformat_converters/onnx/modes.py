@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from loraformat.errors import Problem
-from loraformat_converters.onnx import stackable, swap
+from loraformat_converters.onnx import stackable, swap, swappable
 from loraformat_converters.onnx.attach import Attachment
 from loraformat_converters.onnx.choice import chosen
 from loraformat_converters.onnx.record import Record
 from loraformat_converters.onnx.slot_names import file_of
 from loraformat_converters.onnx.stack import Stack
 from loraformat_converters.onnx.swap import Swap
+from loraformat_converters.onnx.topology import place_of, topology_of
 from loraformat_converters.onnx.tort import read
+from loraformat_converters.onnx.values import Values
 
 if TYPE_CHECKING:
     from loraformat.atomic import Writer
@@ -37,12 +39,12 @@ def way(
 ) -> Way:
     """What changes a graph as the options have it."""
     if options.mode == "swap":
-        return Swap(index, options, base_sha256)
+        bound = any(update.sketch is not None for job in jobs for update in job.adapter.values())
+        return Swap(index, options, base_sha256, Values(index, folder) if bound else None)
     if options.mode == "stack":
-        return Stack(index, options, jobs, model)
-    return Attachment(
-        index, folder, prefold=options.prefold, live=[job.name for job in jobs] if options.live_scale else ()
-    )
+        return Stack(index, options, jobs, model, folder)
+    live = [job.name for job in jobs] if options.live_scale else ()
+    return Attachment(index, folder, prefold=options.prefold, live=live, topology=topology_of(options))
 
 
 def jobs_of(base: Base, jobs: Sequence[Job], options: Options) -> list[Job]:
@@ -63,19 +65,22 @@ def obstacles(
                     f"{job.name!r} names a file beside the model",
                     fix="a name without / that begins with no dot",
                 )
-        yield from swap.obstacles(spots, options, index)
+        yield from swappable.obstacles(spots, options, index)
     if options.mode == "stack":
         yield from stackable.obstacles(spots, options, index, model)
+    if options.prefold and topology_of(options) != "separate":
+        what = f"--topology {options.topology} changes W when a runtime loads it, and --prefold is for one that folds nothing"
+        yield Problem("LF-705", what, fix="merge, or attach without one of the two")
     if options.live_scale:
         yield from _unscaled(spots, options)
 
 
 def _unscaled(spots: Sequence[Spot], options: Options) -> Iterator[Problem]:
     """A strength is multiplied into a branch s·B·A·x; of what is in the weight it has no place."""
-    if options.mode != "branch" or options.prefold:
+    if options.mode != "branch" or options.prefold or options.topology == "folded":
         yield Problem(
             "LF-705",
-            "--live-scale is for --mode branch without --prefold",
+            "--live-scale is for --mode branch without --prefold, in a topology that is not folded",
             fix="a swap is fed scaled factors, a stack weights",
         )
     for spot in spots:
@@ -94,6 +99,10 @@ def notes(spots: Sequence[Spot], jobs: Sequence[Job], options: Options) -> Itera
         )
         if said := swap.rounded(spots):
             yield said
+    if options.mode == "branch" and (topology := topology_of(options)) != "separate":
+        beside = [spot for spot in spots if place_of(spot, topology) == "beside"]
+        if beside:
+            yield f"{len(beside)} of {len(spots)} targets have a branch of their own: {beside[0].key} takes no other"
 
 
 Feeds = Mapping[str, Any]

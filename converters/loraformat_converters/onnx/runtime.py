@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import canonical, registry
+from loraformat import registry
 from loraformat.adapter import Adapter
 from loraformat.errors import fault
-from loraformat.names import nearest
 from loraformat.source import existing, open_source
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.blend import blend
+from loraformat_converters.onnx.captured import Captured
+from loraformat_converters.onnx.pooled import Pooled
 from loraformat_converters.onnx.slots import Slots
+from loraformat_converters.onnx.ways import Choice, Ways, known
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,16 +40,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Chosen", "Session"]
 
-Choice = str | Mapping[str, float] | None
-"""One adapter, a blend, or the bare base."""
-
 
 @dataclass(frozen=True)
 class Chosen:
     """A choice, ready to run any number of times."""
 
     session: Session
-    made: Callable[[Mapping[str, Array]], Mapping[str, Any]]
+    held: Any
+    made: Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Output name → values.
@@ -55,7 +55,7 @@ class Chosen:
         Raises:
             LoraFormatError: LF-705 the feeds name an input that the choice feeds, or rows that are not as many.
         """
-        return self.session._run(feeds, outputs, self.made(feeds))
+        return self.session._run(self, feeds, outputs)
 
 
 class Session:
@@ -66,9 +66,12 @@ class Session:
         providers: onnxruntime's; the CPU's alone, if not given. Adapters lie in the memory of the first one's device.
         options: onnxruntime's ``SessionOptions``.
         resident: how many choices are kept there, the latest used; an older one is made anew when it is used again.
+        captured: run by CUDA graphs, one for each set of input shapes, in buffers that stay where they are; runs then
+            follow each other. Of a swap: with slots of one rank (--pad-rank). Other providers take it, and capture nothing.
 
     Raises:
-        LoraFormatError: LF-701 no such file; LF-613 a record of attach that cannot be read; LF-704 no onnxruntime.
+        LoraFormatError: LF-701 no such file; LF-613 a record of attach that cannot be read; LF-704 no onnxruntime; LF-705
+            ONNX Runtime cannot open the model, or ``captured`` for slots of any rank.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Session:
         options: Any = None,
         *,
         resident: int = 16,
+        captured: bool = False,
     ) -> None:
         try:
             import onnxruntime
@@ -86,38 +90,59 @@ class Session:
                 "LF-704", f"running a model needs onnxruntime: {error}", fix="pip install 'loraformat[onnx]'"
             ) from None
         self.path = existing(path)
-        self._runtime = onnxruntime
-        self.inference = onnxruntime.InferenceSession(
-            str(self.path), options or _quiet(onnxruntime), providers=list(providers)
+        first, its = (providers[0], {}) if isinstance(providers[0], str) else providers[0]
+        given = list(providers)
+        if captured and first == "CUDAExecutionProvider":
+            given[0] = (first, {**its, "enable_cuda_graph": "1"})
+        try:
+            self.inference = onnxruntime.InferenceSession(
+                str(self.path), options or _quiet(onnxruntime), providers=given
+            )
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, without a common one
+            what = f"ONNX Runtime cannot open {self.path}: {str(error).splitlines()[0]}"
+            raise fault("LF-705", what, fix="is it whole, and of operators that the provider has?") from None
+        runs = self.inference.get_providers()[0]  # which is the CPU's where the first of the given is not installed
+        self.device = ("cuda", int(its.get("device_id", 0))) if runs.startswith(("CUDA", "Tensorrt")) else ("cpu", 0)
+        self._ways = Ways.of(self.inference.get_modelmeta().custom_metadata_map, str(self.path))
+        self.slots = self._ways.slots
+        if captured and self.slots and any(slot.rank is None for slot in self.slots.slots.values()):
+            what = f"the slots of {self.path} take any rank, and a buffer that stays has one"
+            raise fault("LF-705", what, fix="attach with --pad-rank R")
+        self._runs = (
+            Captured(onnxruntime, self.inference, self.device, self.slots)
+            if captured
+            else Pooled(onnxruntime, self.inference, self.device)
         )
-        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
-        self.device = "cuda" if first.startswith(("CUDA", "Tensorrt")) else "cpu"
-        self.attached, self._base = _record(self.inference.get_modelmeta().custom_metadata_map)
-        self.slots = Slots.from_json(self._base["slots"], self._base["sha256"]) if "slots" in self._base else None
         self.resident = resident
         self._adapters: dict[str, Adapter] = {}
-        self._held: OrderedDict[tuple[tuple[str, float], ...], Mapping[str, Any]] = OrderedDict()
+        self._held: OrderedDict[tuple[tuple[str, float], ...], Any] = OrderedDict()
+        self._nothing = self._runs.hold({})
+        slots = self.slots.slots.values() if self.slots else ()
+        self._inputs = frozenset(name for slot in slots for name in (slot.a, slot.b))
         self._lock = threading.Lock()
 
     @property
     def names(self) -> list[str]:
         """The adapters that can be used: those that were loaded; of a stack or a branch, those in the model."""
-        return list(self._adapters) if self.slots else self.attached
+        return list(self._adapters) if self.slots else list(self._ways.attached)
 
     def load(self, name: str, adapter: Adapter | str | os.PathLike[str], *, any_base: bool = False) -> None:
         """Have an adapter ready under a name, in the place of an older one of that name.
 
         Args:
             adapter: one in memory, or the path of one in any layout.
-            any_base: take an ``.onnx_adapter`` file that was not written for this model.
+            any_base: take one that was written for, or bound to, another model.
 
         Raises:
-            LoraFormatError: what reading says; LF-705 a model without slots; LF-607 a file for another model, or one that
-                does not say for which; LF-508, LF-602, LF-606, LF-612 an adapter that does not fit the slots.
+            LoraFormatError: what reading says; LF-705 a model without slots; LF-607 an ``.onnx_adapter`` for another
+                model, or one that does not say for which, or an adapter that is bound to other weights;
+                LF-508, LF-602, LF-606, LF-612 one that does not fit the slots.
         """
         slots = self._slots()
         if not isinstance(adapter, Adapter):
             adapter = self._read(Path(adapter), slots, any_base)
+        if not any_base:
+            slots.check_base(adapter)
         slots.feeds(adapter)  # or its faults, now
         with self._lock:
             self._adapters = {**self._adapters, name: adapter}
@@ -126,7 +151,7 @@ class Session:
 
     def unload(self, name: str) -> None:
         """Forget an adapter; runs that use it go on."""
-        self._known(name)
+        known(name, self.names)
         with self._lock:
             self._adapters = {other: one for other, one in self._adapters.items() if other != name}
             for choice in [choice for choice in self._held if name in dict(choice)]:
@@ -138,25 +163,27 @@ class Session:
         Raises:
             LoraFormatError: LF-705 a name that is not loaded, or a choice that the model has no way to make.
         """
-        if "stack" in self._base:
+        if self._ways.stacked:
             rows = None if choice is None or isinstance(choice, (str, Mapping)) else [self._weights(c) for c in choice]
             every = self._weights(choice) if rows is None else {}  # type: ignore[arg-type]
-            self._check_rows(rows if rows is not None else [every])
-            return Chosen(self, lambda feeds: self._by_row(feeds, rows, every))
+            self._ways.check_rows(rows if rows is not None else [every])
+            return Chosen(self, self._nothing, lambda feeds: self._ways.by_row(feeds, rows, every))
         if not (choice is None or isinstance(choice, (str, Mapping))):
             raise fault("LF-705", "only a stack has an adapter for each row", fix="loraformat attach … --mode stack")
         weights = self._weights(choice)
-        fed = self._strengths(weights) if self.slots is None else self._prepared(tuple(weights.items()))
-        return Chosen(self, lambda feeds: fed)
+        if self.slots is None:
+            strengths = self._ways.by_strength(weights)
+            return Chosen(self, self._nothing, lambda feeds: strengths)
+        return Chosen(self, self._prepared(tuple(weights.items())), lambda feeds: {})
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Output name → values, of the model as it is when nothing is chosen: a swap and a stack are the bare base."""
-        none = self.use(None) if self.slots or "stack" in self._base else Chosen(self, lambda feeds: {})
+        none = self.use(None) if self.slots or self._ways.stacked else Chosen(self, self._nothing, lambda feeds: {})
         return none.run(feeds, outputs)
 
     # What is fed.
 
-    def _prepared(self, choice: tuple[tuple[str, float], ...]) -> Mapping[str, Any]:
+    def _prepared(self, choice: tuple[tuple[str, float], ...]) -> Any:
         """The slots' values on the device, kept for the next time."""
         with self._lock:
             if choice in self._held:
@@ -166,9 +193,9 @@ class Session:
         slots = self._slots()
         for name, _ in choice:
             if name not in adapters:  # unloaded since it was asked for
-                self._known(name)
+                known(name, list(adapters))
         blended = blend([(adapters[name], weight) for name, weight in choice])
-        made = {name: self._value(tensor) for name, tensor in slots.feeds(blended).items()}
+        made = self._runs.hold(slots.feeds(blended))
         with self._lock:
             if all(self._adapters.get(name) is adapters[name] for name, _ in choice):  # none was loaded anew meanwhile
                 self._held[choice] = made
@@ -176,75 +203,23 @@ class Session:
                 self._held.popitem(last=False)
         return made
 
-    def _by_row(
-        self, feeds: Mapping[str, Array], rows: Sequence[Mapping[str, float]] | None, every: Mapping[str, float]
-    ) -> Mapping[str, Any]:
-        """``lora.index`` or ``lora.weights``."""
-        counts = {np.shape(feeds[name])[axis] for name, axis in self._base["stack"]["rows"].items() if name in feeds}
-        given = [every] * max(counts, default=0) if rows is None else rows
-        if counts and counts != {len(given)}:
-            raise fault(
-                "LF-705", f"{len(given)} rows are chosen for, and the inputs have {' and '.join(map(str, counts))}"
-            )
-        if self._base["stack"]["select"] == "index":
-            place = {name: n for n, name in enumerate(self.attached, 1)}
-            return {"lora.index": np.array([place[next(iter(row))] if row else 0 for row in given], np.int64)}
-        return {"lora.weights": np.array([[row.get(name, 0.0) for name in self.attached] for row in given], np.float32)}
-
-    def _check_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
-        if self._base["stack"]["select"] == "index" and any(list(row.values()) not in ([], [1.0]) for row in rows):
-            raise fault(
-                "LF-705",
-                "each row of this model chooses one adapter, as it is",
-                fix="attach with --select weights for a mixture",
-            )
-
-    def _strengths(self, weights: Mapping[str, float]) -> Mapping[str, Any]:
-        """The inputs of --live-scale; an adapter that is not named is off."""
-        inputs = self._base.get("inputs", [])
-        if len(inputs) != len(self.attached) or not inputs:
-            fix = "attach with --mode swap, --mode stack or --live-scale"
-            raise fault("LF-705", f"{self.path} has no input by which an adapter could be chosen", fix=fix)
-        return {
-            at: np.array(weights.get(name, 0.0), np.float32) for at, name in zip(inputs, self.attached, strict=True)
-        }
-
     def _weights(self, choice: Choice) -> dict[str, float]:
         """Name → weight; what weighs nothing is left out."""
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
         for name in weights:
-            self._known(name)
+            known(name, self.names)
         if not all(np.isfinite(weight) for weight in weights.values()):
             raise fault("LF-705", f"weights must be finite numbers, not {list(weights.values())}")
         return {name: float(weight) for name, weight in sorted(weights.items()) if weight}
 
-    def _known(self, name: str) -> None:
-        if name not in self.names:
-            close = nearest(name, self.names, 1)
-            mean = f"did you mean {close[0]}?" if close else f"there is {', '.join(self.names) or 'none'}"
-            raise fault("LF-705", f"no adapter is called {name}", fix=mean)
-
     # The run.
 
-    def _run(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None, more: Mapping[str, Any]
-    ) -> dict[str, Array]:
-        if both := feeds.keys() & more.keys():
+    def _run(self, chosen: Chosen, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> dict[str, Array]:
+        more = chosen.made(feeds)
+        if both := feeds.keys() & (more.keys() | self._inputs):
             raise fault("LF-705", "what is chosen feeds it already", where=", ".join(sorted(both)))
         names = list(outputs) if outputs is not None else [output.name for output in self.inference.get_outputs()]
-        binding = self.inference.io_binding()  # 2.5 µs a slot where a dictionary of arrays takes 7 (ORT 1.32, CPU)
-        for name, value in {**feeds, **more}.items():
-            held = value if isinstance(value, self._runtime.OrtValue) else self._value(np.asarray(value), "cpu")
-            binding.bind_ortvalue_input(name, held)
-        for name in names:
-            binding.bind_output(name)
-        self.inference.run_with_iobinding(binding)
-        return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
-
-    def _value(self, tensor: Array, device: str | None = None) -> Any:
-        return tort.value(
-            self._runtime.OrtValue, np.ascontiguousarray(tensor).reshape(tensor.shape), device or self.device
-        )
+        return dict(zip(names, self._runs.run(chosen.held, {**feeds, **more}, names), strict=True))
 
     def _slots(self) -> Slots:
         if self.slots is None:
@@ -263,24 +238,6 @@ class Session:
             what = f"{path} was not written for the slots of {self.path}"
             raise fault("LF-607", what, fix=f"loraformat convert ADAPTER {path} --for {self.path}; or any_base=True")
         return slots.adapter(contents.tensors)
-
-
-def _record(props: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """(names of what is attached, the record of the base) of the model's metadata; LF-613 where it cannot be read."""
-    if "loraformat.attached" not in props:
-        return [], {}
-    try:
-        names = [str(entry["name"]) for entry in canonical.loads(props["loraformat.attached"])]
-        base = dict(canonical.loads(props["loraformat.base"]))
-        if "slots" in base:
-            Slots.from_json(base["slots"], str(base["sha256"]))
-        if "stack" in base:
-            _ = {str(name): int(axis) for name, axis in base["stack"]["rows"].items()}, base["stack"]["select"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise fault(
-            "LF-613", "the record of what is attached cannot be read", fix="attach to the original model again"
-        ) from None
-    return names, base
 
 
 def _quiet(runtime: Any) -> Any:

@@ -1,16 +1,14 @@
-"""Slots: the inputs of a graph through which a pair A, B is fed, what they are called, and how a pair lies in them.
+"""Slots: the inputs of a graph through which a pair A, B is fed.
 
-    linear   A [*batch, in, r]   B [*batch, r, out]     MatMul and Gemm; Gather, whose in is the vocabulary
-    conv     A [r, in, *kernel]  B [out, r, 1, …]       Conv and ConvTranspose
-
-The scale is in B. ``slot_names`` says what they are called.
+``pairs`` says how a pair lies in them, ``slot_names`` what they are called.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,19 +16,18 @@ from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.parts import Lora
+from loraformat.sketch import ACCEPT, SIZE, cosine
+from loraformat_converters.onnx.pairs import Form, folded, laid
 from loraformat_converters.onnx.tort import version_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Form", "Slot", "Slots", "folded", "laid", "pair_of"]
-
-Form = Literal["linear", "conv"]
+__all__ = ["Slot", "Slots"]
 
 
 @dataclass(frozen=True)
@@ -113,11 +110,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Slots:
-    """All slots of a model, and the SHA-256 of the model without them."""
+    """All slots of a model, and the SHA-256 of the model without them.
+
+    Attributes:
+        sketches: of the weights that the slots stand beside, as far as they are known: where a bound adapter was attached.
+    """
 
     slots: Mapping[str, Slot]
     base: str
     required: bool = False
+    sketches: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
@@ -133,7 +135,8 @@ class Slots:
             }
             for key, s in self.slots.items()
         }  # fmt: skip
-        return {"slots": held, "required": self.required}
+        drawn = {key: base64.b64encode(values.tobytes()).decode() for key, values in self.sketches.items()}
+        return {"slots": held, "required": self.required} | ({"sketches": drawn} if drawn else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], base: str) -> Slots:
@@ -145,7 +148,25 @@ class Slots:
                 raise ValueError(f"no slot: {key}")
             rank = None if entry["rank"] is None else int(entry["rank"])
             slots[key] = Slot(key, str(entry["a"]), str(entry["b"]), a, b, str(entry["dtype"]), entry["form"], rank)
-        return cls(slots, base, bool(value["required"]))
+        sketches = {k: np.frombuffer(base64.b64decode(v), np.float32) for k, v in value.get("sketches", {}).items()}
+        if any(drawn.size != SIZE for drawn in sketches.values()):
+            raise ValueError("no sketch")
+        return cls(slots, base, bool(value["required"]), sketches)
+
+    def check_base(self, adapter: Adapter) -> None:
+        """LF-607 where the adapter is bound to weights that are not like those of the slots, as far as both are known."""
+        problems = []
+        for key, update in adapter.items():
+            drawn = self.sketches.get(key)
+            if drawn is None or update.sketch is None or not update.sketch.any():
+                continue
+            if (like := cosine(update.sketch, drawn)) < ACCEPT:
+                what = f"the model's weight is not like the tensor that the adapter was bound to: their sketches have cosine {like:.2f}"
+                problems.append(
+                    Problem("LF-607", what, key, "is this the model that it is for? any_base=True takes it")
+                )
+        if problems:
+            raise LoraFormatError(problems)
 
     def feeds(self, adapter: Adapter) -> dict[str, Array]:
         """Input → values: of the slots that the adapter has; of all where the model requires them.
@@ -197,49 +218,6 @@ class Slots:
         near = f"; nearest: {', '.join(close)}" if close else ""
         fix = "attach again with --targets, or with this adapter among the others"
         raise fault("LF-602", f"the model has no slot for it{near}", where=key, fix=fix)
-
-
-def folded(update: Update) -> Update:
-    """The update with its scale in B, computed in float64 and rounded once to B's dtype."""
-    if "lora" not in update or update.scale == 1.0:
-        return update
-    part: Lora = update["lora"]
-    b = (part.lora_B.astype(np.float64) * part.scale).astype(part.lora_B.dtype)
-    plain = Lora(part.lora_A, b, 1.0, "factor", part.mid)
-    from dataclasses import replace
-
-    return replace(update, parts=tuple(plain if p is part else p for p in update.parts))
-
-
-def laid(key: str, update: Update, form: Form, kernel: Iterable[int | None] = ()) -> tuple[Array, Array]:
-    """A and B of a plain pair whose scale is 1 as they lie in slots of ``form``; LF-508 of anything else."""
-    if update.kind != "lora" or update["lora"].mid is not None:
-        what = f"a {update.kind} update is no pair A, B that can be fed"
-        ways = (
-            "--to-lora R, whose residual is printed, or --mode branch"
-            if update.linear
-            else "--mode branch, or merge it"
-        )
-        raise fault("LF-508", what, where=key, fix=ways)
-    part: Lora = update["lora"]
-    a, b = part.lora_A, part.lora_B
-    if form == "linear":
-        return a.swapaxes(-1, -2), b.swapaxes(-1, -2)
-    sizes = [n for n in kernel if n is not None]
-    return a.reshape(part.r, -1, *sizes), b.reshape(*b.shape, *(1 for _ in sizes))
-
-
-def pair_of(key: str, a: Array, b: Array) -> Lora:
-    """The pair that lies in two tensors, whose form their shapes must tell; LF-506 where they tell none, or two."""
-    fits = []
-    if a.ndim == b.ndim >= 2 and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]:
-        fits.append(Lora(a.swapaxes(-1, -2), b.swapaxes(-1, -2), 1.0, "factor"))
-    if a.ndim == b.ndim > 2 and a.shape[0] == b.shape[1] and all(n == 1 for n in b.shape[2:]):
-        fits.append(Lora(a.reshape(len(a), -1), b.reshape(b.shape[:2]), 1.0, "factor"))
-    if len(fits) != 1:
-        what = f"A {list(a.shape)} and B {list(b.shape)} are {'two kinds of pair at once' if fits else 'no pair'}"
-        raise fault("LF-506", what, where=key, fix="A [in, r] and B [r, out], or the kernels of two convolutions")
-    return fits[0]
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 import onnx
 
 from loraformat.errors import Problem
+from loraformat_converters.onnx.branches import LINEAR
 from loraformat_converters.onnx.choice import INDEX, WEIGHTS
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.operators import attribute
 from loraformat_converters.onnx.rows import RowsOf, starts
-from loraformat_converters.onnx.spots import Spot
+from loraformat_converters.onnx.spots import Change, Spot
 
 if TYPE_CHECKING:
     from loraformat.base import Options
 
-__all__ = ["LINEAR", "obstacles"]
+__all__ = ["obstacles"]
 
-LINEAR = ("MatMul", "Gemm", "com.microsoft.FusedMatMul")
 _FIRST_OPSET = 11
 """The first whose Pad and Slice take their numbers as inputs."""
 
@@ -48,6 +48,8 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
             yield Problem("LF-608", what, spot.key, "--mode branch, or put it into the model as it was before")
             continue
         for change in spot.changes:
+            if change.update.kind == "dora" and all(_rescaled(site, change, options) for site in spot.sites):
+                continue
             if change.update.kind != "lora" or change.update["lora"].mid is not None:
                 what = f"a {change.update.kind} update is no pair A, B, of which a row could choose one"
                 ways = (
@@ -56,6 +58,12 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
                     else "merge it, or --mode branch"
                 )
                 yield Problem("LF-608", what, change.key, ways)
+
+
+def _rescaled(site: Site, change: Change, options: Options) -> bool:
+    """Whether a row can choose g = m/‖V‖ of a DoRA too: mixed by weights, it would be linear in them, as PEFT's is not."""
+    plain = site.like in LINEAR and site.product is None and change.update["lora"].mid is None
+    return plain and options.select == "index" and change.update["magnitude"].magnitude_axes is None
 
 
 def _refusal(site: Site, rows: RowsOf) -> str:

@@ -10,7 +10,7 @@ and onnxruntime-node 1.30 ignores the feed and computes the base.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,12 @@ from loraformat_converters.onnx.branches import FORMS, Pair
 from loraformat_converters.onnx.ends import Ends
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.nodes import Editor, Nodes
+from loraformat_converters.onnx.pairs import Form, laid
 from loraformat_converters.onnx.slot_names import file_of, inputs_of
-from loraformat_converters.onnx.slots import Form, Slot, Slots, folded, laid
+from loraformat_converters.onnx.slots import Slot, Slots
 from loraformat_converters.onnx.spots import Spot
+from loraformat_converters.onnx.swappable import FORMS_FED
+from loraformat_converters.onnx.values import Values
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -43,16 +46,14 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Swap", "obstacles", "rounded", "wanted"]
-
-_FORMS: Mapping[str, Form] = {
-    **dict.fromkeys(("MatMul", "Gemm", "com.microsoft.FusedMatMul", "Gather"), "linear"),
-    **dict.fromkeys(("Conv", "ConvTranspose"), "conv"),
-}
+__all__ = ["Swap", "rounded", "wanted"]
 
 
 class Swap:
     """Slots being put into one graph.
+
+    Args:
+        values: of the weights, where their sketches are to be kept with the slots: what is loaded later is compared.
 
     Attributes:
         stems: (job, key) → below what our nodes are named.
@@ -62,8 +63,8 @@ class Swap:
     mode = "swap"
     prefold = False
 
-    def __init__(self, index: Index, options: Options, base_sha256: str) -> None:
-        self.index, self.options = index, options
+    def __init__(self, index: Index, options: Options, base_sha256: str, values: Values | None = None) -> None:
+        self.index, self.options, self.weights = index, options, values
         self.editor = Editor(index)
         self.ends = Ends(index, self.editor)
         self.stems: dict[tuple[int, str], str] = {}
@@ -82,6 +83,9 @@ class Swap:
 
     def add(self, spots: Sequence[Spot]) -> None:
         """A slot for each weight."""
+        if self.weights is not None:
+            drawn = ((spot.key, self.weights.sketch(spot.sites[0])) for spot in spots)
+            self.slots = replace(self.slots, sketches={key: found for key, found in drawn if found is not None})
         for spot in spots:
             make = Nodes(self.index, self.index.stem(spot.key))
             for change in spot.changes:
@@ -139,7 +143,7 @@ def _slot(spot: Spot, options: Options) -> Slot:
     site = spot.sites[0]
     names = inputs_of(spot.key, options.slot_names)  # type: ignore[arg-type]
     dtype = helper.tensor_dtype_to_np_dtype(site.dtype).name
-    form = _FORMS[site.like]
+    form = FORMS_FED[site.like]
     *batch, out, in_ = site.operand.matrix_shape
     none = Update((Lora(np.zeros((*batch, 0, in_)), np.zeros((*batch, out, 0)), 1.0, "factor"),))
     a, b = _laid_empty(none, form, [site.operand.shape[axis] for axis in site.operand.in_])
@@ -168,60 +172,6 @@ def _fitted(make: Nodes, site: Site, slot: Slot) -> Pair:
         dtype = helper.tensor_dtype_to_np_dtype(site.dtype)
         b = make.node("Mul", [b, make.store("factor", np.asarray(site.factor, dtype))], "B/scaled")
     return Pair(a, b, (), ())
-
-
-def obstacles(spots: Sequence[Spot], options: Options, index: Index) -> Iterator[Problem]:
-    """Why a weight, or a change of it, has no slot."""
-    if options.slots == "optional" and index.ir_version < 4:
-        what = f"until IR version 4 every initializer is an input as well, and this model's is {index.ir_version}"
-        yield Problem("LF-608", what, fix="--slots required, or raise the model's ir_version first")
-    seen: set[str] = set()
-    for spot in spots:
-        site = spot.sites[0]
-        if any(change.rows is not None for change in spot.changes):
-            what = "its weight holds several parameters, and a slot is of one"
-            yield Problem("LF-608", what, spot.key, "--mode branch, or put it into the model as it was before")
-            continue
-        if spot.key in seen:
-            yield Problem(
-                "LF-608", "the graph reads its weight in two ways, and a slot lies in one", spot.key, "--mode branch"
-            )
-        seen.add(spot.key)
-        if (
-            site.like not in _FORMS
-            or site.vector
-            or any(s.operand != site.operand or s.like != site.like for s in spot.sites)
-        ):
-            what = f"{site.like} takes no pair that is fed" + (" to a vector" if site.vector else "")
-            yield Problem("LF-608", what, spot.key, "--mode branch, or --only for the other targets")
-            continue
-        for change in spot.changes:
-            try:
-                laid(
-                    change.key,
-                    folded(change.update),
-                    _FORMS[site.like],
-                    [site.operand.shape[a] for a in site.operand.in_][1:],
-                )
-                names = inputs_of(spot.key, options.slot_names)  # type: ignore[arg-type]
-            except LoraFormatError as error:
-                yield from error.problems
-                break
-            if taken := [name for name in names if name in index.taken]:
-                yield Problem("LF-608", f"the model has a value {taken[0]} already", spot.key, "another --slot-names")
-                break
-    yield from _too_wide(spots, options)
-
-
-def _too_wide(spots: Sequence[Spot], options: Options) -> Iterator[Problem]:
-    if options.pad_rank is None:
-        return
-    for spot in spots:
-        for change in spot.changes:
-            if "lora" in change.update and change.update["lora"].r > options.pad_rank:
-                yield Problem(
-                    "LF-606", f"its rank is {change.update['lora'].r}, over --pad-rank {options.pad_rank}", change.key
-                )
 
 
 def wanted(base: Base, patterns: Sequence[str]) -> Job:

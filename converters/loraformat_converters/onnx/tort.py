@@ -117,11 +117,11 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], model_version: int) -> N
         file.write(path.read_bytes())
 
 
-def value(kind: Any, tensor: Array, device: str = "cpu") -> Any:
-    """The tensor as an ``OrtValue`` (``kind`` is that class) in the memory of a device."""
+def value(kind: Any, tensor: Array, device: str = "cpu", number: int = 0) -> Any:
+    """The tensor as an ``OrtValue`` (``kind`` is that class) in the memory of a device; ``number``: of which of its kind."""
     if tensor.dtype == ml_dtypes.bfloat16:  # numpy has no such type, so its bits are handed over
         return kind.ortvalue_from_numpy_with_onnx_type(tensor.view(np.uint16), _CODES[tensor.dtype])
-    return kind.ortvalue_from_numpy(tensor, device, 0)
+    return kind.ortvalue_from_numpy(tensor, device, number)
 
 
 class _Buffer:
