@@ -129,7 +129,8 @@ def written(folder: Path, sizes: Sizes, form: str, stacks: list[int]) -> dict[st
     """Every model, by what it is."""
     write_model(folder / "base.onnx", sizes, "float16", int4=form == "int4")
     models = variants(folder, sizes, "float16", stacks)
-    models = {what: model for what, model in models.items() if "gathered" not in what}
+    needless = ("gathered",) if form == "plain" else ("gathered", "concat", "folded")  # which need W as floats
+    models = {what: model for what, model in models.items() if not any(word in what for word in needless)}
     if form == "plain":
         (folder / "packed").mkdir()
         write_model(folder / "packed" / "base.onnx", sizes, "float16", packed=True)
