@@ -43,6 +43,81 @@ class _Wrapper(torch.nn.Module):
         return self.m(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
+class _Images(torch.nn.Module):
+    """The last hidden state as a plain tensor."""
+
+    def __init__(self, m: torch.nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.m(pixel_values=pixel_values).last_hidden_state
+
+
+class _Pairs(torch.nn.Module):
+    """Encoder and decoder in one graph, without a cache."""
+
+    def __init__(self, m: torch.nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, decoder_input_ids: torch.Tensor
+    ) -> torch.Tensor:
+        return self.m(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        ).logits
+
+
+class _Speech(torch.nn.Module):
+    """The same of sounds."""
+
+    def __init__(self, m: torch.nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, input_features: torch.Tensor, decoder_input_ids: torch.Tensor) -> torch.Tensor:
+        # Without a mask transformers 5.23 looks for packed texts by aten::diff, which TorchScript cannot export.
+        mask = torch.ones_like(decoder_input_ids)
+        return self.m(
+            input_features=input_features,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=mask,
+            use_cache=False,
+        ).logits
+
+
+class _UNet(torch.nn.Module):
+    """Down and up again with what was there beside it, a time, and attention to a text in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.norm1 = torch.nn.GroupNorm(2, 8)
+        self.down = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.time = torch.nn.Linear(5, 12)
+        self.to_q = torch.nn.Linear(12, 10, bias=False)
+        self.to_k = torch.nn.Linear(7, 10, bias=False)
+        self.to_v = torch.nn.Linear(7, 10, bias=False)
+        self.to_out = torch.nn.Linear(10, 12)
+        self.up = torch.nn.Conv2d(12, 8, 3, padding=1)
+        self.shortcut = torch.nn.Conv2d(16, 9, 1)
+        self.conv_out = torch.nn.Conv2d(9, 3, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        wide = torch.nn.functional.silu(self.norm1(self.conv_in(sample)))
+        deep = self.down(wide) + self.time(time)[:, :, None, None]
+        tokens = deep.flatten(2).transpose(1, 2)
+        scores = self.to_q(tokens) @ self.to_k(text).transpose(1, 2) / 10**0.5
+        tokens = tokens + self.to_out(scores.softmax(-1) @ self.to_v(text))
+        deep = tokens.transpose(1, 2).reshape(deep.shape)
+        up = self.up(torch.nn.functional.interpolate(deep, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(torch.nn.functional.silu(self.shortcut(torch.cat([up, wide], 1))))
+
+
 class _Shared(torch.nn.Module):
     """One module called twice, and two modules with one weight."""
 
@@ -135,6 +210,72 @@ def _gpt2() -> torch.nn.Module:
     return _Wrapper(transformers.GPT2LMHeadModel(config))
 
 
+def _vit() -> torch.nn.Module:
+    config = transformers.ViTConfig(
+        image_size=12,
+        patch_size=4,
+        num_channels=3,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        attn_implementation="eager",
+    )
+    return _Images(transformers.ViTModel(config, add_pooling_layer=False))
+
+
+def _t5() -> torch.nn.Module:
+    config = transformers.T5Config(
+        vocab_size=53,
+        d_model=24,
+        d_kv=5,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    return _Pairs(transformers.T5ForConditionalGeneration(config))
+
+
+def _whisper() -> torch.nn.Module:
+    config = transformers.WhisperConfig(
+        vocab_size=53,
+        num_mel_bins=10,
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=3,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=44,
+        max_source_positions=9,
+        max_target_positions=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        attn_implementation="eager",
+    )
+    return _Speech(transformers.WhisperForConditionalGeneration(config))
+
+
+def _image() -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 12, 12)}
+
+
+def _two_texts() -> dict[str, torch.Tensor]:
+    return {**_tokens(), "decoder_input_ids": torch.randint(0, 53, (2, 4))}
+
+
+def _sound() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(2, 10, 18), "decoder_input_ids": torch.randint(0, 53, (2, 4))}
+
+
+def _noise() -> dict[str, torch.Tensor]:
+    return {"sample": torch.randn(2, 3, 8, 6), "time": torch.randn(2, 5), "text": torch.randn(2, 4, 7)}
+
+
 def _tokens() -> dict[str, torch.Tensor]:
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[1, 5:] = 0
@@ -158,6 +299,7 @@ class Recipe:
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 _SHARED = {"target_modules": ["called_twice", "a"], "r": 2, "lora_alpha": 3}
+_SHARED_DORA = {**_SHARED, "use_dora": True}
 
 RECIPES: Mapping[str, Recipe] = {
     "bert": Recipe(
@@ -211,8 +353,35 @@ RECIPES: Mapping[str, Recipe] = {
         {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4, "lora_alpha": 11, "fan_in_fan_out": True},
         targets=8,
     ),
+    "vit": Recipe(
+        _vit,
+        {"target_modules": ["q_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"], "r": 3, "lora_alpha": 5},
+        targets=11,
+        inputs=_image,
+    ),
+    "t5": Recipe(
+        _t5,
+        {"target_modules": ["q", "k", "v", "o", "wi", "wo", "lm_head"], "r": 3, "lora_alpha": 4, "use_rslora": True},
+        targets=33,
+        inputs=_two_texts,
+    ),
+    "whisper": Recipe(
+        _whisper,
+        # not its conv1 and conv2, whose stride its forward reads: PEFT's layer has none
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "r": 3, "lora_alpha": 5},
+        targets=22,
+        inputs=_sound,
+    ),
+    "unet": Recipe(
+        _UNet,
+        {"target_modules": r"conv_.*|down|time|to_.*|up|shortcut", "r": 3, "lora_alpha": 5},
+        targets=10,
+        inputs=_noise,
+    ),
     "shared-2d": Recipe(_Shared, _SHARED, targets=2, inputs=lambda: {"x": torch.randn(3, 5)}),
     "shared-3d": Recipe(_Shared, _SHARED, targets=2, inputs=lambda: {"x": torch.randn(2, 3, 5)}),
+    "dora-2d": Recipe(_Shared, _SHARED_DORA, targets=2, inputs=lambda: {"x": torch.randn(3, 5)}),
+    "dora-3d": Recipe(_Shared, _SHARED_DORA, targets=2, inputs=lambda: {"x": torch.randn(2, 3, 5)}),
 }
 
 
@@ -239,12 +408,12 @@ class Export:
 
 
 def export(name: str, exporter: str, folder: Path) -> Export:
-    """Build, export, and let PEFT adapt, save and compute."""
+    """Build, export, and let PEFT adapt, save and compute; ``NAME-half``: in 16 bits, beside PEFT's float32."""
     torch.manual_seed(sum(map(ord, name)))
-    return made(RECIPES[name], exporter, folder)
+    return made(RECIPES[name.removesuffix("-half")], exporter, folder, half=name.endswith("-half"))
 
 
-def made(recipe: Recipe, exporter: str, folder: Path) -> Export:
+def made(recipe: Recipe, exporter: str, folder: Path, *, half: bool = False) -> Export:
     """The same of a recipe that has no name."""
     torch.set_num_threads(1)
     model, inputs = recipe.build().eval(), recipe.inputs()
@@ -253,7 +422,12 @@ def made(recipe: Recipe, exporter: str, folder: Path) -> Export:
     path = folder / "base.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporters and PEFT warn of what they do inside themselves
-        _write(model, inputs, exporter, path)
+        feeds = {key: value.half() if half and value.is_floating_point() else value for key, value in inputs.items()}
+        _write(model.half() if half else model, feeds, exporter, path)
+        model, inputs = (
+            model.float(),
+            {key: value.float() if half and value.is_floating_point() else value for key, value in feeds.items()},
+        )
         _save(getattr(model, "m", model), folder / "checkpoint")
         with torch.no_grad():
             base = model(**inputs).numpy()
@@ -262,8 +436,8 @@ def made(recipe: Recipe, exporter: str, folder: Path) -> Export:
             truth = model(**inputs).numpy()  # PEFT put its layers into the model itself
         # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    feeds = {key: value.numpy() for key, value in inputs.items()}
-    return Export(path, folder / "checkpoint", folder / "adapter", feeds, base, truth, recipe.targets)
+    fed = {key: value.numpy() for key, value in feeds.items()}
+    return Export(path, folder / "checkpoint", folder / "adapter", fed, base, truth, recipe.targets)
 
 
 def _randomise(model: torch.nn.Module, deviation: float = 0.25) -> None:

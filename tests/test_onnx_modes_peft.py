@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graphs import session
+from graphs import adapter, lora, session
 
-from loraformat import Adapter
+from loraformat import Adapter, digest
 from loraformat.base import Options
 from loraformat.registry import load, open_base
 from loraformat.strength import strengthen
@@ -86,7 +86,32 @@ def test_every_row_has_the_adapter_that_it_chose(name, exporter, provider, selec
         for optimise in (True, False):
             found = session(out, optimise=optimise).run(["out"], {**given.feeds, **fed})[0]
             assert relative_error(found, wanted) <= 1e-5
-    for called, adapter in adapters:
-        assert len(extract(open_base(out), name=called)) == len(adapter)
+    for called, one in adapters:
+        assert len(extract(open_base(out), name=called)) == len(one)
+    detach(open_base(out), tmp_path / "again.onnx")
+    assert open_base(tmp_path / "again.onnx").identity == open_base(given.model).identity
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("name", ["dora-2d", "dora-3d"])
+def test_a_row_has_the_magnitude_of_its_own_adapter(name, exporter, provider, export, tmp_path):
+    """A DoRA of PEFT beside a plain pair: at a Linear with a bias, called twice."""
+    given, out = export(name, exporter), tmp_path / "out.onnx"
+    dora, plain = load(given.adapter), adapter({"called_twice.weight": lora(6, 6, rank=3)})
+    assert {update.kind for update in dora.values()} == {"dora"}
+    put(given, out, [("peft", dora), ("plain", plain)], mode="stack", rows=("x",), provider=provider)
+    merge(plain, open_base(given.model), tmp_path / "plain.onnx")
+    truths = [given.base, given.truth, session(tmp_path / "plain.onnx").run(["out"], dict(given.feeds))[0]]
+    rows = len(given.base)
+    for chosen in ([0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 0, 0]):
+        index = np.array(chosen[:rows])
+        wanted = np.stack([truths[n][row] for row, n in enumerate(index)])
+        for optimise in (True, False):
+            found = session(out, optimise=optimise).run(["out"], {**given.feeds, "lora.index": index})[0]
+            assert relative_error(found, wanted) <= 1e-5
+        if not any(chosen):
+            assert np.array_equal(found, session(given.model, optimise=False).run(["out"], dict(given.feeds))[0])
+    assert digest(extract(open_base(out), name="peft")) == digest(dora)
     detach(open_base(out), tmp_path / "again.onnx")
     assert open_base(tmp_path / "again.onnx").identity == open_base(given.model).identity

@@ -271,7 +271,7 @@ RULES: Mapping[str, Callable[[Values, onnx.NodeProto, Read], Rows]] = {
     ),
     **_each(
         _kept,
-        "QuantizeLinear DequantizeLinear Mish Softplus Softsign Exp Log Sqrt Reciprocal Neg Abs Not Sign Floor Ceil Round Sin Cos Clip IsNaN",
+        "QuantizeLinear DequantizeLinear Mish Softplus Softsign Exp Log Sqrt Reciprocal Neg Abs Not Sign Floor Ceil Round Sin Cos Clip IsInf IsNaN",
     ),
     **_each(_kept, "com.microsoft.Gelu com.microsoft.QuickGelu"),
     **_each(_norm, "LayerNormalization RMSNormalization SimplifiedLayerNormalization"),
