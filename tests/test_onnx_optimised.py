@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import numpy as np
 import optimised
 import pytest
 from graphs import session
 
-from loraformat import Hints, LoraFormatError, digest
+from loraformat import Adapter, Hints, LoraFormatError, digest
 from loraformat.base import Options
 from loraformat.registry import load, open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.bind import bind
 from loraformat.verbs.graph import detach, extract, prove
-from loraformat.verbs.merge import prepare
+from loraformat.verbs.merge import merge, prepare
 
 pytestmark = pytest.mark.peer
 
@@ -149,3 +152,39 @@ def test_without_sketches_the_builders_names_tell_what_is_not_packed(llama, buil
     }
     assert len(found.targets) == 9
     assert {problem.rule for problem in found.unresolved} == {"LF-602"}
+
+
+@pytest.mark.slow
+def test_genai_generates_with_the_adapter_of_a_swap(llama, built, tmp_path):
+    """What it computes with ``og.Adapters`` are the logits of the merged model, token by token; without, the base's."""
+    og = pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")
+    whole = load(llama.adapter)
+    adapter = Adapter({key: update for key, update in whole.items() if not re.search("[qkv]_proj", key)})
+    base = open_base(built("fp32") / "model.onnx")
+    folders = {name: shutil.copytree(built("fp32"), tmp_path / name) for name in ("swap", "merged")}
+    options = Options(folders["swap"] / "model.onnx", "swap", slot_names="genai")
+    base.apply(prepare("attach", [("style", adapter)], base, options), force=True)
+    merge(adapter, base, folders["merged"] / "model.onnx", force=True)
+
+    def generated(folder, path=None):
+        model = og.Model(str(folder))
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=9, do_sample=False)
+        generator = og.Generator(model, params)
+        if path is not None:
+            adapters = og.Adapters(model)
+            adapters.load(str(path), "style")
+            generator.set_active_adapter(adapters, "style")
+        generator.append_tokens(np.array([[5, 17, 40]], np.int32))
+        found = []
+        while not generator.is_done():
+            found.append(np.array(generator.get_logits()).reshape(-1))
+            generator.generate_next_token()
+        return np.stack(found), list(generator.get_sequence(0))
+
+    fed, tokens = generated(folders["swap"], folders["swap"] / "model.style.onnx_adapter")
+    merged, wanted = generated(folders["merged"])
+    assert (tokens, relative_error(fed, merged) <= 1e-5) == (wanted, True)
+    bare, off = generated(built("fp32")), generated(folders["swap"])
+    assert (off[1], relative_error(off[0], bare[0]) <= 1e-6) == (bare[1], True)
+    assert relative_error(fed[0], bare[0][0]) > 0.05
