@@ -143,19 +143,18 @@ class Session:
             adapter = self._read(Path(adapter), slots, any_base)
         if not any_base:
             slots.check_base(adapter)
-        slots.feeds(adapter)  # or its faults, now
+        made = self._runs.hold(slots.feeds(adapter))  # or its faults, now
         with self._lock:
             self._adapters = {**self._adapters, name: adapter}
-            for choice in [choice for choice in self._held if name in dict(choice)]:
-                del self._held[choice]
+            self._drop(name)
+            self._keep(((name, 1.0),), made)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; runs that use it go on."""
         known(name, self.names)
         with self._lock:
             self._adapters = {other: one for other, one in self._adapters.items() if other != name}
-            for choice in [choice for choice in self._held if name in dict(choice)]:
-                del self._held[choice]
+            self._drop(name)
 
     def use(self, choice: Choice | Sequence[Choice]) -> Chosen:
         """An adapter by its name, several by their weights, None for the base; of a stack, one of these for each row.
@@ -198,10 +197,19 @@ class Session:
         made = self._runs.hold(slots.feeds(blended))
         with self._lock:
             if all(self._adapters.get(name) is adapters[name] for name, _ in choice):  # none was loaded anew meanwhile
-                self._held[choice] = made
-            while len(self._held) > self.resident:
-                self._held.popitem(last=False)
+                self._keep(choice, made)
         return made
+
+    def _keep(self, choice: tuple[tuple[str, float], ...], made: Any) -> None:
+        """Held from now on, and the one that was used longest ago no more. With the lock."""
+        self._held[choice] = made
+        while len(self._held) > self.resident:
+            self._held.popitem(last=False)
+
+    def _drop(self, name: str) -> None:
+        """Nothing is held of an adapter. With the lock."""
+        for choice in [choice for choice in self._held if name in dict(choice)]:
+            del self._held[choice]
 
     def _weights(self, choice: Choice) -> dict[str, float]:
         """Name → weight; what weighs nothing is left out."""
