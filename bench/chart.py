@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.measure import Timing
 
-__all__ = ["time_and_memory"]
+__all__ = ["ratios", "time_and_memory"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -46,5 +46,26 @@ def time_and_memory(
         left.set(ylim=(0, None), xlim=(0, None))
         right.set(xlim=(0, None))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(series), frameon=False)
+    DOCS.mkdir(exist_ok=True)
+    figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+
+
+def ratios(name: str, what: str, panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
+    """``docs/NAME.svg``: panel → label → size → ratio to what costs 1."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "loraformat"
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 3.6), layout="constrained", sharey=True)
+    labels = sorted({label for lines in panels.values() for label in lines})
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            sizes = sorted(points)
+            axis.plot(sizes, [points[n] for n in sizes], "o-", label=label, color=f"C{labels.index(label)}")
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        ticks = sorted({n for points in lines.values() for n in points})
+        axis.set(title=title, xlabel=what, xscale="log", xticks=ticks, xticklabels=ticks)
+        axis.minorticks_off()
+    axes[0].set(ylabel="time, as a ratio to no adapter")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     DOCS.mkdir(exist_ok=True)
     figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})

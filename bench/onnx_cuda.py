@@ -1,7 +1,7 @@
 """The layers of a Llama 8B on a GPU: every way to attach, with and without CUDA graphs, beside PEFT on the same card.
 
 ``python -m bench.onnx_cuda [--form plain|int4] [--tokens 1 8 128 1024]``, with onnxruntime-gpu; PEFT's rows need torch
-and peft. Inputs and outputs stay on the device at fixed addresses. All variants run interleaved; times are medians of
+and peft. ``--draw`` takes the tables that it has printed, and makes docs/onnx_cuda.svg. Inputs and outputs stay on the device at fixed addresses. All variants run interleaved; times are medians of
 the wall, and a ratio is to the dense layers as exported: those of ONNX Runtime to the ONNX model's, PEFT's to torch's.
 """
 
@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from bench.chart import ratios
 from bench.onnx_modes import Sizes, adapter, variants, write_model
 from loraformat import merge, open_base
 from loraformat_converters.onnx import tort
@@ -129,7 +131,9 @@ def written(folder: Path, sizes: Sizes, form: str, stacks: list[int]) -> dict[st
     """Every model, by what it is."""
     write_model(folder / "base.onnx", sizes, "float16", int4=form == "int4")
     models = variants(folder, sizes, "float16", stacks)
-    needless = ("gathered",) if form == "plain" else ("gathered", "concat", "folded")  # which need W as floats
+    needless = (
+        ("gathered",) if form == "plain" else ("gathered", "branch, concat", "branch, folded")
+    )  # which need W as floats
     models = {what: model for what, model in models.items() if not any(word in what for word in needless)}
     if form == "plain":
         (folder / "packed").mkdir()
@@ -142,6 +146,20 @@ def written(folder: Path, sizes: Sizes, form: str, stacks: list[int]) -> dict[st
     return models
 
 
+_ROW = re.compile(r" *(\d+) tokens(, CUDA graph)? +(\S.*?)  +.* (\d+\.\d+) ×")
+
+
+def draw(lines: Iterable[str]) -> None:
+    """Printed rows as a plot."""
+    panels: dict[str, dict[str, dict[int, float]]] = {"without CUDA graphs": {}, "with CUDA graphs": {}}
+    for row in filter(None, map(_ROW.match, lines)):
+        tokens, graph, what, ratio = row.groups()
+        if not what.endswith(("dense", "packed", "merged")):
+            panel = panels["with CUDA graphs" if graph else "without CUDA graphs"]
+            panel.setdefault(what.partition(", widened")[0], {})[int(tokens)] = float(ratio)
+    ratios("onnx_cuda", "tokens", panels)
+
+
 def main() -> None:
     """A table for each number of tokens, without and with CUDA graphs."""
     asked = argparse.ArgumentParser(description=__doc__)
@@ -150,7 +168,11 @@ def main() -> None:
     asked.add_argument("--stacks", nargs="+", type=int, default=[8])
     asked.add_argument("--sizes", nargs=5, type=int, default=LLAMA, help="layers, hidden, wide, small, rank")
     asked.add_argument("--runs", type=int, default=40)
+    asked.add_argument("--draw", action="store_true", help="what was printed before, from standard input")
     given = asked.parse_args()
+    if given.draw:
+        draw(sys.stdin)
+        return
     sizes = Sizes(*given.sizes)
     print(f"onnxruntime {onnxruntime.__version__}, {sizes}, {given.form}")
     onnxruntime.preload_dlls()
@@ -167,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
