@@ -43,6 +43,7 @@ ORDER = (
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description"),
     *("ranges", "patch", "checkpoint.requantised"),
+    *("checkpoint.eight_bits", "checkpoint.four_bits", "checkpoint.gptq"),
     *(
         "checkpoint.change",
         "checkpoint.survival",
