@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.plan import Job, Outcome, Plan, Proof
     from loraformat.resolve import Hints, Match, Resolution
+    from loraformat.tiles import Tensor
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "EightBits", "Graph", "Options", "Parameter", "Recognising", "Runnable", "Tying"]
+__all__ = ["Base", "BaseKind", "FewBits", "Graph", "Options", "Parameter", "Recognising", "Runnable", "Tying"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Options:
         out: the output file.
         mode: of ``attach``: ``branch``, ``swap`` or ``stack``.
         prefold: store what a runtime that optimises would compute once, in the place of the adapter's own tensors.
-        requantize: round to 8 bits again where a weight is stored so.
+        requantize: round to few bits again where a weight is stored so.
         survival: the least share of ΔW that must survive the dtype of storage.
         slots: of swap: ``optional`` inputs have a default, ``required`` ones are fed always.
         pad_rank: of swap: the rank of all slots, which smaller adapters are filled up to; None: any rank is fed.
@@ -140,11 +141,14 @@ class Recognising(Protocol):
 
 
 @runtime_checkable
-class EightBits(Protocol):
-    """A base that may hold weights in 8 bits beside a scale."""
+class FewBits(Protocol):
+    """A base that may hold weights as numbers of a few bits beside their scales."""
+
+    def dequantised(self, name: str) -> Tensor | None:
+        """The values of such a weight, float32, in the axes in which it is stored; None of any other."""
 
     def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
-        """(rows, what a merge stores in them) of such a weight, in order; None of any other."""
+        """(rows of the tensor, what a merge stores in them) of such a weight, in order; None of any other."""
 
 
 class Graph(Base, Protocol):

@@ -8,7 +8,7 @@ from loraformat.base import Recognising
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.identity import runs_sha256
 from loraformat.sketch import ACCEPT, cosine, sketch
-from loraformat.tiles import Lazy, read_runs
+from loraformat.tiles import read_runs, values_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,11 @@ def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
 
 def _other(key: str, update: Update, base: Base, match: Match, parameter: Parameter | None) -> Problem | None:
     """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
-    if parameter is not None and update.base_sha256 is not None and update.placement == match.placement:
+    if (
+        parameter is not None
+        and update.base_sha256 is not None
+        and update.placement == (match.parameter or match.placement)
+    ):
         found = runs_sha256(tile for _, tile in read_runs(base, parameter))
         if found == update.base_sha256:
             return None
@@ -63,6 +67,6 @@ def _drawn(base: Base, match: Match, parameter: Parameter | None) -> npt.NDArray
     """The sketch of what is there; None where it cannot be told."""
     if isinstance(base, Recognising):
         return base.sketch(match)
-    if parameter is None or parameter.shape != match.placement.shape:
+    if parameter is None or (weight := values_of(base, parameter)).shape != match.placement.shape:
         return None
-    return sketch(Lazy(base, parameter), match.placement)
+    return sketch(weight, match.placement)

@@ -1,6 +1,6 @@
 """Checkpoints whose weights are stored as something else than floats: which form it is, by its own tensors, and the way out.
 
-A merge would round ΔW to the steps of such a form: most of it is gone, or all. It is refused by the form's name.
+A merge would round ΔW to the steps of such a form: most of it is gone, or all. Unasked it is refused by the form's name.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ class Form:
         name: what people call it.
         evidence: the tensor or setting that says so.
         fix: the ways out.
+        why: what is against a merge.
         plain: whether the stored values are the weight's own, without a scale.
     """
 
     name: str
     evidence: str
     fix: str
+    why: str = "a merge would round the change away"
     plain: bool = False
 
 
 _UNQUANTISED = "merge into the unquantised checkpoint and quantise the result"
+# autoawq 0.2.9 quantize/scale.py: every weight is multiplied by scales of its inputs, the norm or linear before it divided.
+_MOVED = "AWQ moved scales from its inputs into it, so that W + ΔW is no longer what an adapter means, and no file has the scales"
 _BESIDE = "or run the adapter beside the quantised weights (PEFT, vLLM and others do: convert it to their layout)"
 
 # Form → (what stands beside a module's weight, what must stand there too, what must not). The endings are those of
@@ -91,6 +95,8 @@ def form_of(weight: str, names: Collection[str], config: Mapping[str, Any], dtyp
 
 
 def _form(name: str, evidence: str) -> Form:
+    if name == "AWQ":
+        return Form(name, evidence, _UNQUANTISED, _MOVED)
     return Form(name, evidence, f"{_UNQUANTISED}; {_BESIDE}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 import numpy as np
 
 from loraformat import progress
+from loraformat.base import FewBits
 from loraformat.container import dtype_name, numpy_dtype
 from loraformat.errors import fault
 from loraformat.parts import Loha, Lokr, Lora, Part
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Lazy", "Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs"]
+__all__ = ["Lazy", "Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs", "values_of"]
 
 _TILE = 1 << 18  # values: 1 MiB of float32, small enough for the cache and for malloc to reuse
 
@@ -109,9 +110,9 @@ class Lazy:
         return self.base.read(self.parameter.name, (start, stop))
 
 
-def runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """[start, stop) of axis 0, a tile's worth of rows each, at least one."""
-    rows = max(1, _TILE // max(1, math.prod(shape[1:])))
+def runs(shape: tuple[int, ...], step: int = 1) -> Iterator[tuple[int, int]]:
+    """[start, stop) of axis 0, a tile's worth of rows each, in whole steps, at least one."""
+    rows = max(1, _TILE // max(1, math.prod(shape[1:])) // step) * step
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
 
@@ -120,6 +121,12 @@ def read_runs(base: Base, parameter: Parameter) -> Iterator[tuple[tuple[int, int
     """The values of a parameter of a base, a tile at a time, each with its rows; None for a scalar, which has none."""
     for rows in runs(parameter.shape) if parameter.shape else [None]:
         yield rows, base.read(parameter.name, rows)
+
+
+def values_of(base: Base, parameter: Parameter) -> Tensor:
+    """What a parameter of a base means, read where it is sliced: of one in few bits float32, else what is stored."""
+    known = base.dequantised(parameter.name) if isinstance(base, FewBits) else None
+    return known or Lazy(base, parameter)
 
 
 def changed(updates: Sequence[Update], base: Tensor, norms: Norms) -> Iterator[Array]:

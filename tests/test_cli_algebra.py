@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_combine import adapter, dense
+from combined import adapter, dense
 
 import loraformat as lf
 from loraformat.testing import relative_error

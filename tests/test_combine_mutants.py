@@ -4,16 +4,20 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import combined
 import numpy as np
 import test_cli_algebra
 import test_combine
+import test_combine_absolute
+import test_combine_exact
 import test_combine_peft
+import test_combine_refusals
 import test_lowrank
 import test_resize
 import test_truncated
 from mutants import net
 
-from loraformat.algebra import lowrank, truncated
+from loraformat.algebra import factors, lowrank, sides, svd, truncated
 from loraformat.combining import absolutes, agree, beside, entries, methods, peft, terms, weights
 from loraformat.verbs import combine, resize
 
@@ -27,12 +31,12 @@ CHECKS = {
     "svd": lambda _: test_combine.test_svd_is_the_nearest_of_the_sum(2),
     "arc": lambda _: test_combine.test_the_point_on_the_arc(),
     "ends": lambda _: test_combine.test_the_ends_of_the_arc_and_what_lies_between_equals(),
-    "patterns": lambda _: test_combine.test_weights_by_pattern_multiply_where_they_mean_a_target(),
+    "patterns": lambda _: test_combine_exact.test_weights_by_pattern_multiply_where_they_mean_a_target(),
     "zero": lambda _: test_combine.test_an_adapter_of_weight_zero_takes_no_part("sce"),
-    "powers of two": lambda _: test_combine.test_ratios_that_are_powers_of_two_lose_no_digit_in_16_bits(),
-    "absolute": lambda _: test_combine.test_what_has_no_exact_combination_is_refused_by_name("cat", (((test_combine.HEAD,), 0.5),)),
-    "bases": lambda _: test_combine.test_adapters_of_different_models_are_refused(
-        lambda: replace(test_combine.ONE, base_model={"name": "other"}), "LF-607"
+    "powers of two": lambda _: test_combine_exact.test_ratios_that_are_powers_of_two_lose_no_digit_in_16_bits(),
+    "absolute": lambda _: test_combine_absolute.test_what_has_no_exact_combination_is_refused_by_name("cat", (((test_combine_absolute.HEAD,), 0.5),)),
+    "bases": lambda _: test_combine_refusals.test_adapters_of_different_models_are_refused(
+        lambda: replace(combined.ONE, base_model={"name": "other"}), "LF-607"
     ),
     "energy": lambda _: test_resize.test_the_fewest_ranks_that_keep_the_energy(0.9, False),
     "energy per target": lambda _: test_resize.test_the_fewest_ranks_that_keep_the_energy(0.9, True),
@@ -59,7 +63,7 @@ def mutated(where, name, change):
 
 
 scale_lost_in_the_factors = patched(
-    combine, "lowrank", lambda update: lowrank.total((1.0, lowrank._factors(p)) for p in update.additive)
+    combine, "lowrank", lambda update: lowrank.total((1.0, factors._factors(p)) for p in update.additive)
 )
 ratio_of_scales_lost = patched(beside, "_times", lambda tensor, ratio: tensor)
 ratio_squared = mutated(beside, "_times", lambda f: lambda tensor, ratio: f(tensor, ratio * abs(ratio)))
@@ -105,13 +109,13 @@ every_target_alone = mutated(
 )
 all_as_one = mutated(resize, "_beyond", lambda f: lambda squares, lost: f(squares, lost * 4))
 root_on_one_side = patched(
-    lowrank.SVD, "cut", lambda s, r: lowrank.LowRank(s.Vt[..., :r, :], s.U[..., :r] * np.sqrt(s.s[..., None, :r]))
+    svd.SVD, "cut", lambda s, r: lowrank.LowRank(s.Vt[..., :r, :], s.U[..., :r] * np.sqrt(s.s[..., None, :r]))
 )
 gram_alone = patched(
-    lowrank, "_twice", lambda tall: lowrank._Side(np.linalg.cholesky(tall.swapaxes(-1, -2) @ tall + 1e-12 * np.eye(tall.shape[-1])).swapaxes(-1, -2), tall, None)
+    sides, "_twice", lambda tall: sides.Side(np.linalg.cholesky(tall.swapaxes(-1, -2) @ tall + 1e-12 * np.eye(tall.shape[-1])).swapaxes(-1, -2), tall, None)
 )  # fmt: skip
-fold_of_the_wrong_side = mutated(lowrank, "_gathered", lambda f: lambda t, axes, side: f(t, axes, side)[..., ::-1, :])
-from_the_cosine = patched(lowrank.np, "arcsin", lambda x: np.arccos(np.sqrt(1 - x**2)))
+fold_of_the_wrong_side = mutated(sides, "_gathered", lambda f: lambda t, axes, side: f(t, axes, side)[..., ::-1, :])
+from_the_cosine = patched(svd.np, "arcsin", lambda x: np.arccos(np.sqrt(1 - x**2)))
 one_step = patched(truncated, "_GAIN", 1.0)
 nan_unseen = patched(combine, "check_values", lambda sources: None)
 

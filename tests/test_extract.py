@@ -243,13 +243,6 @@ def test_models_that_store_a_linear_the_other_way_are_compared_as_matrices(tmp_p
 
 
 QUANTISED = {
-    "bitsandbytes NF4": {
-        "q.weight": np.zeros((9, 1), np.uint8),
-        "q.weight.absmax": draw(2),
-        "q.weight.quant_map": draw(16),
-        "q.weight.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8),
-    },
-    "bitsandbytes LLM.int8": {"q.weight": np.zeros((6, 3), np.int8), "q.SCB": draw(6)},
     "GPTQ": {
         "q.qweight": np.zeros((1, 6), np.int32),
         "q.qzeros": np.zeros((1, 1), np.int32),
@@ -257,9 +250,8 @@ QUANTISED = {
         "q.g_idx": np.zeros(8, np.int32),
     },
     "AWQ": {"q.qweight": np.zeros((8, 1), np.int32), "q.qzeros": np.zeros((1, 1), np.int32), "q.scales": draw(1, 8)},
-    "FP8 in blocks": {"q.weight": draw(6, 3).astype(ml_dtypes.float8_e4m3fn), "q.weight_scale_inv": draw(1, 1)},
-    "ComfyUI's scaled FP8": {"q.weight": draw(6, 3).astype(ml_dtypes.float8_e4m3fn), "q.scale_weight": draw(1)},
-    "FP8 without a scale": {"q.weight": draw(6, 3).astype(ml_dtypes.float8_e4m3fn)},
+    "HQQ": {"q.W_q": np.zeros((6, 3), np.uint8)},
+    "compressed-tensors, packed": {"q.weight_packed": np.zeros((6, 1), np.int32), "q.weight_scale": draw(6, 1)},
 }
 
 
@@ -277,6 +269,35 @@ def test_a_quantised_model_is_refused_by_the_name_of_its_form(name, tmp_path):
         found, said = rules(lf.extract, *two, rank=2)
         assert found == {"LF-608"}
         assert f"quantised in {two[two[0] is plain].path.name}: {name} (" in said
+
+
+F8 = ml_dtypes.float8_e4m3fn
+EIGHT_BITS = {
+    "bitsandbytes LLM.int8": (
+        {"q.weight": (draw(6, 3) * 40).astype(np.int8), "q.SCB": draw(6)},
+        draw(6)[:, None] / 127,
+    ),
+    "FP8 in blocks": ({"q.weight": draw(6, 3).astype(F8), "q.weight_scale_inv": draw(1, 1)}, draw(1, 1)),
+    "ComfyUI's scaled FP8": ({"q.weight": draw(6, 3).astype(F8), "q.scale_weight": draw(1)}, draw(1)),
+    "FP8 without a scale": ({"q.weight": draw(6, 3).astype(F8)}, np.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_what_lies_between_8_bits_and_floats_is_that_of_their_values(name, tmp_path):
+    from loraformat import container
+
+    held, scale = EIGHT_BITS[name]
+    tuned, update = tmp_path / "tuned", draw(6, 1) @ draw(1, 3)
+    tuned.mkdir()
+    with open(tuned / "model.safetensors", "wb") as file:
+        container.write(file, held, {})
+    (tuned / "config.json").write_text(json.dumps(LLAMA))
+    values = (held["q.weight"].astype(np.float64) * scale).astype(np.float32)
+    plain = checkpoint(tmp_path / "base", {"q.weight": values - update})
+    found = lf.extract(plain, lf.open_base(tuned), rank=1)
+    assert relative_error(found.adapter["q.weight"].matrix(), update) < 1e-5
+    assert not found.left_out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A model in GGUF as a base: what an adapter needs to know of it, and nothing that is written."""
+"""A model in GGUF as a base: what an adapter needs to know of it."""
 
 import numpy as np
 import pytest
@@ -86,11 +86,11 @@ def test_targets_are_found_by_name_and_placed_as_ggml_multiplies():
     assert {p.rule for p in problems_of(base.resolve(wrong, lf.Hints()).require)} == {"LF-606"}
 
 
-def test_nothing_is_written_into_it(run, tmp_path):
-    (problem,) = problems_of(model_of("llama").plan, "merge", [], Options(tmp_path / "out"))
+def test_nothing_is_attached_to_it(run, tmp_path):
+    (problem,) = problems_of(model_of("llama").plan, "attach", [], Options(tmp_path / "out"))
     assert problem.rule == "LF-608"
     assert "--lora" in problem.fix
-    done = run("merge", file_of("llama"), "--into", HERE / "llama" / "base.gguf", "-o", "out.gguf")
+    done = run("attach", file_of("llama"), "--to", HERE / "llama" / "base.gguf", "-o", "out.gguf")
     assert done.code == 1
     assert "LF-608" in done.err
     assert not (tmp_path / "out.gguf").exists()

@@ -5,7 +5,9 @@ import pytest
 from updates import made
 
 import loraformat as lf
-from loraformat.algebra.lowrank import LowRank, angles, cosine, inner, lowrank, norm, svd, total
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import LowRank, cosine, inner, norm, total
+from loraformat.algebra.svd import angles, svd
 from loraformat.axes import Placement
 from loraformat.blas import one_blas_thread
 from loraformat.parts import Lora

@@ -1,63 +1,19 @@
 """Bases in fewer bits: what their values mean by the tools' own word, what of a change survives in them, what is refused."""
 
-import json
-from pathlib import Path
-
-import ml_dtypes
 import numpy as np
 import pytest
+from quantised_goldens import BF16, F8, LLAMA, change, draw, golden, rules, stored, write
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
-from loraformat import container
-from loraformat.checkpoint.eight_bits import scaling_of
-from loraformat.checkpoint.requantised import Scaling
-
-GOLDEN = Path(__file__).parent / "golden" / "quantised"
-BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
-LLAMA = {"model_type": "llama"}
-
-
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
-def change(out, in_, size, key="q.weight"):
-    part = lf.Lora(draw(2, in_, seed=1), draw(out, 2, seed=2) * np.float32(size), 1.0, "factor")
-    return lf.Adapter({key: lf.Update((part,))})
-
-
-def golden(name, tmp_path):
-    """(the opened checkpoint, its tensors, what the tool says that the weight means)."""
-    held = dict(container.Container(GOLDEN / f"{name}.safetensors").items())
-    held = {key: np.array(value) for key, value in held.items()}
-    means = held.pop("means", None)
-    write(tmp_path / name, held)
-    return lf.open_base(tmp_path / name), held, means
-
-
-def write(path, held, config=LLAMA):
-    path.mkdir()
-    with open(path / "model.safetensors", "wb") as file:
-        container.write(file, held, {})
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def stored(path):
-    return {name: np.array(value) for name, value in container.Container(path / "model.safetensors").items()}
-
-
-def rules(call, *args, **more):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **more)
-    return {problem.rule for problem in caught.value.problems}, str(caught.value)
+from loraformat.checkpoint.eight_bits import Scaling
+from loraformat.checkpoint.grids import grid_of
 
 
 def scaled(base, name="q.weight"):
     """The factor of every value."""
-    scaling = scaling_of(name, base.files, base.config)
-    shape = base.parameters()[name].shape
-    return np.broadcast_to(scaling.rows(0, shape[0], shape[1]), shape)
+    grid = grid_of(name, base.files, base.config)
+    return np.broadcast_to(grid.scaling.rows(0, *grid.shape), grid.shape)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
@@ -172,12 +128,6 @@ def test_what_is_packed_is_refused_by_the_name_of_its_form(name, tmp_path):
         assert found == {"LF-608"}
         assert f"q.weight is stored as {name} (" in said
         assert "merge into the unquantised checkpoint and quantise the result" in said
-
-
-def test_nf4_as_bitsandbytes_writes_it_is_refused_by_its_name(tmp_path):
-    base, _, _ = golden("nf4", tmp_path)
-    found, said = rules(lf.merge, change(24, 64, 1.0), base, tmp_path / "out", requantize=True)
-    assert (found, "bitsandbytes NF4" in said) == ({"LF-608"}, True)
 
 
 def test_an_order_of_a_gpu_is_not_taken_for_rows(tmp_path):

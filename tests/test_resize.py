@@ -6,9 +6,9 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
+from combined import adapter, dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_combine import adapter, dense
 from updates import made
 
 import loraformat as lf

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.algebra.lowrank import SVD
+from loraformat.algebra.svd import SVD
 from loraformat.normal import normal
 
 if TYPE_CHECKING:

@@ -13,16 +13,15 @@ from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint import tied as ties
 from loraformat.checkpoint.change import Change
-from loraformat.checkpoint.eight_bits import packed, requantised_rows
 from loraformat.checkpoint.folder import Files, find, is_weights, json_object
+from loraformat.checkpoint.grids import grid_of, laid, meant, requantised_rows
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.output import Output, writes_folder
+from loraformat.checkpoint.places import Places
+from loraformat.checkpoint.requantised import Values
 from loraformat.checkpoint.task import identity
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.names import nearest
-from loraformat.parts import Replace
-from loraformat.placing import place
 from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.shapes import FLOATS
@@ -73,6 +72,7 @@ class Checkpoint:
         folder = self.files.folder or path.parent
         self.config = json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         self.tied = ties.tied(self.files.homes, self.config)
+        self.places = Places(path.name, self.files, self.tied, self.config)
 
     @property
     def infos(self) -> Iterator[tuple[str, TensorInfo]]:
@@ -95,9 +95,20 @@ class Checkpoint:
         return describe_checkpoint(stored, self.config, paths, self.tied)
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
-        """Every float tensor of two axes; placed by ``--axes`` or by what the configuration says."""
+        """Every float tensor of two axes, and every weight in few bits; placed by ``--axes`` or by the configuration."""
         infos = {n: i for n, i in self.infos if len(i.shape) == 2 and i.dtype in FLOATS}
-        return {name: self._stated(name, info.shape, hints) for name, info in infos.items()}
+        return {name: self._stated(name, info.shape, hints) for name, info in infos.items()} | self._few(hints)
+
+    def _few(self, hints: Hints) -> dict[str, Placement | None]:
+        found: dict[str, Placement | None] = {}
+        for name, info in self.infos:
+            own = laid(name, self.files) if info.dtype not in FLOATS else None
+            grid = grid_of(name, self.files, self.config) if own else None
+            if own is not None and grid is not None:
+                key = meant(name)
+                spec = hints.spec(key) or (huggingface.linear_spec(self.config, key) or own)[0]
+                found[key] = Placement.of(grid.shape if spec == own[0] else grid.shape[::-1], spec)
+        return found
 
     def _stated(self, name: str, shape: tuple[int, ...], hints: Hints) -> Placement | None:
         spec = hints.spec(name) or (huggingface.linear_spec(self.config, name) or (None,))[0]
@@ -109,8 +120,13 @@ class Checkpoint:
         shard = self.files.shards[self.files.homes[stored]]
         return shard.whole(stored) if rows is None else shard.tensor(stored)[slice(*rows)]
 
+    def dequantised(self, name: str) -> Values | None:
+        """The values of a weight that is stored in few bits, by the name of the tensor; None of any other."""
+        grid = grid_of(self.tied.get(name, name), self.files, self.config)
+        return Values(grid) if grid is not None else None
+
     def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
-        """(rows, stored values) of a merge into a weight that is stored in 8 bits; None of any other."""
+        """(rows, stored values) of a merge into a weight that is stored in few bits; None of any other."""
         return requantised_rows(self.tied.get(name, name), updates, self.files, self.config)
 
     # Where a target lies.
@@ -126,7 +142,7 @@ class Checkpoint:
             weight = hints.mapped(key) or key
             rung = f"user: {weight}" if hints.mapped(key) else "name: equal"
             try:
-                match = self._match(key, update, weight, rung, hints)
+                match = self.places.match(key, update, weight, rung, hints)
             except LoraFormatError as error:
                 unresolved += error.problems
                 continue
@@ -137,43 +153,9 @@ class Checkpoint:
             others = [n for n in self._partners(weight) if n not in meant] if parts else []
             if others and "replace" in parts and ties.trained_apart(update):
                 ambiguous.append(_size_only(key, others))
-            matches = (self._match(key, update, n, f"tied: {n} is {weight}", hints) for n in others)
+            matches = (self.places.match(key, update, n, f"tied: {n} is {weight}", hints) for n in others)
             targets[key] = (match, *(replace(m, parts=parts) for m in matches))
         return Resolution(targets, tuple(unresolved), tuple(ambiguous))
-
-    def _match(self, key: str, update: Update, weight: str, rung: str, hints: Hints) -> Match:
-        placement, evidence = self._placed(key, update, weight, rung, hints)
-        home = self.files.homes.get(self.tied.get(weight, weight), self.path.name)
-        return Match(home, None, weight, placement, evidence)
-
-    def _placed(
-        self, key: str, update: Update, weight: str, rung: str, hints: Hints
-    ) -> tuple[Placement, tuple[str, ...]]:
-        stored = self.tied.get(weight, weight)
-        home = self.files.homes.get(stored)
-        new = next((part for part in update.parts if isinstance(part, Replace)), None)
-        if home is None:
-            if new is not None and "add" in new.allows:
-                shape = new.replace.shape
-                return Placement(shape, (0,), tuple(range(1, len(shape)))), (rung, "the adapter adds it")
-            raise packed(key, weight, self.files, self.config) or _missing(key, weight, update, self.parameters())
-        info = self.files.shards[home].infos[stored]
-        shape = info.shape
-        if (
-            info.dtype not in (*FLOATS, "I8")
-            and not update.replaces
-            and (error := packed(key, stored, self.files, self.config))
-        ):
-            raise error  # packed: its axes are not those of the weight
-        if new is not None and "resize" in new.allows:
-            shape = new.replace.shape
-        linear = len(shape) == 2 and update.op is None and update.additive
-        spec = huggingface.linear_spec(self.config, weight) if linear else None
-        placement, evidence = place(
-            key, update, shape, hints.spec(key), [*([spec] if spec else []), *hints.claims(key, update)]
-        )
-        tie = (f"tied: {weight} is {stored}",) if stored != weight else ()
-        return placement, (rung, *tie, *evidence)
 
     def _moving(self, weight: str, update: Update) -> tuple[str, ...]:
         """The kinds of parts that change the modules tied to this one too; none of a tensor that the base lacks."""
@@ -212,7 +194,9 @@ class Checkpoint:
         if not folder and merge.config != self.config:
             merge.notes.append("the output is a file: config.json, which must change with it, is not written")
         changes = merge.changes.values()
-        steps = tuple(f"merge {c.name} {c.dtype} {list(c.shape)}" for c in changes if c.updates)
+        steps = tuple(
+            f"merge {c.name} {c.form} {list(c.grid.shape if c.grid else c.shape)}" for c in changes if c.updates
+        )
         estimate = partial(_losses, [c for c in changes if c.updates])
         peak = _PEAK + sum(sorted(c.held for c in changes)[-2:])
         sizes = (output.reads, output.writes, peak)
@@ -236,20 +220,3 @@ def _size_only(key: str, others: Sequence[str]) -> Problem:
     what = f"trained apart from {', '.join(others)}, to which it is tied, in another size: the rows of those are in no file"
     fix = "save the adapter with all of them in modules_to_save, or merge it with PEFT"
     return Problem("LF-609", what, key, fix)
-
-
-def _missing(key: str, weight: str, update: Update, names: Mapping[str, Any]) -> LoraFormatError:
-    close = nearest(weight, names)
-    stack, _, _ = weight.rpartition(".")
-    if stack.endswith("experts") and any(".experts.0." in name for name in names):
-        # transformers 5.23 conversion_mapping.py: MergeModulelist stacks the experts of a checkpoint on loading.
-        what = f"the base has no tensor {weight}: it stores each expert by itself, and the adapter changes their stack"
-        return fault("LF-602", what, where=key, fix="merge with PEFT, whose model holds the stack")
-    why = " (the name was assumed from the module's path)" if "name" in update.assumed else ""
-    stub = f'--names map.json with {{"{key}": "{close[0] if close else "NAME"}"}}'
-    return fault(
-        "LF-602",
-        f"the base has no tensor {weight}{why}; nearest: {', '.join(close) or 'none'}",
-        where=key,
-        fix=f"if it goes by another name there: {stub}",
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.checkpoint.requantised import Scaling, requantised
+from loraformat.checkpoint.requantised import Grid, requantised
 from loraformat.container import DTYPES, numpy_dtype
 from loraformat.errors import LoraFormatError
 from loraformat.shapes import FLOATS
@@ -34,7 +34,7 @@ class Change:
         updates: placed in the tensor's own axes, applied one after the other; none for a copy under another name.
         keys: the adapters' names for what changes it.
         norms: filled while the tiles are made.
-        scaling: of a tensor that is stored in 8 bits and may be rounded to them again.
+        grid: of a weight that is stored in few bits and may be rounded to them again.
     """
 
     name: str
@@ -44,23 +44,31 @@ class Change:
     updates: tuple[Update, ...] = ()
     keys: tuple[str, ...] = ()
     norms: Norms = field(default_factory=Norms)
-    scaling: Scaling | None = None
+    grid: Grid | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes as stored."""
+        if self.grid is not None:
+            return self.grid.nbytes
         return DTYPES[self.dtype] * math.prod(self.shape)
 
     @property
     def held(self) -> int:
         """Bytes of memory beyond a tile: where a norm runs over axis 0 the tensor is held whole, five times over."""
-        return 0 if all(u.tileable for u in self.updates) else 20 * math.prod(self.shape)
+        shape = self.grid.shape if self.grid is not None else self.shape
+        return 0 if all(u.tileable for u in self.updates) else 20 * math.prod(shape)
+
+    @property
+    def form(self) -> str:
+        """What people call the form in which it is stored."""
+        return self.grid.name if self.grid is not None else self.dtype
 
     def holds(self, update: Update) -> bool:
         """Whether the dtype of storage is one to round to; of any other, whether what replaces the tensor is exact in it."""
         if self.dtype in FLOATS and DTYPES[self.dtype] >= 2:
             return True
-        if self.scaling is not None and "replace" not in update and "rows" not in update:
+        if self.grid is not None and "replace" not in update and "rows" not in update:
             return True
         if not update.replaces:
             return False
@@ -76,8 +84,8 @@ class Change:
 
     def tiles(self) -> Iterator[memoryview]:
         """The bytes, in order."""
-        if self.scaling is not None and self.base is not None and not all(u.replaces for u in self.updates):
-            arrays = requantised(self.updates, self.base, self.scaling, self.norms)
+        if self.grid is not None and not all(u.replaces for u in self.updates):
+            arrays = requantised(self.updates, self.grid, self.norms)
         elif self.base is None or self.base.shape != self.shape:
             arrays = created(self.updates, self.shape, numpy_dtype(self.dtype), self.base, self.norms)
         else:

@@ -12,11 +12,12 @@ import numpy as np
 
 from loraformat.checkpoint import tied as ties
 from loraformat.checkpoint.change import Change
-from loraformat.checkpoint.eight_bits import refusal, scaling_of
 from loraformat.checkpoint.folder import Files
+from loraformat.checkpoint.grids import grid_of, refusal
 from loraformat.container import DTYPES, dtype_name
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.plan import Job, size
+from loraformat.quantised import form_of
 from loraformat.shapes import shape_problems
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Merge:
         homes: of added tensors, the shard that will hold them.
         config: ``config.json`` as it will be; the same object where nothing changes.
         notes: what a person should know.
-        requantize: round to 8 bits again where a weight is stored so.
+        requantize: round to few bits again where a weight is stored so.
     """
 
     files: Files
@@ -111,13 +112,16 @@ class Merge:
             return Change(name, dtype_name(new.dtype), new.shape, None)
         shard = self.files.shards[self.files.homes[stored]]
         info = shard.infos[stored]
-        scaling = scaling_of(stored, self.files, self.config) if self.requantize else None
+        grid = grid_of(stored, self.files, self.config) if self.requantize else None
         shape = info.shape if new is None else new.shape
-        return Change(name, info.dtype, shape, shard.tensor(stored), scaling=scaling)
+        return Change(name, info.dtype, shape, shard.tensor(stored), grid=grid)
 
     def _fault(self, change: Change, earlier: Change | None, update: Update) -> tuple[str, str, str] | None:
-        if change.base is not None and not change.holds(update):
-            return refusal(change.name, change.dtype, self.files.homes, self.config, self.requantize)
+        stored = self.tied.get(change.name, change.name)
+        # What replaces a weight would have to be divided by a scale that stands beside it.
+        scaled = update.replaces and form_of(stored, self.files.homes, self.config) is not None
+        if change.base is not None and (scaled or not change.holds(update)):
+            return refusal(stored, self.files, self.config, requantize=self.requantize)
         old = change.base.shape if change.base is not None else change.shape
         if change.shape != old and "resize" not in update["replace"].allows:
             return "LF-606", f"the base tensor is {list(old)}, its replacement {list(change.shape)}", "another base?"

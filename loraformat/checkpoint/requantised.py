@@ -1,21 +1,23 @@
-"""Weights stored in 8 bits beside a scale: W = q · s, changed by q' = round((W + ΔW) / s), with the scale as it is.
+"""Weights stored as numbers of a few bits: W' is the nearest to W + ΔW of the values that the stored scales allow.
 
-What of ΔW survives is mostly little: the steps of 8 bits are wider than the change of many an adapter. So this is done on
+Scales, zero points and tables stay as they are: only the numbers change, and where ΔW is zero not even these. What of ΔW
+survives is mostly little: the steps of so few bits are wider than the change of many an adapter. So this is done on
 request, the loss is measured value by value, and too great a loss is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from loraformat import progress
-from loraformat.container import dtype_name
-from loraformat.tiles import Norms, Tensor, applied, prepared, runs
+from loraformat.errors import fault
+from loraformat.tiles import Norms, applied, prepared, runs
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,100 +27,96 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
 
-__all__ = ["EIGHT_BITS", "Scaling", "requantised", "scale_name"]
+__all__ = ["Grid", "Run", "Values", "requantised"]
 
-# The tensor that holds the scale of a module's weight, for what it is multiplied by, and the dtypes it goes with:
-# bitsandbytes 0.50 functional.py int8_vectorwise_dequant; transformers 5.23 finegrained_fp8.py, which multiplies by its
-# "inverse" scale; compressed-tensors 0.11; ComfyUI's scaled fp8.
-_SCALES: Mapping[str, tuple[float, tuple[str, ...]]] = {
-    "SCB": (1 / 127, ("I8",)),
-    "weight_scale_inv": (1.0, ("F8_E4M3", "F8_E5M2")),
-    "weight_scale": (1.0, ("F8_E4M3", "F8_E5M2")),
-    "scale_weight": (1.0, ("F8_E4M3", "F8_E5M2")),
-}
-_MOST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
-"""dtypes that ``requantised`` rounds to."""
+
+class Run(Protocol):
+    """A run of rows of a weight in few bits."""
+
+    @property
+    def stored(self) -> Array:
+        """The numbers as they lie in the file, which may pack several in one."""
+
+    def means(self, stored: Array) -> F32:
+        """The values of such numbers in these rows: float32 [rows, …]."""
+
+    def nearest(self, wanted: F32) -> Array:
+        """The numbers whose values are the nearest, as they are stored; the old ones where these are as near."""
+
+
+class Grid(Protocol):
+    """The values that a weight in few bits can have.
+
+    A tool that computes in 16 bits rounds them to these; here they are what numbers and scales say, in float32.
+    """
+
+    @property
+    def name(self) -> str:
+        """What people call the form."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, in the axes in which it is stored."""
+
+    @property
+    def step(self) -> int:
+        """How many rows lie together, so that a run begins at a multiple."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor that holds the numbers."""
+
+    def run(self, start: int, stop: int) -> Run:
+        """The rows [start, stop)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
-    """What the stored values are multiplied by.
+class Values:
+    """The values of a weight in few bits, as a ``Tensor`` in the axes in which it is stored."""
 
-    Attributes:
-        values: float32 [rows, columns]: one for each block of the weight; (1, 1) is one for all, [out, 1] one a row.
-        block: rows and columns of a block.
+    grid: Grid
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.grid.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32."""
+        return np.dtype(np.float32)
+
+    def __getitem__(self, rows: slice | EllipsisType) -> F32:
+        start, stop, _ = rows.indices(self.shape[0]) if isinstance(rows, slice) else (0, self.shape[0], 1)
+        step = self.grid.step
+        first, last = start // step * step, min(-(-stop // step) * step, self.shape[0])
+        run = self.grid.run(first, last)
+        return run.means(run.stored)[start - first : stop - first]
+
+
+def requantised(updates: Sequence[Update], grid: Grid, norms: Norms) -> Iterator[Array]:
+    """Runs of rows of what is stored, in order; adds to ``norms``, in which what saturates counts as lost.
+
+    Raises:
+        LoraFormatError: LF-611 a value of W + ΔW is infinite or NaN.
     """
-
-    values: F32
-    block: tuple[int, int]
-
-    @classmethod
-    def none(cls, shape: tuple[int, ...]) -> Scaling:
-        """Of values that are stored as they are."""
-        return cls(np.ones((1, 1), np.float32), (shape[0], math.prod(shape[1:])))
-
-    @classmethod
-    def of(cls, stored: Array, factor: float, shape: tuple[int, ...]) -> Scaling | None:
-        """From the scale tensor beside a weight of ``shape``; None where its blocks are not plain.
-
-        A last block may be cut off, so a block is the power of two, as all tools have it, that gives so many.
-        """
-        if len(shape) != 2:
-            return None
-        grid = np.asarray(stored, np.float32) * np.float32(factor)
-        if grid.size == 1:
-            return cls(grid.reshape(1, 1), shape)
-        if grid.ndim == 1 and len(grid) == shape[0]:
-            grid = grid[:, None]
-        if grid.ndim != 2:
-            return None
-        block = [_block(size, count) for size, count in zip(shape, grid.shape, strict=True)]
-        return None if None in block else cls(grid, (block[0] or 0, block[1] or 0))
-
-    def rows(self, start: int, stop: int, columns: int) -> F32:
-        """The factor of every value of a run of rows, as it is broadcast."""
-        lines = self.values[np.arange(start, stop) // self.block[0]]
-        if lines.shape[1] == 1:
-            return lines
-        return lines[:, np.arange(columns) // self.block[1]]
-
-
-def _block(size: int, count: int) -> int | None:
-    if count in (1, size):
-        return size // count
-    return next((b for b in (16, 32, 64, 128, 256, 512) if -(-size // b) == count), None)
-
-
-def scale_name(weight: str, dtype: str, names: Collection[str]) -> tuple[str, float] | None:
-    """(tensor, factor) of the scale of an 8-bit weight; None where none that is known stands beside it."""
-    module = weight.rpartition(".")[0]
-    for end, (factor, dtypes) in _SCALES.items():
-        if dtype in dtypes and f"{module}.{end}" in names:
-            return f"{module}.{end}", factor
-    return None
-
-
-def requantised(updates: Sequence[Update], base: Tensor, scaling: Scaling, norms: Norms) -> Iterator[Array]:
-    """Runs of rows of q', in order; adds to ``norms``, in which what saturates counts as lost."""
     updates = [prepared(update) for update in updates]
     whole = not all(update.tileable for update in updates)
-    for start, stop in [(0, base.shape[0])] if whole else runs(base.shape):
-        stored = base[start:stop]
-        scale = scaling.rows(start, stop, base.shape[1])
-        old = stored.astype(np.float32) * scale
+    for start, stop in [(0, grid.shape[0])] if whole else runs(grid.shape, grid.step):
+        run = grid.run(start, stop)
+        old = run.means(run.stored)
         wanted = applied(updates, old, None if whole else (start, stop)).astype(np.float32)
-        new = _nearest(np.divide(wanted, scale, out=np.zeros_like(wanted), where=scale != 0), stored.dtype)
-        norms.base += float(np.sum(old**2, dtype=np.float64))
-        norms.delta += float(np.sum((wanted - old) ** 2, dtype=np.float64))
-        norms.lost += float(np.sum((new.astype(np.float32) * scale - wanted) ** 2, dtype=np.float64))
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = _square(wanted - old)
+        if not math.isfinite(squares) and not np.isfinite(wanted).all():
+            raise fault("LF-611", "a value of W + ΔW is not finite", fix="a lower weight")
+        new = run.nearest(wanted)
+        norms.base += _square(old)
+        norms.delta += squares
+        norms.lost += _square(run.means(new) - wanted)
         progress.advance(new.nbytes)
         yield new
 
 
-def _nearest(values: F32, dtype: np.dtype[Any]) -> Array:
-    """The values in an 8-bit dtype, the largest for what lies beyond: neither has an infinity to spare."""
-    if dtype == np.int8:
-        return np.clip(np.rint(values), -127, 127).astype(np.int8)
-    most = _MOST[dtype_name(dtype)]
-    return np.clip(values, -most, most).astype(dtype)
+def _square(values: F32) -> float:
+    return float(np.sum(np.square(values, dtype=np.float64)))

@@ -30,7 +30,7 @@ def too_little(changes: Sequence[Change], limit: float) -> Problem | None:
         return None
     worst = sorted(changes, key=lambda change: -change.norms.loss)[:_NAMED]
     named = ", ".join(f"{change.name} {100 * max(0.0, 1 - change.norms.loss):.2g} %" for change in worst)
-    dtypes = "/".join(sorted({change.dtype for change in changes if change.norms.lost}))
+    dtypes = "/".join(sorted({change.form for change in changes if change.norms.lost}))
     what = f"{100 * whole:.2g} % of ΔW survives in {dtypes}, the least allowed is {100 * limit:.3g} %: {named}"
     fix = "merge into a base of a wider type, or attach the adapter at run time; --survival 0 takes what there is"
     return Problem("LF-615", what, fix=fix)

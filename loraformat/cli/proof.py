@@ -12,7 +12,7 @@ from loraformat.cli.printing import alike, echo_json, printable
 from loraformat.plan import size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from loraformat.errors import Problem
     from loraformat.plan import Outcome, Plan, Proof
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from loraformat.verbs.verify import Verdict
 
 __all__ = ["json_of", "show_plan", "show_proof"]
+
+_LINES = 20
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
@@ -41,6 +43,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 def show_proof(plan: Plan, outcome: Outcome, proof: Proof | None, following: str) -> None:
     """``15/15 targets by node_name · ‖ΔW‖/‖W‖ 0.4–2.1 % · +0.7 MB · next: …``."""
     total = len({key for job in plan.jobs for key in job.adapter})
+    for line in _survivals(outcome.norms):
+        click.echo(line, err=True)
     found = f"{len(outcome.norms)}/{total} targets by {plan.rungs}"
     change = _change(plan, outcome) + (f" · {proof}" if proof else "")
     grown = f"{outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
@@ -48,6 +52,13 @@ def show_proof(plan: Plan, outcome: Outcome, proof: Proof | None, following: str
         grown += f" · {len(outcome.resumed)} files were finished by a run that was killed"
     after = f" · next: {following}" if following else ""
     click.echo(f"{plan.options.out}: {found} · {change} · {grown}{after}", err=True)
+
+
+def _survivals(norms: Mapping[str, Norms]) -> list[str]:
+    """A line for each target that lost more than a tenth of its ΔW, the worst first."""
+    kept = sorted((max(0.0, 1.0 - n.loss), key) for key, n in norms.items() if not n.new and n.loss > 0.1)
+    lines = [f"{printable(key)}: {_short(100 * share)} % of ΔW survives" for share, key in kept[:_LINES]]
+    return lines + ([f"… and {len(kept) - _LINES} more: --json has all"] if len(kept) > _LINES else [])
 
 
 def _change(plan: Plan, outcome: Outcome) -> str:

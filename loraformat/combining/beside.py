@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.algebra.lowrank import lowrank
+from loraformat.algebra.factors import lowrank
 from loraformat.parts import ORDER, Additive, Delta, Lora
 from loraformat.products import product
 from loraformat.updates import Update

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraformat.algebra.lowrank import cosine, lowrank
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import cosine
 from loraformat.combining.entries import (
     Draw,
     drop,

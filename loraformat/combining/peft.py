@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.algebra.lowrank import SVD, lowrank, svd, total
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import total
+from loraformat.algebra.svd import SVD, svd
 from loraformat.algebra.truncated import truncated
 from loraformat.combining.entries import elect, trim
 from loraformat.errors import Problem

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat import progress
+from loraformat.base import FewBits
 from loraformat.rounding import widened
 from loraformat.shapes import FLOATS
-from loraformat.tiles import read_runs
+from loraformat.tiles import read_runs, runs, values_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -95,7 +96,9 @@ def common_prefix(found: Counterparts) -> str | None:
 
 
 def apart(base: Base, before: Parameter, tuned: Base, after: Parameter) -> Apart:
-    """Tile by tile, in float32 sums of float64; the two have one shape."""
+    """Tile by tile, in float32 sums of float64; the two have one shape. Of weights in few bits by what they mean."""
+    if any(isinstance(m, FewBits) and m.dequantised(p.name) for m, p in ((base, before), (tuned, after))):
+        return _few_apart(base, before, tuned, after)
     floats = before.dtype in FLOATS and after.dtype in FLOATS
     equal, square, whole = before.dtype == after.dtype, [0.0], [0.0]
     for old, new in _tiles(base, before, tuned, after):
@@ -113,6 +116,17 @@ def apart(base: Base, before: Parameter, tuned: Base, after: Parameter) -> Apart
     if not floats:
         return Apart(sum(square), sum(whole), equal)
     return Apart(math.sqrt(math.fsum(square)), math.sqrt(math.fsum(whole)), equal)
+
+
+def _few_apart(base: Base, before: Parameter, tuned: Base, after: Parameter) -> Apart:
+    old, new = values_of(base, before), values_of(tuned, after)
+    equal = before.dtype == after.dtype and all(
+        np.array_equal(_bits(a), _bits(b)) for a, b in _tiles(base, before, tuned, after)
+    )
+    tiles = ((_wide(old[slice(*rows)]), _wide(new[slice(*rows)])) for rows in runs(old.shape))
+    squares = [(_square(there - here), _square(here)) for here, there in tiles]
+    far, whole = (math.sqrt(math.fsum(part)) for part in zip(*squares, strict=True))
+    return Apart(far, whole, equal)
 
 
 def _tiles(base: Base, before: Parameter, tuned: Base, after: Parameter) -> Iterator[tuple[Array, Array]]:

@@ -11,6 +11,7 @@ import numpy as np
 from loraformat import progress
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
+from loraformat.base import FewBits
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.huggingface import is_embedding
 from loraformat.parts import Lora
@@ -18,7 +19,7 @@ from loraformat.quantised import form_of
 from loraformat.registry import model_config
 from loraformat.resolve import Hints, Match, matches
 from loraformat.rounding import widened
-from loraformat.tiles import read_runs
+from loraformat.tiles import runs, values_of
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
@@ -48,21 +49,30 @@ class Linear:
     places: tuple[Placement, Placement]
     placement: Placement | None
 
+    def beside(self, base: Base, tuned: Base) -> set[str]:
+        """The tensors of either model that only say what numbers of a few bits mean: all of the module's but the bias."""
+        names: set[str] = set()
+        for model, stored in ((base, self.before.name), (tuned, self.after.name)):
+            if isinstance(model, FewBits) and model.dequantised(stored) is not None:
+                module = stored.rpartition(".")[0]
+                names |= {n for n in model.parameters() if n.startswith(f"{module}.") and n != f"{module}.bias"}
+        return names
+
     def difference(self, base: Base, tuned: Base) -> F32:
         """W' − W, float32 [out, in]: in float64 where both are, rounded once."""
         here, there = self.places
-        stored = np.empty(self.after.shape, np.float32)
+        before, after = values_of(base, self.before), values_of(tuned, self.after)
+        stored = np.empty(after.shape, np.float32)
         if here == there:
-            for rows, tile in read_runs(base, self.before):
-                part = ... if rows is None else slice(*rows)
-                stored[part] = _minus(tuned.read(self.after.name, rows), tile)
+            for rows in runs(after.shape):
+                tile = before[slice(*rows)]
+                stored[slice(*rows)] = _minus(after[slice(*rows)], tile)
                 progress.advance(2 * tile.nbytes)
             return there.to_matrix(stored)
-        for rows, tile in read_runs(tuned, self.after):
-            stored[... if rows is None else slice(*rows)] = tile
-        old = np.empty(self.before.shape, np.float32)
-        for rows, tile in read_runs(base, self.before):
-            old[... if rows is None else slice(*rows)] = tile
+        old = np.empty(before.shape, np.float32)
+        for values, tensor in ((stored, after), (old, before)):
+            for rows in runs(tensor.shape):
+                values[slice(*rows)] = tensor[slice(*rows)]
         progress.advance(2 * old.nbytes)
         return np.asarray(there.to_matrix(stored) - here.to_matrix(old), np.float32)
 
@@ -79,7 +89,8 @@ def linears(base: Base, tuned: Base, only: Sequence[str], hints: Hints) -> list[
     A weight that the tuned model has in another size is none of them: no pair makes the one of the other.
 
     Raises:
-        LoraFormatError: LF-602 … LF-605 a linear without a counterpart or a known orientation; LF-608 a quantised one.
+        LoraFormatError: LF-602 … LF-605 a linear without a counterpart or a known orientation; LF-608 one that is
+            quantised in a form whose values are not known.
     """
     problems = [*quantised_problems(base, only), *quantised_problems(tuned, only)]
     if problems:
@@ -116,7 +127,8 @@ def _pairs(
         before, after = here.name_in(old), there.name_in(new)
         assert before is not None
         assert after is not None
-        yield Linear(key, old[before], new[after], (here.placement, there.placement), here.placement if keep else None)
+        named = (here.parameter or here.placement) if keep else None
+        yield Linear(key, old[before], new[after], (here.placement, there.placement), named)
 
 
 def _probe(place: Placement) -> Update:
@@ -146,7 +158,7 @@ def _unplaced(key: str) -> Problem:
 
 
 def quantised_problems(base: Base, only: Sequence[str] = ()) -> Iterator[Problem]:
-    """LF-608 for every weight of ``base`` that is stored quantised."""
+    """LF-608 for every weight of ``base`` that is quantised, and whose values nobody here knows."""
     known, config = base.parameters(), model_config(base)
     modules = {name.rpartition(".")[0].removesuffix(".weight") for name in known}
     for module in sorted(modules):
@@ -154,6 +166,9 @@ def quantised_problems(base: Base, only: Sequence[str] = ()) -> Iterator[Problem
         if only and not matches(weight, only):
             continue
         stored = known.get(weight)
+        held = stored.name if stored else f"{module}.qweight"
+        if isinstance(base, FewBits) and base.dequantised(held) is not None:
+            continue
         if form := form_of(weight, known, config, stored.dtype if stored else None):
             what = f"the weight is quantised in {base.path.name}: {form.name} ({form.evidence})"
             yield Problem("LF-608", what, weight, f"compare with the unquantised checkpoint; {form.fix}")

@@ -11,7 +11,7 @@ from loraformat.errors import LoraFormatError
 from loraformat.naming.links import Link, Seat
 from loraformat.resolve import Hints
 from loraformat.sketch import recognise, sketch, telling
-from loraformat.tiles import Lazy
+from loraformat.tiles import Lazy, values_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -59,7 +59,7 @@ def _sketch_of(key: str, update: Update, origin: Base | None) -> tuple[Placement
         if not found or found[0].weight not in origin.parameters():
             return None
         place = found[0].placement
-        drawn = sketch(Lazy(origin, origin.parameters()[found[0].weight]), place)
+        drawn = sketch(values_of(origin, origin.parameters()[found[0].weight]), place)
     if place is None or drawn is None or not drawn.any() or len(place.shape) != 2 or not telling(place):
         return None
     return place, drawn

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import norm, total
+from loraformat.algebra.svd import svd
 from loraformat.errors import fault
 from loraformat.parts import KINDS, Additive, Delta, Loha, Lokr, Lora, Part, roles_of
-from loraformat.products import product
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -138,17 +140,13 @@ def _as_lora(update: Update, rank: int) -> tuple[Update, float | None]:
     plain = "lora" in update and update["lora"].mid is None and len(update.additive) == 1
     if not update.additive or plain or any(isinstance(p, Delta) and p.delta.ndim == 1 for p in update.additive):
         return update, None
-    matrix = update.matrix().astype(np.float64)
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    r = min(rank, s.shape[-1])
-    root = np.sqrt(s[..., :r])
-    a, b = (
-        (root[..., :, None] * vt[..., :r, :]).astype(np.float32),
-        (u[..., :r] * root[..., None, :]).astype(np.float32),
-    )
-    error = float(np.linalg.norm(product(Lora(a, b, 1.0, "factor")) - matrix) / (np.linalg.norm(matrix) or 1.0))
+    exact = lowrank(update)
+    pair = svd(exact, rank).cut(rank).pair()
     others = (part for part in update.parts if part not in update.additive)
-    return _with(update, [*others, Lora(a, b, 1.0, "factor")]), error
+    made = _with(update, [*others, pair])
+    whole = norm(exact)
+    lost = norm(total([(1.0, exact), (-1.0, lowrank(replace(made, parts=(pair,))))]))
+    return made, lost / whole if whole else 0.0
 
 
 def _cast(key: str, update: Update, dtype: np.dtype[Any]) -> tuple[Update, float | None]:

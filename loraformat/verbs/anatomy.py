@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraformat import progress
-from loraformat.algebra.lowrank import lowrank, svd
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.svd import svd
 from loraformat.canonical import dumps
 from loraformat.errors import LoraFormatError
 from loraformat.identity import tensor_sha256

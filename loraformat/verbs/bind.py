@@ -13,7 +13,7 @@ from loraformat.errors import fault
 from loraformat.identity import runs_sha256
 from loraformat.resolve import Hints
 from loraformat.sketch import sketch
-from loraformat.tiles import Lazy, read_runs
+from loraformat.tiles import read_runs, values_of
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -44,9 +44,9 @@ def bind(adapter: Adapter, base: Base, hints: Hints | None = None, *, sketches: 
         match, *_ = resolution.targets[key]
         sha256 = drawn = None
         if match.weight in known:
-            weight = Lazy(base, known[match.weight])
+            weight = values_of(base, known[match.weight])
             sha256 = runs_sha256(tile for _, tile in read_runs(base, known[match.weight]))
             # A resized vocabulary is no longer the tensor that the placement describes: its sketch would mislead.
             drawn = sketch(weight, match.placement) if sketches and weight.shape == match.placement.shape else None
-        bound[key] = replace(update, placement=match.placement, base_sha256=sha256, sketch=drawn)
+        bound[key] = replace(update, placement=match.parameter or match.placement, base_sha256=sha256, sketch=drawn)
     return replace(adapter, targets=bound)

@@ -14,7 +14,9 @@ import numpy as np
 
 from loraformat import progress
 from loraformat.adapter import Adapter
-from loraformat.algebra.lowrank import lowrank, norm, svd, total
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import norm, total
+from loraformat.algebra.svd import svd
 from loraformat.algebra.truncated import truncated
 from loraformat.blas import one_blas_thread
 from loraformat.combining import notes, peft

@@ -1,7 +1,7 @@
 """Diff: what two adapters do differently, computed in their factors; or which tensors of two models differ.
 
 ΔA and ΔB are never formed where they are pairs: distances, cosines and angles come from problems of the size of the
-ranks (``loraformat.algebra.lowrank``).
+ranks (``loraformat.algebra``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from loraformat.adapter import Adapter
-from loraformat.algebra.lowrank import LowRank, angles, inner, lowrank, norm, total
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import LowRank, inner, norm, total
+from loraformat.algebra.svd import angles
 from loraformat.container import dtype_name
 from loraformat.errors import LoraFormatError, fault
 from loraformat.parts import roles_of

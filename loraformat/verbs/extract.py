@@ -22,6 +22,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.extracting.counterparts import Counterparts, common_prefix, counterparts
 from loraformat.extracting.linears import Linear, linears
 from loraformat.extracting.others import KINDS, Form, Other, others
+from loraformat.naming.spaces import space_of
 from loraformat.parts import Lora
 from loraformat.resolve import Hints, matches
 from loraformat.updates import Update
@@ -114,7 +115,7 @@ def between(
     side = _side_by_side(base, tuned, only, stated)
     updates, pairs, equal, seen = dict[str, Update](), dict[str, Pair](), 0, set[str]()
     for linear, pair in _pairs(_linears(base, tuned, side, only, stated), base, tuned, rank, energy):
-        seen |= {linear.before.name, linear.after.name}
+        seen |= {linear.before.name, linear.after.name} | linear.beside(base, tuned)
         if pair.norm == 0.0:
             equal += 1
             continue
@@ -131,7 +132,8 @@ def between(
         raise fault("LF-304", f"no linear of {tuned.path} differs from that of {base.path}{said}")
     asked = {"rank": rank} if rank is not None else {"energy": energy}
     components = tuple(sorted({key.partition(":")[0] for key in pairs if ":" in key}))
-    adapter = Adapter(dict(sorted(updates.items())), components=components, provenance={"verb": "extract", **asked})
+    provenance = {"verb": "extract", **asked}
+    adapter = Adapter(dict(sorted(updates.items())), space_of(base), components=components, provenance=provenance)
     return Extracted(adapter, {key: pair.residual for key, pair in pairs.items()}, _whole(pairs), left, equal + same)
 
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraformat import progress
-from loraformat.algebra.lowrank import lowrank, norm, svd, total
+from loraformat.algebra.factors import lowrank
+from loraformat.algebra.lowrank import norm, total
+from loraformat.algebra.svd import svd
 from loraformat.blas import one_blas_thread
 from loraformat.combining.finite import check_values, finite
 from loraformat.errors import LoraFormatError, Problem, fault

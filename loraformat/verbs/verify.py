@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.base import EightBits, Tying
+from loraformat.base import FewBits, Tying
 from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
@@ -144,8 +144,12 @@ def _torn(merged: Base, new: Mapping[str, Parameter], changed: Collection[str]) 
 
 def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
     before = base.resolve(adapter, hints).require()
-    # Rows of a packed weight are found in the result as they were in the base: by the update as it is.
-    placed = {k: adapter[k] if places[0].rows else places[0].turned(adapter[k]) for k, places in before.targets.items()}
+    # Rows of a packed weight, and one that a checkpoint stores the other way round, are found in the result as they were in
+    # the base: by the update as it is.
+    placed = {
+        key: adapter[key] if first.rows or (first.parameter and not first.node) else first.turned(adapter[key])
+        for key, (first, *_) in before.targets.items()
+    }
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
@@ -183,7 +187,7 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
 def _compare(
     base: Base, before: Parameter | None, merged: Base, after: Parameter, updates: Sequence[Update]
 ) -> _Compared:
-    if before is not None and isinstance(base, EightBits) and (tiles := base.requantised(before.name, updates)):
+    if before is not None and (tiles := _requantised(base, before, updates)):
         return _stored_alike(tiles, merged, after)
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in _expected(base, before, after.shape, [prepared(update) for update in updates]):
@@ -202,8 +206,16 @@ def _compare(
     return _Compared(relative, told, cause(base, before, merged, after, updates, square))
 
 
+def _requantised(
+    base: Base, before: Parameter, updates: Sequence[Update]
+) -> Iterator[tuple[tuple[int, int], Array]] | None:
+    if not isinstance(base, FewBits) or all(update.replaces for update in updates):
+        return None
+    return base.requantised(before.name, updates)
+
+
 def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, after: Parameter) -> _Compared:
-    """Of a weight in 8 bits, whose stored values are what is compared: the scale beside them is another tensor."""
+    """Of a weight in few bits, whose stored values are what is compared: the scale beside them is another tensor."""
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in tiles:
         got = merged.read(after.name, rows)

@@ -13,9 +13,13 @@ from typing import Any
 
 import additive  # noqa: F401  (each registers its cases)
 import factored  # noqa: F401
+import fields
 import headers
+import placement
+import shapes
 import special  # noqa: F401
 import targets
+import values
 import whole  # noqa: F401
 from broken import BROKEN, Broken
 from refused import REFUSALS
@@ -32,8 +36,9 @@ def vectors() -> dict[str, bytes]:
         vector = Vector(case.__name__, str(case.__doc__), rules)
         case(vector)
         made.append(vector)
-    for section in (headers.container, headers.top, targets.targets, targets.placement):
-        section()
+    for module in (headers, fields, targets, shapes, values, placement):
+        for section in module.SECTIONS:
+            section()
     made += BROKEN
     files = {name: data for item in made for name, data in item.files().items()}
     index: dict[str, Any] = {

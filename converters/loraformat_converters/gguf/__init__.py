@@ -64,7 +64,7 @@ class GgufKind:
     """A model in GGUF, by its first four bytes."""
 
     name = "gguf"
-    describes = "GGUF model (llama.cpp), which is only read"
+    describes = "GGUF model (llama.cpp)"
 
     def recognises(self, path: Path) -> bool:
         """The first four bytes."""

@@ -1,27 +1,31 @@
-"""A model in GGUF as a base that is only read: names, shapes, values, and the numbers that its metadata tells."""
+"""A model in GGUF as a base: names, shapes, values, the numbers that its metadata tells; and merges into it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
+from loraformat.checkpoint.requantised import Values, requantised
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.placing import place
+from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution
+from loraformat.tiles import Norms
 from loraformat_converters.gguf import keys
+from loraformat_converters.gguf.blocks import QUANTISED, Blocks
 from loraformat_converters.gguf.file import GgufFile
+from loraformat_converters.gguf.merging import Merge
 from loraformat_converters.gguf.read import EMBEDDING
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.plan import Job, Outcome, Plan
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -47,7 +51,7 @@ class GgufModel:
         config: what a ``config.json`` would say, as far as the metadata tells it.
     """
 
-    verbs: frozenset[str] = frozenset()
+    verbs = frozenset({"merge"})
     names = "gguf"
 
     def __init__(self, path: Path) -> None:
@@ -93,6 +97,25 @@ class GgufModel:
         """The values, quantised ones as float32; or those of some rows. LF-704 the package ``gguf`` is not installed."""
         return self.file.read(name, rows)
 
+    def dequantised(self, name: str) -> Values | None:
+        """The values of a tensor that a merge can round to; None of any other."""
+        return Values(Blocks(self.file, name)) if self._quantised(name) else None
+
+    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """(rows, the values of what a merge stores in them) of such a tensor, in order; None of any other."""
+        return self._requantised(Blocks(self.file, name), updates) if self._quantised(name) else None
+
+    def _quantised(self, name: str) -> bool:
+        return name in self.file.infos and self.file.infos[name].type in QUANTISED
+
+    @staticmethod
+    def _requantised(grid: Blocks, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]]:
+        start = 0
+        for stored in requantised(updates, grid, Norms()):
+            stop = start + len(stored)
+            yield (start, stop), grid.run(start, stop).means(stored)
+            start = stop
+
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By exact name or the user's map; ggml's tensors are [*experts, out, in], the embedding [tokens, dim]."""
         targets: dict[str, tuple[Match, ...]] = {}
@@ -124,11 +147,19 @@ class GgufModel:
         return Match(self.path.name, None, weight, placement, (rung, *evidence))
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
-        """LF-608: nothing is written into a model in GGUF."""
-        what = f"a model in GGUF is only read: there is no {verb}"
-        fix = f"loraformat convert ADAPTER adapter.gguf --base {self.path}; llama.cpp runs it beside the model (--lora)"
-        raise fault("LF-608", what, where=str(self.path), fix=fix)
+        """What a merge replaces; every obstacle at once (LF-606, LF-608, LF-609, LF-703)."""
+        if verb not in self.verbs:
+            what = f"a model in GGUF is no graph to {verb} to"
+            fix = f"loraformat convert ADAPTER adapter.gguf --base {self.path}; llama.cpp runs it beside the model (--lora)"
+            raise fault("LF-608", what, where=str(self.path), fix=fix)
+        merge = Merge.of(self.file, jobs, options)
+        size = self.file.size
+        return Plan(verb, tuple(jobs), options, merge.steps, size, size, merge.peak, state=merge, estimate=merge.losses)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
-        """See ``plan``."""
-        raise AssertionError("no plan was made")
+        """Write the merged model: a file of the same size, in which only the tensors that change are others."""
+        merge: Merge = plan.state
+        merge.write(plan.options.out, force=force)
+        norms = {key: change.norms for change in merge.changes.values() for key in change.keys}
+        ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
+        return Outcome(ordered, plan.writes)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["ALIGNMENT", "LONGEST_NAME", "MAGIC", "NUMPY", "TYPES", "GgufFile", "TensorInfo", "aligned"]
+__all__ = ["ALIGNMENT", "LONGEST_NAME", "MAGIC", "NUMPY", "TYPES", "GgufFile", "TensorInfo", "aligned", "dequantised"]
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -71,6 +71,7 @@ class GgufFile(Mapping[str, "Array"]):
     Attributes:
         metadata: key → value, in the order of the file.
         infos: name → description.
+        size: of the file, in bytes.
 
     Raises:
         LoraFormatError: LF-511 the file is not sound, with every fault of its tensors; on reading one, LF-704 where its
@@ -81,7 +82,7 @@ class GgufFile(Mapping[str, "Array"]):
         self.path = path
         try:
             with open(path, "rb") as file:
-                size = file.seek(0, 2)
+                self.size = size = file.seek(0, 2)
                 self._map: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:
             raise fault("LF-701", f"cannot read {path}: {error.strerror or error}") from None
@@ -96,14 +97,20 @@ class GgufFile(Mapping[str, "Array"]):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """A tensor, or the rows [start, stop) of its first axis; blocks lie along the last."""
         info = self.infos[name]
-        shape, start, size = info.shape, info.start, info.stop - info.start
-        if rows is not None and len(shape) > 1:
-            start, size = start + size // shape[0] * rows[0], size // shape[0] * (rows[1] - rows[0])
-            shape = (rows[1] - rows[0], *shape[1:])
-        data = np.frombuffer(self._map, np.uint8, size, start)
-        array: Array = data.view(NUMPY[info.type]) if info.type in NUMPY else _dequantised(name, info.type, data)
-        array = array.reshape(shape)
-        return array[slice(*rows)] if rows is not None and len(shape) == 1 else array
+        whole = rows is None or (len(info.shape) == 1 and info.type not in NUMPY)
+        data = self.stored(name, None if whole else rows)
+        values: Array = data.view(NUMPY[info.type]) if info.type in NUMPY else dequantised(name, info.type, data)
+        if rows is None or whole:
+            return values.reshape(info.shape)[... if rows is None else slice(*rows)]
+        return values.reshape(rows[1] - rows[0], *info.shape[1:])
+
+    def stored(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """The bytes of a tensor, or of the rows [start, stop) of its first axis: uint8 [rows, bytes of a row]."""
+        info = self.infos[name]
+        first, last = rows or (0, info.shape[0] if info.shape else 1)
+        width = (info.stop - info.start) // (info.shape[0] if info.shape else 1)
+        data = np.frombuffer(self._map, np.uint8, width * (last - first), info.start + width * first)
+        return data.reshape(last - first, width)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -117,7 +124,7 @@ def aligned(offset: int, alignment: int = ALIGNMENT) -> int:
     return offset + -offset % alignment
 
 
-def _dequantised(name: str, kind: str, data: Array) -> Array:
+def dequantised(name: str, kind: str, data: Array) -> Array:
     """The values of a quantised tensor as float32: of Q8_0, which adapters have, here; of others by the package gguf."""
     if kind == "Q8_0":
         return _q8_0(data)

@@ -28,13 +28,17 @@ def int8():
     save_file({**held, "means": means.float()}, HERE / "int8.safetensors")
 
 
-def nf4():
-    linear = bitsandbytes.nn.Linear4bit(64, 24, bias=False, quant_type="nf4")
-    linear.weight = bitsandbytes.nn.Params4bit(weight()[:24, :64].contiguous(), quant_type="nf4", requires_grad=False)
-    linear = linear.to("cpu")
-    save_file(
-        {f"q.{name}": tensor.contiguous() for name, tensor in linear.state_dict().items()}, HERE / "nf4.safetensors"
+def four_bits(name, out, in_, kind, dtype=torch.float32, nested=False):
+    """Rows of an odd length, which share a byte; blocks that run over the end of a row, the last one cut off."""
+    linear = bitsandbytes.nn.Linear4bit(in_, out, bias=False, quant_type=kind, compress_statistics=nested)
+    values = torch.randn(out, in_, generator=torch.Generator().manual_seed(out)) * torch.rand(out, 1)
+    linear.weight = bitsandbytes.nn.Params4bit(
+        values.to(dtype), quant_type=kind, compress_statistics=nested, requires_grad=False
     )
+    linear = linear.to("cpu")
+    held = {f"q.{key}": tensor.contiguous() for key, tensor in linear.state_dict().items()}
+    means = bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    save_file({**held, "means": means.float().contiguous()}, HERE / f"{name}.safetensors")
 
 
 def fp8():
@@ -50,5 +54,7 @@ def fp8():
 
 if __name__ == "__main__":
     int8()
-    nf4()
+    four_bits("nf4", 37, 90, "nf4")
+    four_bits("fp4", 23, 45, "fp4")
+    four_bits("nf4_nested", 130, 150, "nf4", torch.bfloat16, nested=True)
     fp8()
