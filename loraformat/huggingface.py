@@ -40,12 +40,16 @@ def is_embedding(name: str) -> bool:
 def linear_spec(config: Mapping[str, Any], name: str) -> tuple[str, str] | None:
     """(axes, evidence) of the two-axis weight ``name`` in a checkpoint with this config.json; None if it does not say.
 
-    Only a config with a ``model_type`` is evidence; the types of nested configs (text, vision, decoder) count too.
+    Only a config with a ``model_type`` is evidence, whose nested ones (text, vision, decoder) count too, or of diffusers.
     """
     types = set(_model_types(config))
     module, _, leaf = name.rpartition(".")
-    if not types or leaf != "weight":
+    if leaf != "weight":
         return None
+    if not types:
+        # diffusers 0.42.1 configuration_utils.py writes it beside every model, none of which has a transposed Linear.
+        known = "_class_name" in config and "_diffusers_version" in config
+        return ("out,in", "config: diffusers stores Linear weights as [out, in]") if known else None
     last = module.rpartition(".")[2]
     transposed = sorted(t for t in types if last in _CONV1D.get(t, frozenset()))
     if transposed:

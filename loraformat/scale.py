@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-__all__ = ["SCALE_RULES", "ScaleRule", "scale_of"]
+__all__ = ["SCALE_RULES", "ScaleRule", "alpha_for", "scale_of"]
 
 ScaleRule = Literal["alpha/r", "alpha/sqrt(r)", "factor"]
 """``alpha/r``: LoRA. ``alpha/sqrt(r)``: rsLoRA (arXiv:2312.03732). ``factor``: alpha *is* the scale."""
@@ -33,3 +33,10 @@ def scale_of(alpha: float, rule: ScaleRule, r: int | None) -> float:
     if r is None or r < 1:
         raise ValueError(f"rule {rule} needs a rank of at least 1, got {r}")
     return alpha / r if rule == "alpha/r" else alpha / math.sqrt(r)
+
+
+def alpha_for(scale: float, r: int, rule: ScaleRule = "alpha/r") -> float:
+    """The alpha that gives ``scale`` under ``rule``, to the last bit where a float64 can."""
+    alpha = scale if rule == "factor" else scale * (r if rule == "alpha/r" else math.sqrt(r))
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in near if scale_of(a, rule, r) == scale), alpha)

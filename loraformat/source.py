@@ -153,6 +153,10 @@ def _tensor_file(folder: Path) -> Path | None:
     for name in ("adapter_model.pt", "lit_model.pth.lora"):  # torchtune, litgpt
         if (folder / name).is_file():
             return folder / name
+    if (folder / ".metadata").is_file() and any(folder.glob("*.distcp")):
+        what = f"{folder} is a distributed checkpoint of torch (.metadata, *.distcp), in whose tensors a framework's own cut is"
+        fix = "export the adapter to PEFT there: Megatron-Bridge's AutoBridge.export_adapter_ckpt, NeMo's or ms-swift's export"
+        raise fault("LF-504", what, fix=fix)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
         raise fault(

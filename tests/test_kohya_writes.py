@@ -14,12 +14,13 @@ from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError
 from loraformat.layout import WriteOptions
 from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude
+from loraformat.scale import alpha_for
 from loraformat.source import open_source
 from loraformat.testing import strategies
 from loraformat.updates import Update
 from loraformat.verbs.adapt import adapt
 from loraformat.verbs.convert import save
-from loraformat_converters.kohya import magnitudes, scales
+from loraformat_converters.kohya import magnitudes
 
 DRAW = np.random.default_rng(9)
 
@@ -48,7 +49,7 @@ def written(adapter, folder):
 def test_an_alpha_gives_the_scale_back_to_the_last_bit_or_the_one_beside_it(scale, rule):
     for r in (1, 3, 5, 16, 48, 100):
         wanted = pair(scale, rule, r=r).scale
-        alpha = scales.alpha_for(wanted, r)
+        alpha = alpha_for(wanted, r)
         assert abs(alpha / r - wanted) <= np.spacing(abs(wanted))
 
 

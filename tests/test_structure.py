@@ -40,6 +40,7 @@ ORDER = (
     *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
+    "pickled.write",
     *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description"),
     *("ranges", "patch", "checkpoint.requantised"),
@@ -60,7 +61,7 @@ ORDER = (
         "checkpoint.task",
         "checkpoint.output",
     ),
-    *("checkpoint.base", "checkpoint", "normal"),
+    *("checkpoint.base", "checkpoint", "checkpoint.pipeline", "normal"),
     "algebra.truncated",
     *(
         "sketch",

@@ -206,7 +206,7 @@ class Checkpoint:
         """Write the merged checkpoint: unchanged tensors byte for byte, changed ones with one rounding."""
         output: Output = plan.state
         resumed = output.write(plan.options.out, force, identity(plan, self.files))
-        norms = {key: change.norms for change in reversed(output.merge.changes.values()) for key in change.keys}
+        norms = output.merge.norms()
         ordered = {key: norms[key] for job in plan.jobs for key in job.resolution.targets}
         return Outcome(ordered, plan.writes, plan.writes - plan.reads, tuple(resumed.names))
 

@@ -22,6 +22,7 @@ from loraformat.shapes import shape_problems
 
 if TYPE_CHECKING:
     from loraformat.resolve import Match
+    from loraformat.tiles import Norms
     from loraformat.updates import Update
 
 __all__ = ["Merge"]
@@ -83,6 +84,10 @@ class Merge:
     def of_shard(self, shard: str) -> list[Change]:
         """The changes of one shard."""
         return [change for name, change in self.changes.items() if self.home(name) == shard]
+
+    def norms(self) -> dict[str, Norms]:
+        """Target → the norms of the first tensor that it changes."""
+        return {key: change.norms for change in reversed(self.changes.values()) for key in change.keys}
 
     # Jobs → changes.
 

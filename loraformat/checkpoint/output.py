@@ -16,7 +16,7 @@ from loraformat.checkpoint.task import Merging
 from loraformat.errors import fault
 from loraformat.ranges import copy_range
 
-__all__ = ["Merging", "Output", "writes_folder"]
+__all__ = ["Merging", "Output", "copy_file", "writes_folder"]
 
 
 def writes_folder(files: Files, out: Path) -> bool:
@@ -79,19 +79,24 @@ class Output:
         """All of it, or nothing: LF-615 too little of the change survives; LF-702, LF-703."""
         check_free(out, force)
         check_room(out, sum(change.nbytes for change in self.merge.changes.values()))
-        writers: dict[str, Writer] = {
-            name: partial(shard.write, changes=self.merge.of_shard(name))
-            for name, shard in self.merge.files.shards.items()
-        }
-        task = Merging(identity, self.merge, self.survival)
+        writers, task = self.writers(), self.task(identity)
         if self.texts is None:
             (writer,) = writers.values()
             write_file(out, partial(_then, writer, task.check), force=force)
-            return task
-        writers |= {name: partial(_copy, path) for name, path in self._copies().items()}
-        writers |= {name: partial(_write, text) for name, text in self.texts.items()}
-        write_folder(out, writers, force=force, task=task)
+        else:
+            write_folder(out, writers, force=force, task=task)
         return task
+
+    def writers(self) -> dict[str, Writer]:
+        """File → what writes it; of a folder with all that it takes along."""
+        shards = self.merge.files.shards.items()
+        weights = {name: partial(shard.write, changes=self.merge.of_shard(name)) for name, shard in shards}
+        copies = {name: partial(copy_file, path) for name, path in self._copies().items()}
+        return {**weights, **copies, **{name: partial(_write, text) for name, text in (self.texts or {}).items()}}
+
+    def task(self, identity: Callable[[], str]) -> Merging:
+        """See ``loraformat.atomic.Task``."""
+        return Merging(identity, self.merge, self.survival)
 
 
 def _then(writer: Writer, check: Callable[[], None], file: BinaryIO) -> None:
@@ -99,7 +104,8 @@ def _then(writer: Writer, check: Callable[[], None], file: BinaryIO) -> None:
     check()
 
 
-def _copy(path: Path, file: BinaryIO) -> None:
+def copy_file(path: Path, file: BinaryIO) -> None:
+    """The bytes of another file, by the system where it can."""
     with open(path, "rb") as source:
         size = path.stat().st_size
         copy_range(source, 0, file, 0, size)

@@ -19,6 +19,9 @@ def base_lines(path: str, description: Mapping[str, Any]) -> Iterator[str]:
             yield from _checkpoint(path, description)
         case "onnx":
             yield from _onnx(path, description)
+        case "pipeline":
+            for component, model in description["models"].items():
+                yield from (*_checkpoint(f"{path.rstrip('/')}/{component}", model), "")
         case "onnx-folder":
             for file, model in description["models"].items():
                 yield from (*_onnx(f"{path.rstrip('/')}/{file}", model), "")

@@ -6,13 +6,13 @@ the checkpoints of transformers, or in one parameter, as in its models since ver
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.naming.links import Link, Seat, Share
+from loraformat.naming.templates import numbered
 
 if TYPE_CHECKING:
     from loraformat.naming.spaces import Known
@@ -92,12 +92,12 @@ def _of(key: str, decoder: Decoder, known: Known) -> Iterator[Link]:
     for here, there in decoder.ends.items():
         if leaf in ("weight", "bias") and stem == (here if torch else there):
             yield Link(Seat(f"{here}.{leaf}"), Seat(f"{there}.{leaf}"), decoder.evidence)
-    match = re.fullmatch(re.escape(decoder.blocks[0 if torch else 1]).replace(r"\{n\}", r"(\d+)") + "(.+)", key)
+    match = numbered(decoder.blocks[0 if torch else 1]).match(key)
     if match is not None:
-        blocks = tuple(block.replace("{n}", match[1]) for block in decoder.blocks)
-        modules = [*_modules(match[2], torch, blocks, decoder)]
+        inner, blocks = key[match.end() :], tuple(block.replace("{n}", match[1]) for block in decoder.blocks)
+        modules = [*_modules(inner, torch, blocks, decoder)]
         yield from [link for link in modules if link.here.name in known.names] or modules
-        yield from _experts(key, match[2], torch, blocks, decoder, known)
+        yield from _experts(key, inner, torch, blocks, decoder, known)
 
 
 def _modules(inner: str, torch: bool, blocks: tuple[str, ...], decoder: Decoder) -> Iterator[Link]:
@@ -132,8 +132,7 @@ def _one_by_one(
 ) -> Iterator[Link]:
     """Each expert's own projection against its place in the stack."""
     for here, there in decoder.experts.items():
-        pattern = re.escape(f"{here}.weight").replace(r"\{e\}", r"(\d{1,5})")
-        match = re.fullmatch(pattern, inner) if torch else None
+        match = numbered(f"{here}.weight").fullmatch(inner) if torch else None
         if match is None and (torch or inner != f"{there}.weight"):
             continue
         count = number(known.config, _EXPERTS, key)

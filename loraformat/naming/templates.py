@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 
-__all__ = ["Templates"]
+__all__ = ["Templates", "numbered"]
 
 
 class Templates:
@@ -17,8 +18,8 @@ class Templates:
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._there = [(_pattern(torch), own) for torch, own in pairs]
-        self._here = [(_pattern(own), torch) for torch, own in pairs]
+        self._there = [(numbered(torch), own) for torch, own in pairs]
+        self._here = [(numbered(own), torch) for torch, own in pairs]
 
     def there(self, key: str) -> Iterator[str]:
         """The own names of a torch name."""
@@ -29,8 +30,14 @@ class Templates:
         return _filled(self._here, key)
 
 
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(r"(\d+)".join(map(re.escape, template.split("{}"))))
+@functools.cache
+def numbered(template: str) -> re.Pattern[str]:
+    """The names that a template means: each ``{}`` or ``{word}`` in it is a number, and a group.
+
+    >>> numbered("model.layers.{n}.").match("model.layers.11.mlp.up_proj.weight").groups()
+    ('11',)
+    """
+    return re.compile(r"(\d{1,9})".join(map(re.escape, re.split(r"\{\w*\}", template))))
 
 
 def _filled(pairs: Sequence[tuple[re.Pattern[str], str]], key: str) -> Iterator[str]:

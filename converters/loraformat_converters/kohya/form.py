@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, roles_of
+from loraformat.scale import alpha_for
 from loraformat_converters.kohya import magnitudes, names, scales
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def alpha(part: Part) -> float | None:
             r = ranks.pop()
         case _:
             return None
-    return part.alpha if part.scale_rule == "alpha/r" and part.r == r else scales.alpha_for(part.scale, r)
+    return part.alpha if part.scale_rule == "alpha/r" and part.r == r else alpha_for(part.scale, r)
 
 
 def tensors(key: str, update: Update, axes: int | None) -> Iterator[tuple[str, Array]]:

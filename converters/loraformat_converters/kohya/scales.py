@@ -8,7 +8,6 @@ then the rounded number is what counts. rsLoRA is no rule here: LyCORIS stores a
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
 
-__all__ = ["LARGEST", "Scale", "alpha_for", "read", "value_of"]
+__all__ = ["LARGEST", "Scale", "read", "value_of"]
 
 LARGEST = float(np.finfo(np.float32).max)
 _NUMBERS = ("F", "BF", "I", "U")
@@ -78,10 +77,3 @@ def read(module: str, roles: Roles, r: int, draft: Draft) -> Scale | None:
             draft.say("LF-507", f"the {what} is stated as {stated}, and is {held} by the file", module)
             return None
     return Scale(found or options.alpha or 0.0, "alpha/r")
-
-
-def alpha_for(scale: float, r: int) -> float:
-    """The alpha that gives ``scale`` under alpha / r, to the last bit where a double can."""
-    alpha = scale * r
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in near if a / r == scale), alpha)

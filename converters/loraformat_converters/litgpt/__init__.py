@@ -3,7 +3,9 @@
 ``<module>.lora_A`` [r, in], ``<module>.lora_B`` [out, r] under litgpt's own names, which are a name space of its own
 (``transformer.h.0.mlp.fc_1``). Query, key and value are one Linear, ``attn.qkv``, of which ``lora_query``, ``lora_key``
 and ``lora_value`` say what is adapted: A [n·r, in], B [rows of the n adapted parts, r], block by block. Exactly a pair of
-rank n·r, where the numbers of heads are known. ``read`` is the file; ``space`` leads to the names of Hugging Face.
+rank n·r, where the numbers of heads are known. ``read`` and ``write`` are the file, ``files`` the two beside it; ``fused``
+puts the parts of a pair together and takes them apart, ``complete`` finds what else a switch of litgpt means; ``space``
+leads to the names of Hugging Face.
 """
 
 from __future__ import annotations
@@ -11,22 +13,26 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from loraformat.errors import fault
-
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
     from loraformat.source import Source
 
-__all__ = ["NAMES", "Litgpt", "layout"]
+__all__ = ["NAMES", "Litgpt", "is_adapted", "layout"]
 
 NAMES = "ai.lightning.litgpt"
 """The name space: litgpt's own modules, query, key and value in one."""
 
 # litgpt 0.5.13 lora.py: the modules that its GPT adapts
 _MODULES = re.compile(
-    r"transformer\.h\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|(experts\.\d+\.)?(fc|fc_1|fc_2|proj)))\.lora_[AB]"
+    r"lm_head|transformer\.h\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|(experts\.\d+\.)?(fc|fc_1|fc_2|proj)))"
 )
+_FACTOR = re.compile(rf"({_MODULES.pattern})\.lora_[AB]")
+
+
+def is_adapted(module: str) -> bool:
+    """Whether litgpt makes pairs for a module of this path."""
+    return _MODULES.fullmatch(module) is not None
 
 
 class Litgpt:
@@ -34,7 +40,7 @@ class Litgpt:
 
     name = "litgpt"
     carries = frozenset({"lora"})
-    writes = False
+    writes = True
     describes = "litgpt: lit_model.pth.lora, hyperparameters.yaml"
     scale = "lora_alpha / lora_r in hyperparameters.yaml"
     markers = frozenset({"lit_model.pth.lora"})
@@ -47,7 +53,7 @@ class Litgpt:
             return None
         if "loraformat" in source.header or source.sidecar("adapter_config.json") is not None:
             return None
-        found = next((name for name in source.tensors if _MODULES.fullmatch(name)), None)
+        found = next((n for n in source.tensors if n.startswith("transformer.h.") and _FACTOR.fullmatch(n)), None)
         return f"a key of litgpt's GPT: {found}" if found else None
 
     def read(self, source: Source, options: ReadOptions) -> Reading:
@@ -57,9 +63,10 @@ class Litgpt:
         return read(source, options)
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
-        """It is not written: LF-508."""
-        what = "litgpt loads a pickle of torch, and none is written here"
-        raise fault("LF-508", what, fix="write PEFT or the native file")
+        """See ``loraformat_converters.litgpt.write``."""
+        from loraformat_converters.litgpt.write import write
+
+        return write(adapter, options)
 
 
 layout = Litgpt()

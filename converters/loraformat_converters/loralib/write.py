@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loraformat import canonical, container
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
+from loraformat.pickled.write import write as write_torch
 from loraformat_converters.loralib.convolution import viewed
 from loraformat_converters.loralib.merged import blocks
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["write"]
 
+PICKLED = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+
 
 def write(adapter: Adapter, options: WriteOptions) -> Output:
-    """One safetensors file; the scale, which no file of loralib holds, is told.
+    """One file, of ``torch.save`` where its name ends so, else safetensors; the scale, which no file holds, is told.
 
     Raises:
         LoraFormatError: LF-508 with everything that loralib has no layer for.
@@ -37,7 +40,10 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
         raise LoraFormatError(form.problems)
 
     def write_tensors(file: BinaryIO) -> None:
-        container.write(file, form.tensors, {"format": "pt"})
+        if options.ending in PICKLED:
+            write_torch(file, form.tensors)
+        else:
+            container.write(file, form.tensors, {"format": "pt"})
 
     return Output({"": write_tensors}, folder=False, warnings=form.told())
 

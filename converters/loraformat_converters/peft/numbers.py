@@ -10,7 +10,7 @@ from typing import Any
 
 from loraformat.errors import fault
 from loraformat.parts import Loha, Lora
-from loraformat.scale import ScaleRule, scale_of
+from loraformat.scale import ScaleRule, alpha_for
 
 __all__ = ["alpha_under", "stated"]
 
@@ -36,11 +36,7 @@ def stated(parts: Mapping[str, Lora | Loha], alpha_name: str = "lora_alpha") -> 
 
 def alpha_under(rule: ScaleRule, part: Lora | Loha) -> float:
     """The alpha that gives ``part.scale`` under ``rule``, to the last bit where a double can."""
-    if part.scale_rule == rule:
-        return part.alpha
-    alpha = part.scale * (part.r if rule == "alpha/r" else math.sqrt(part.r))
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((a for a in near if scale_of(a, rule, part.r) == part.scale), alpha)
+    return part.alpha if part.scale_rule == rule else alpha_for(part.scale, part.r, rule)
 
 
 def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 ``<module>.lora_A.weight`` [r, in] and ``….lora_B.weight`` [out, r] as PEFT has them; the head is ``unembed_tokens``; of
 experts ``experts.w1.lora_A.weight`` is [E, r, in] and ``….lora_B.weight`` [E, out, r], expert by expert, E being 1 on the
-side that all experts share. ``read`` is the folder, ``space`` leads to the names of Hugging Face. A folder that has none
-of these names is PEFT's own, and is read as such.
+side that all experts share. ``read`` and ``write`` are the folder, ``space`` leads to the names of Hugging Face. A folder
+that has none of these names is PEFT's own, and is read as such.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from loraformat.errors import fault
-
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
     from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
     from loraformat.source import Source
 
-__all__ = ["NAMES", "Tinker", "layout"]
+__all__ = ["NAMES", "Tinker", "is_stack", "layout"]
 
 NAMES = "ai.thinkingmachines.tinker"
 """The name space: Tinker's modules, experts stacked under w1, w2 and w3."""
 
 _OWN = re.compile(r"\.experts\.w[123]\.lora_[AB]\.weight$|\.unembed_tokens\.lora_[AB]\.weight$")
+_STACK = re.compile(r"(.+\.)?experts\.w[123]")
+
+
+def is_stack(module: str) -> bool:
+    """Whether a module of this path is a stack of experts."""
+    return _STACK.fullmatch(module) is not None
 
 
 class Tinker:
@@ -31,7 +35,7 @@ class Tinker:
 
     name = "tinker"
     carries = frozenset({"lora"})
-    writes = False
+    writes = True
     describes = "Tinker: adapter_config.json, adapter_model.safetensors, with its own names and stacked experts"
     scale = "lora_alpha / r in adapter_config.json"
     markers: frozenset[str] = frozenset()  # PEFT's, whose folders look alike
@@ -52,8 +56,10 @@ class Tinker:
         return read(source, options)
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
-        """It is not written: LF-508."""
-        raise fault("LF-508", "Tinker's layout is read and not written", fix="write PEFT or the native file")
+        """See ``loraformat_converters.tinker.write``."""
+        from loraformat_converters.tinker.write import write
+
+        return write(adapter)
 
 
 layout = Tinker()

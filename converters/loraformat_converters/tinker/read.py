@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["read"]
+__all__ = ["CONFIG", "PREFIX", "read"]
 
-_CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
 _ENDINGS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
 # Settings of PEFT that Tinker's own export and merge never look at: on, they would change what the tensors mean.
 _UNKNOWN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
@@ -37,11 +37,11 @@ def read(source: Source, options: ReadOptions) -> Reading:
             LF-509 the scale.
     """
     draft = Loose(options, "Tinker")
-    text = source.sidecar(_CONFIG)
+    text = source.sidecar(CONFIG)
     _configure(draft, text)
     modules, rest = by_module(source.tensors, _ENDINGS)
     for module, roles in modules.items():
-        _add(module.removeprefix(_PREFIX), roles, draft)
+        _add(module.removeprefix(PREFIX), roles, draft)
     for name in rest:
         draft.say("LF-506", "no factor of Tinker's", name)
     extensions = {"tinker": text} if text is not None else {}
@@ -77,11 +77,11 @@ def _configure(draft: Loose, text: str | None) -> None:
     try:
         value = canonical.loads(text)
     except ValueError as error:
-        raise fault("LF-503", f"not valid JSON: {error}", where=_CONFIG) from None
+        raise fault("LF-503", f"not valid JSON: {error}", where=CONFIG) from None
     rank, alpha = (value.get(name) if isinstance(value, dict) else None for name in ("r", "lora_alpha"))
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
     if not number or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise fault("LF-503", f"r and lora_alpha are {rank!r} and {alpha!r}, not a rank and a number", where=_CONFIG)
+        raise fault("LF-503", f"r and lora_alpha are {rank!r} and {alpha!r}, not a rank and a number", where=CONFIG)
     if on := [name for name in _UNKNOWN if value.get(name)]:
-        raise fault("LF-504", f"{', '.join(on)}: Tinker's own tools do not know this setting", where=_CONFIG)
+        raise fault("LF-504", f"{', '.join(on)}: Tinker's own tools do not know this setting", where=CONFIG)
     draft.alpha, draft.rank, draft.rule = alpha, rank, "alpha/r"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat import container
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
+from loraformat.scale import alpha_for
 from loraformat_converters.torchtune import NAMES
 from loraformat_converters.torchtune.read import CONFIG
 
@@ -86,10 +86,8 @@ def _numbers(adapter: Adapter) -> tuple[int, float]:
     if problems:
         raise LoraFormatError(problems)
     stated = {part.alpha for part in parts if part.scale_rule == "alpha/r"}
-    alpha = stated.pop() if len(stated) == 1 else scales[0] * ranks[0]
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    exact = next((a for a in near if a / ranks[0] == scales[0]), alpha)
-    return ranks[0], int(exact) if float(exact).is_integer() else exact
+    alpha = stated.pop() if len(stated) == 1 else alpha_for(scales[0], ranks[0])
+    return ranks[0], int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _says(text: str, rank: int, alpha: float) -> bool:
