@@ -16,14 +16,14 @@ from loraformat.verbs.adapt import fold_scale
 from loraformat.verbs.convert import save
 
 ENDINGS = {"native": ".safetensors", "peft": "", "loralib": ".safetensors", "kohya": ".safetensors", "mlx": ""}
-ENDINGS |= {"nnx": ".npz", "qwix": ".msgpack"}
+ENDINGS |= {"nnx": ".npz", "qwix": ".msgpack", "gemma": ".msgpack", "lorax": ".npz"}
 SPACES = {
     "torch": ("native", "peft", "loralib"),
-    "flax": ("native", "nnx", "qwix"),
+    "flax": ("native", "nnx", "qwix", "gemma", "lorax"),
     "kohya": ("native", "kohya"),
     "mlx": ("native", "mlx"),
 }
-STATED = {"loralib": ("alpha/r", 3), "qwix": ("factor", None)}
+STATED = {"loralib": ("alpha/r", 3), "qwix": ("factor", None), "lorax": ("factor", None)}
 """Of a layout without a scale: by which rule, and with which rank, it is told the one that the adapter had."""
 
 WORDS = st.sampled_from(
@@ -57,7 +57,7 @@ def adapters(draw, space):
 def through(adapter, layout, folder):
     """The adapter written in a layout and read again; None where the layout refuses it by its rule."""
     path = folder / f"{layout}{ENDINGS[layout]}"
-    if layout == "nnx":
+    if layout in ("nnx", "gemma"):
         adapter = fold_scale(adapter).adapter
     try:
         save(adapter, path, registry.layout(layout), force=True)

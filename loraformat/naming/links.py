@@ -1,6 +1,6 @@
 """Links: which numbers of a parameter in one name space are which numbers of a parameter in another.
 
-    matrix_there[index][rows] = matrix_here[index][rows]          with matrices [*batch, out, in] of ``loraformat.axes``
+    matrix_there[index][rows] = scale · matrix_here[index][rows]      with matrices [*batch, out, in] of ``loraformat.axes``
 
 A renamed parameter is one link. A fused one (q, k and v in one tensor) is several links that fill its rows, a stack of
 layers or experts several that fill its batch, rows in another order one link with their order. Read backwards, the same
@@ -89,12 +89,18 @@ class Link:
 
     Attributes:
         evidence: what says so, as ``source: detail``: ``table: sdxl``, ``base: its names``, ``config: n_head 32``.
+        scale: what the numbers are multiplied by, where the other framework keeps W so.
     """
 
     here: Seat
     there: Seat
     evidence: str
+    scale: float = 1.0
 
     def reversed(self) -> Link:
         """The way back."""
-        return Link(self.there, self.here, self.evidence)
+        return Link(self.there, self.here, self.evidence, 1.0 if self.scale == 1.0 else 1.0 / self.scale)
+
+    def same(self, other: Link) -> bool:
+        """Whether both say the same, whatever says so."""
+        return (self.here, self.there, self.scale) == (other.here, other.there, other.scale)

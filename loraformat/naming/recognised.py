@@ -1,9 +1,18 @@
-"""Which weight of a base a target means, by the values: for names that no rule connects."""
+"""Which weight of a base a target means, by the values: for names that no rule connects.
+
+The same numbers are found renamed, transposed, with axes of heads, and stacked with those of other layers; on the
+target's own side too, where it is a stack of layers itself.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
@@ -11,59 +20,130 @@ from loraformat.errors import LoraFormatError
 from loraformat.naming.links import Link, Seat
 from loraformat.resolve import Hints
 from loraformat.sketch import recognise, sketch, telling
-from loraformat.tiles import Lazy, values_of
+from loraformat.tiles import values_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat.base import Base
+    from loraformat.base import Base, Parameter
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
+    Shape = tuple[int, ...]
 
 __all__ = ["recognised"]
 
+_MOST_AXES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """One matrix in a tensor: all of it, or one of a stack.
+
+    Attributes:
+        index: (i, n) of the stack's batch axis, which the placement has.
+    """
+
+    name: str
+    place: Placement
+    index: tuple[int, int] | None = None
+
+    @property
+    def matrix(self) -> Shape:
+        """[out, in]."""
+        return self.place.matrix_shape[-2:]
+
+    def seat(self) -> Seat:
+        """For a link."""
+        return Seat(self.name, index=self.index, axes=self.place.spec, shape=self.place.shape)
+
+    def sketch(self, weight: _Weight) -> Array | None:
+        """Of this matrix alone; None where it tells nothing."""
+        place = self.place
+        if self.index is None:
+            drawn = sketch(weight.values, place)
+        else:
+            axis = place.batch[0]
+            lower = [tuple(a - (a > axis) for a in axes) for axes in (place.out, place.in_)]
+            place = Placement((*place.shape[:axis], *place.shape[axis + 1 :]), lower[0], lower[1])
+            drawn = sketch(weight.whole.take(self.index[0], axis), place)
+        return drawn if drawn is not None and drawn.any() and telling(place) else None
+
+
+class _Weight:
+    """A stored tensor: a stack is read once for all of its matrices."""
+
+    def __init__(self, base: Base, parameter: Parameter) -> None:
+        self.values = values_of(base, parameter)
+
+    @functools.cached_property
+    def whole(self) -> Array:
+        """All of it."""
+        return np.asarray(self.values[:])
+
 
 def recognised(targets: Mapping[str, Update], base: Base, origin: Base | None) -> Iterator[Link]:
-    """Links of the targets whose weight ``base`` has, as it lies or transposed; several where several are as near.
+    """Links of the targets whose weight ``base`` has, in whatever axes; several where several are as near.
 
     Args:
         targets: bound to their base, or found in ``origin``, which has it.
     """
-    wanted = {key: own for key, update in targets.items() if (own := _sketch_of(key, update, origin)) is not None}
-    sizes = {tuple(sorted(place.shape)) for place, _ in wanted.values()}
-    known: dict[tuple[str, str], Array] = {}  # by name and axes
-    for name, parameter in base.parameters().items():
-        if len(parameter.shape) == 2 and tuple(sorted(parameter.shape)) in sizes:
-            for spec in ("out,in", "in,out"):
-                other = sketch(Lazy(base, parameter), Placement.of(parameter.shape, spec))
-                if other is not None and other.any():
-                    known[name, spec] = other
-    for key, (place, drawn) in wanted.items():
-        fits = {(n, s): d for (n, s), d in known.items() if _same_matrix(place, base.parameters()[n].shape, s)}
-        found = recognise(drawn, fits)
-        for name, spec in found.names:
-            shape = base.parameters()[name].shape
+    wanted = {spot: drawn for key, update in targets.items() for spot, drawn in _own(key, update, origin)}
+    sizes = {spot.matrix for spot in wanted}
+    known: dict[_Spot, Array] = {}
+    for parameter in base.parameters().values():
+        weight = _Weight(base, parameter)
+        for spot in _spots(parameter, sizes):
+            if (drawn := spot.sketch(weight)) is not None:
+                known[spot] = drawn
+    for own, drawn in wanted.items():
+        found = recognise(drawn, {spot: other for spot, other in known.items() if spot.matrix == own.matrix})
+        for spot in found.names:
             evidence = f"sketch: cosine {found.cosine:.3f}, the next {found.second:.3f}"
-            yield Link(Seat(key, axes=place.spec, shape=place.shape), Seat(name, axes=spec, shape=shape), evidence)
+            yield Link(own.seat(), spot.seat(), evidence)
 
 
-def _sketch_of(key: str, update: Update, origin: Base | None) -> tuple[Placement, Array] | None:
-    """The placement and sketch of a target's own weight; None where they are not known or tell nothing."""
-    place, drawn = update.placement, update.sketch
-    if drawn is None and origin is not None:
-        try:
-            found = origin.resolve(Adapter({key: update}), Hints()).targets.get(key, ())
-        except LoraFormatError:
-            return None
-        if not found or found[0].weight not in origin.parameters():
-            return None
-        place = found[0].placement
-        drawn = sketch(values_of(origin, origin.parameters()[found[0].weight]), place)
-    if place is None or drawn is None or not drawn.any() or len(place.shape) != 2 or not telling(place):
-        return None
-    return place, drawn
+def _spots(parameter: Parameter, sizes: set[Shape]) -> Iterator[_Spot]:
+    """Every matrix of one of these sizes that a tensor may hold: by its axes in order, or stacked along one of them."""
+    shape = parameter.shape
+    if not 2 <= len(shape) <= _MOST_AXES:
+        return
+    axes = tuple(range(len(shape)))
+    for place in _readings(shape, axes, ()):
+        if place.matrix_shape in sizes:
+            yield _Spot(parameter.name, place)
+    for batch in axes[:2] if len(shape) > 2 else ():
+        for place in _readings(shape, tuple(axis for axis in axes if axis != batch), (batch,)):
+            if place.matrix_shape[-2:] in sizes:
+                yield from (_Spot(parameter.name, place, (i, shape[batch])) for i in range(shape[batch]))
 
 
-def _same_matrix(place: Placement, shape: tuple[int, ...], spec: str) -> bool:
-    return Placement.of(shape, spec).matrix_shape == place.matrix_shape
+def _readings(shape: Shape, axes: Shape, batch: Shape) -> Iterator[Placement]:
+    """Every division of the axes into out and in; an axis of size 1 says nothing and is out."""
+    free = [axis for axis in axes if shape[axis] > 1]
+    for count in range(1, len(free)):
+        for in_ in itertools.combinations(free, count):
+            yield Placement(shape, tuple(axis for axis in axes if axis not in in_), in_, batch)
+
+
+def _own(key: str, update: Update, origin: Base | None) -> Iterator[tuple[_Spot, Array]]:
+    """A target's own weight, or each of the stack that it is, with its sketch; nothing where that is not known."""
+    place = update.placement
+    if update.sketch is not None and place is not None and not place.batch:
+        if update.sketch.any() and telling(place):
+            yield _Spot(key, place), update.sketch
+        return
+    if origin is None:
+        return
+    try:
+        found = origin.resolve(Adapter({key: update}), Hints()).targets.get(key, ())
+    except LoraFormatError:
+        return
+    parameter = origin.parameters().get(found[0].weight) if found else None
+    if parameter is None or found[0].placement is None or len(found[0].placement.batch) > 1:
+        return
+    place, weight = found[0].placement, _Weight(origin, parameter)
+    count = place.batch_sizes[0] if place.batch else 0
+    for spot in [_Spot(key, place, (i, count)) for i in range(count)] or [_Spot(key, place)]:
+        if (drawn := spot.sketch(weight)) is not None:
+            yield spot, drawn

@@ -41,11 +41,13 @@ class Known:
         names: torch key (``unet:conv_in.weight`` in a model of components) → shape, None where that is not known: of
             the base that the user gave, whole; empty where he gave none.
         config: the ``config.json`` of the model, where one is known; else empty.
+        there: key of the space → shape, None where that is not known: of a base whose names are the space's own.
     """
 
     adapter: Adapter
     names: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    there: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
 
     def torch_keys(self, from_own: Callable[[str], str | None]) -> Iterable[str]:
         """The torch keys that may matter: the base's, else the adapter's own, translated where they are the space's.

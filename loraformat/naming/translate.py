@@ -16,7 +16,7 @@ from loraformat.naming.cut import cut, out_size
 from loraformat.naming.fuse import fuse
 from loraformat.naming.links import Link, Seat, Share
 from loraformat.naming.stacked import stack, unstack
-from loraformat.parts import Replace
+from loraformat.parts import Additive, Replace
 from loraformat.shapes import shape_problems
 from loraformat.turned import neutral, turned
 
@@ -57,7 +57,7 @@ def translate(adapter: Adapter, links: Iterable[Link], names: str) -> Translated
     found: dict[str, list[Link]] = {}
     for link in links:
         own = found.setdefault(link.here.name, [])
-        if not any((link.here, link.there) == (other.here, other.there) for other in own):
+        if not any(link.same(other) for other in own):
             own.append(link)
     problems: list[Problem] = []
     pieces: dict[str, list[tuple[Link, Update]]] = {}
@@ -97,9 +97,11 @@ def _taken(key: str, update: Update, found: Mapping[str, list[Link]]) -> list[tu
     taken: list[tuple[Link, Update]] = []
     covered: dict[int | None, list[tuple[Indices, int, Link]]] = {}
     for link in links:
-        seat, piece = link.here, update
+        seat, piece = link.here, _times(update, link.scale)
         if seat.index is not None:
             piece = unstack(piece, *seat.index, seat.axes)
+        if seat.rows is not None:
+            piece = _flattened(piece)
         spec = _without_batch(seat) if seat.index is not None else seat.axes
         size = out_size(piece, spec) if seat.rows is not None or len(links) > 1 else 0
         rows = _rows(seat.rows, size)
@@ -111,6 +113,24 @@ def _taken(key: str, update: Update, found: Mapping[str, list[Link]]) -> list[tu
     if counts and set(covered) != set(range(max(counts))):
         raise fault("LF-602", f"{len(covered)} of the {max(counts)} matrices of the stack have a name there", where=key)
     return taken
+
+
+def _times(update: Update, scale: float) -> Update:
+    """The change multiplied: exactly, by the scales of its parts; LF-612 where a part is no change."""
+    if scale == 1.0:
+        return update
+    if other := [part.kind for part in update.parts if not isinstance(part, Additive)]:
+        what = f"the weight is kept as {scale:g} times this one there, and {other[0]} parts are no multiple"
+        raise fault("LF-612", what, fix=f"--drop {other[0]}")
+    parts = tuple(replace(part, alpha=part.alpha * scale) for part in update.additive)
+    return replace(update, parts=parts, base_sha256=None, sketch=None)
+
+
+def _flattened(update: Update) -> Update:
+    """Without the placement where out is several axes: some rows of the matrix are none of the tensor's slices."""
+    if update.placement is None or len(update.placement.out) == 1 or not neutral(update):
+        return update
+    return replace(update, placement=None, base_sha256=None, sketch=None)
 
 
 def _check_cover(key: str, parts: Sequence[tuple[Indices, int, Link]]) -> None:
@@ -145,7 +165,9 @@ def _rows(rows: Share | Indices | None, size: int) -> Indices:
 def _laid(update: Update, link: Link) -> Update:
     """The update of one piece, in the axes that the other side's tensor has (its batch axis apart)."""
     here, there = (_without_batch(seat) if seat.index else seat.axes for seat in (link.here, link.there))
-    shape = link.there.shape if link.there.whole else None
+    shape = _one_shape(link.there) if link.there.rows is None else None
+    if link.there.rows is not None and there is not None and there.count("out") > 1 and neutral(update):
+        return replace(update, placement=None, base_sha256=None, sketch=None)
     if update.placement is None:
         if here == there or here is None or there is None or neutral(update):
             if there is not None and shape is not None:
@@ -186,6 +208,16 @@ def _without_batch(seat: Seat) -> str | None:
     return ",".join(word for word in seat.axes.split(",") if not word.strip().startswith("batch"))
 
 
+def _one_shape(seat: Seat) -> tuple[int, ...] | None:
+    """The shape of one matrix of a stack, or of the tensor."""
+    if seat.index is None or seat.shape is None:
+        return seat.shape
+    if seat.axes is None:
+        return None
+    words = [word.strip() for word in seat.axes.split(",")]
+    return tuple(n for n, word in zip(seat.shape, words, strict=True) if not word.startswith("batch"))
+
+
 def _made(name: str, held: Sequence[tuple[Link, Update]]) -> Update:
     """The update of one parameter there, of all that lead to it."""
     if why := key_fault(name):
@@ -202,6 +234,9 @@ def _made(name: str, held: Sequence[tuple[Link, Update]]) -> Update:
     else:
         places: list[tuple[int, Update]] = [(i, u) for i, u in fused.items() if i is not None]
         update = stack(sorted(places, key=lambda p: p[0]), counts.pop(), held[0][0].there.axes)
+    seat = held[0][0].there
+    if update.placement is None and seat.shape is not None and seat.axes is not None and neutral(update):
+        update = update.placed(Placement.of(seat.shape, seat.axes))
     if problems := shape_problems(name, update):
         raise LoraFormatError(problems)
     return update

@@ -43,7 +43,8 @@ def retarget(
         base: a model under the wanted names, or, where ``to`` is another space than its own, the model that they mean.
         names: key → key there; a trailing ``*`` on both sides maps a whole prefix. Stated names come before all others.
         config: the model's ``config.json``, where the base has none.
-        origin: a base under the adapter's own names: targets that no name space knows are recognised by their values.
+        origin: a base under the adapter's own names: targets are recognised by their values, of the same name space
+            those that it does not know, of another one all.
 
     Raises:
         LoraFormatError: LF-602 a target without a name there; LF-603 one with several, or a name for two; LF-705
@@ -96,6 +97,20 @@ class _Way:
         """The whole way."""
         if adapter.names == self.to:
             return translate(adapter, self._same_space(adapter), self.to)
+        if self.origin is not None and self.base is not None and space_of(self.base) == self.to:
+            return self._by_values(adapter, self.base)
+        return self._by_names(adapter)
+
+    def _by_values(self, adapter: Adapter, base: Base) -> Translated:
+        """By the values of both bases; by names what they do not tell."""
+        links = list(recognised(adapter.targets, base, self.origin))
+        told = {link.here.name for link in links}
+        first = translate(replace(adapter, targets={k: u for k, u in adapter.items() if k in told}), links, self.to)
+        rest = replace(adapter, targets={key: update for key, update in adapter.items() if key not in told})
+        return _together(first, self._by_names(rest)) if rest else first
+
+    def _by_names(self, adapter: Adapter) -> Translated:
+        """By the installed name spaces."""
         done = Translated(adapter, {key: (key,) for key in adapter})
         if adapter.names != TORCH:
             done = _after(done, translate(adapter, self._links(adapter, adapter.names), TORCH))
@@ -109,7 +124,8 @@ class _Way:
         if not found:
             what = f"no installed name space leads from {adapter.names} to {self.to}"
             raise fault("LF-705", what, fix=f"known: {', '.join(sorted(_known()))}; or --names MAP for every target")
-        known = Known(adapter, self.names if self.torch else {}, self.config)
+        own = self.names if not self.torch and self.base is not None and space_of(self.base) == space else {}
+        known = Known(adapter, self.names if self.torch else {}, self.config, own)
         there = self.names if adapter.names == TORCH and not self.torch else {}  # the base's own, in the space itself
         for item in found:
             for link in item.links(known):

@@ -67,15 +67,10 @@ class TreeBase:
         if tree is None:
             raise fault("LF-610", f"{path} holds no tree of arrays")
         self.tree = tree
-        self.root = "params/" if all(name.startswith("params/") for name in tree) else ""
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every array by its path."""
-        found = {}
-        for path, array in self.tree.items():
-            name = path.removeprefix(self.root)
-            found[name] = Parameter(name, tuple(array.shape), dtype_name(array.dtype))
-        return found
+        return {n: Parameter(n, tuple(a.shape), dtype_name(a.dtype)) for n, a in self.tree.items()}
 
     def describe(self) -> Mapping[str, Any]:
         """See ``loraformat.description``."""
@@ -112,7 +107,7 @@ class TreeBase:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """The values; of a run of rows a view of them."""
-        array = self.tree[self.root + name]
+        array = self.tree[name]
         return array if rows is None else array[slice(*rows)]
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
@@ -165,7 +160,7 @@ class TreeBase:
         return Plan(verb, tuple(jobs), options, steps, size, size, 2 * size, state=changes)
 
     def _obstacles(self, key: str, name: str, update: Update) -> Iterator[Problem]:
-        array = self.tree[self.root + name]
+        array = self.tree[name]
         if dtype_name(array.dtype) not in FLOATS:
             what = f"{name} is stored as {dtype_name(array.dtype)}: a merge would round the change away"
             yield Problem("LF-608", what, key, "merge into the unquantised checkpoint")
@@ -176,17 +171,17 @@ class TreeBase:
         """Write the tree in the container that the output's name asks for; changed arrays with one rounding."""
         arrays, norms = dict(self.tree.items()), {}
         for name, updates in plan.state.items():
-            before = arrays[self.root + name]
+            before = arrays[name]
             value = before.astype(np.float32)
             for _, update in updates:
                 value = update.apply(value)
             after = rounded(value, before.dtype)
             if not np.isfinite(after.astype(np.float32)).all():
                 raise fault("LF-612", f"W + ΔW is beyond {dtype_name(before.dtype)}", where=name)
-            arrays[self.root + name] = after
+            arrays[name] = after
             for key, _ in updates:
                 norms[key] = _norms(before, value, after)
-        made = output(arrays, plan.options.out.suffix, value=self.tree.value)
+        made = output(arrays, plan.options.out.suffix, value=self.tree.value, root=self.tree.root)
         if made.folder:
             write_folder(plan.options.out, made.files, force=force)
         else:

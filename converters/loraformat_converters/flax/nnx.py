@@ -17,7 +17,7 @@ from loraformat.errors import LoraFormatError, Problem
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat_converters.flax import open_tree, output
-from loraformat_converters.flax.pairs import Draft, grouped
+from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -65,24 +65,24 @@ class Nnx:
                 continue
             part = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), 1.0, "factor")
             draft.add(_parameter(stem), part, Placement((a.shape[0], b.shape[1]), (1,), (0,)))
-        form = {"inner": sorted(_parameter(s) for s in stems if s.endswith(_INNER)), "value": bool(tree and tree.value)}
-        return Reading(draft.finish("flax", {"nnx": json.dumps(form)}, str(source.path)))
+        form = form_of(tree) | {"inner": sorted(_parameter(s) for s in stems if s.endswith(_INNER))}
+        return Reading(draft.finish("flax", {"nnx": json.dumps(form, sort_keys=True)}, str(source.path)))
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """See ``leaves``."""
-        form = _form(adapter)
-        return output(self.leaves(adapter), options.ending, value=form is not None and form["value"])
+        form = kept_form(adapter, self.name)
+        return output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
 
     def leaves(self, adapter: Adapter) -> dict[str, Array]:
         """Path → array, of pairs of kernels [in, out] whose scale is 1; LF-508 for any other."""
-        form = _form(adapter)
+        inner = kept_form(adapter, self.name).get("inner")
         arrays: dict[str, Array] = {}
         problems = []
         for key, update in adapter.items():
             if (what := _obstacle(key, update)) is not None:
                 problems.append(Problem("LF-508", what[0], key, what[1]))
                 continue
-            module = key.removesuffix("/kernel") + _INNER * (form is None or key in form["inner"])
+            module = key.removesuffix("/kernel") + _INNER * (not isinstance(inner, list) or key in inner)
             part = update["lora"]
             arrays |= {f"{module}/lora_a": part.lora_A.T, f"{module}/lora_b": part.lora_B.T}
         if problems:
@@ -109,14 +109,6 @@ def _obstacle(key: str, update: Update) -> tuple[str, str] | None:
     if part.scale != 1.0:
         return f"NNX has no scale, here it is {part.scale:g}", "--fold-scale"
     return None
-
-
-def _form(adapter: Adapter) -> dict[str, Any] | None:
-    try:
-        form = json.loads(adapter.extensions.get("nnx", "null"))
-        return form if isinstance(form["inner"], list) and isinstance(form["value"], bool) else None
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 layout = Nnx()

@@ -70,12 +70,14 @@ class _Checkpoint(Mapping[str, "Array"]):
 
 
 def _names(path: Path) -> tuple[str, ...]:
+    """Of every array: an empty map is in the index too, as what nothing is read for."""
     file = path / _INDEX
     try:
         if file.stat().st_size > _CAP:
             raise fault("LF-503", f"{file} has more than 64 MiB")
         entries = json.loads(file.read_text(encoding="utf-8"))["tree_metadata"].values()
-        return tuple("/".join(str(word["key"]) for word in entry["key_metadata"]) for entry in entries)
+        stored = [entry for entry in entries if not entry.get("value_metadata", {}).get("skip_deserialize")]
+        return tuple("/".join(str(word["key"]) for word in entry["key_metadata"]) for entry in stored)
     except OSError as error:
         raise fault("LF-701", f"cannot read {file}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

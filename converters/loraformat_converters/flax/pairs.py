@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.layout import ReadOptions
     from loraformat.scale import ScaleRule
+    from loraformat_converters.flax.tree import Tree
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Draft", "grouped", "scale_stated"]
+__all__ = ["Draft", "form_of", "grouped", "kept_form", "one_scale", "scale_stated", "unscaled"]
 
 
 def grouped(
@@ -97,6 +99,41 @@ class Draft:
         if self.problems:
             raise LoraFormatError(self.problems)
         return Adapter(dict(sorted(self.updates.items())), names=names, extensions=extensions)
+
+
+def form_of(tree: Tree | None) -> dict[str, Any]:
+    """What a layout keeps of how the leaves were stored, so that they are stored so again."""
+    return {"root": tree.root, "value": tree.value} if tree is not None else {"root": "", "value": False}
+
+
+def kept_form(adapter: Adapter, layout: str) -> dict[str, Any]:
+    """What ``form_of`` said, and the layout added, of an adapter that this layout read; else what a fresh one has."""
+    fresh: dict[str, Any] = {"root": "", "value": False}
+    try:
+        form = json.loads(adapter.extensions.get(layout, "null"))
+    except ValueError:
+        return fresh
+    if not isinstance(form, dict):
+        return fresh
+    form = fresh | form
+    known = (
+        isinstance(form["root"], str) and not form["root"].replace("params/", "") and isinstance(form["value"], bool)
+    )
+    return form if known else fresh
+
+
+def unscaled(key: str, part: Lora, layout: str) -> Iterator[Problem]:
+    """LF-508 where a layout without a scale is to hold one."""
+    if part.scale != 1.0:
+        yield Problem("LF-508", f"{layout} has no scale, here it is {part.scale:g}", key, "--fold-scale")
+
+
+def one_scale(adapter: Adapter) -> Iterator[Problem]:
+    """LF-508 where a layout whose scale is in the program, once for all, is to hold several."""
+    scales = {update["lora"].scale for update in adapter.values()}
+    if len(scales) > 1:
+        what = f"the program has one scale for all, here they are {min(scales):g} to {max(scales):g}"
+        yield Problem("LF-508", what, "", "--fold-scale")
 
 
 def scale_stated(options: ReadOptions, draft: Draft, where: str) -> tuple[float, ScaleRule] | None:

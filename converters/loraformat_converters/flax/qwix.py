@@ -6,32 +6,32 @@ Measured on qwix.LoraProvider, r the rank, K the weight's axes:
     einsum                                a [axes of K that the input has too, r], b [r, the other axes of K]
     a batched einsum                      the same: b is shared over the batch
     a convolution                         a [*kernel, in, r], b [r, out]
+    layers that MaxText scans             each of these with the layers as axis 0, or as axis 1, of a, b and K
 
 In each of them a axes times b axes are axes of K, in K's order: a contraction over two axes and a batch with a shared b
-change K alike. Which axes they are the shapes of K tell, where a base is given; without it the pair is unplaced.
+change K alike. Which axes they are the shapes of K tell, where a base is given; without it the pair is unplaced, and
+refused where it may or may not have layers.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat_converters.flax import open_tree, output
-from loraformat_converters.flax.pairs import Draft, grouped, scale_stated
+from loraformat_converters.flax.factors import as_arrays, as_matrices, layers_first, layers_second, ways
+from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form, one_scale, scale_stated
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
+    from loraformat.axes import Placement
     from loraformat.layout import ReadOptions, WriteOptions
     from loraformat.source import Source
     from loraformat.updates import Update
@@ -80,15 +80,13 @@ class Qwix:
                 draft.say("LF-507", f"the rank is {rank}, {options.rank} is stated", stem)
             elif scale is not None:
                 _add(draft, stem, a, b, scale, shapes.get(stem))
-        form = {
-            "value": bool(tree and tree.value),
-            "flat": {s: [a.ndim, b.ndim] for s, a, b in draft.pairs(stems, _ROLES)},
-        }
+        form = form_of(tree) | {"flat": {s: [a.ndim, b.ndim] for s, a, b in draft.pairs(stems, _ROLES)}}
         return Reading(draft.finish("flax", {"qwix": json.dumps(form, sort_keys=True)}, str(source.path)))
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """See ``leaves``; the one scale of all, which no file of this layout holds, is said."""
-        made = output(self.leaves(adapter), options.ending, value=_form(adapter).get("value") is True)
+        form = kept_form(adapter, self.name)
+        made = output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
         scale = next(iter(adapter.values()))["lora"].scale
         what = f"the scale {scale:g} is in no file of this layout: give the rule alpha = {scale:g} · rank"
         return Output(made.files, made.folder, [Problem("LF-509", what, severity="warning")])
@@ -99,16 +97,12 @@ class Qwix:
         Raises:
             LoraFormatError: LF-508 scales that differ; a target whose shape in the base is not known.
         """
-        problems: list[Problem] = []
+        problems = list(one_scale(adapter))
         arrays: dict[str, Array] = {}
-        scales = {update["lora"].scale for update in adapter.values()}
-        if len(scales) > 1:
-            what = f"one rule has one scale, here they are {min(scales):g} to {max(scales):g}"
-            problems.append(Problem("LF-508", what, "", "--fold-scale"))
-        form = _form(adapter)
+        form = kept_form(adapter, self.name)
         for key, update in adapter.items():
             try:
-                a, b = _stored(update, form.get("flat", {}).get(key))
+                a, b = _stored(update, _ndims(form, key))
                 arrays |= {f"{key}{_ROLES[0]}": a, f"{key}{_ROLES[1]}": b}
             except ValueError as error:
                 problems.append(Problem("LF-508", str(error), key))
@@ -123,54 +117,55 @@ def _split(path: str) -> tuple[str, str] | None:
     return (f"{folder}{slash}{leaf[:-7]}", role) if role in _ROLES and leaf != role else None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Reading:
+    """One way to understand the axes of a pair.
+
+    Attributes:
+        a, b: with the batch in front.
+        batch: how many axes that is.
+        scan: whether the layers were axis 1 of both, and of the weight.
+    """
+
+    a: Array
+    b: Array
+    batch: int = 0
+    scan: bool = False
+
+    def places(self, shape: Shape) -> Iterator[Placement]:
+        """Where it lies in a weight of this shape: every way that its sizes allow."""
+        front = (1,) if self.scan else tuple(range(self.batch))
+        if len(shape) > len(front) and tuple(shape[axis] for axis in front) == self.a.shape[: self.batch]:
+            yield from ways(shape, front, self.a.shape[self.batch : -1], self.b.shape[self.batch + 1 :])
+
+
+def _readings(a: Array, b: Array) -> Iterator[_Reading]:
+    rank = a.shape[-1]
+    if b.shape[0] == rank:
+        yield _Reading(a, b)
+        if min(a.ndim, b.ndim) > 2 and a.shape[1] == b.shape[1]:
+            yield _Reading(layers_first(a), layers_first(b), 1, scan=True)
+    if a.ndim == b.ndim > 2 and b.shape[-2] == rank and a.shape[:-2] == b.shape[:-2]:
+        yield _Reading(a, b, a.ndim - 2)
+
+
 def _add(draft: Draft, stem: str, a: Array, b: Array, scale: Any, shape: Shape | None) -> None:
     """One target: the factors as matrices, and where they lie in the weight if that is known."""
-    rank = a.shape[-1]
-    batched = a.ndim == b.ndim and a.ndim > 2 and b.shape[-2] == rank and a.shape[:-2] == b.shape[:-2]
-    if batched and b.shape[0] == rank and a.ndim == 3:
-        draft.say("LF-504", f"a {list(a.shape)} and b {list(b.shape)} may be batched or not", stem)
-        return
-    if not batched and b.shape[0] != rank:
+    told, readings = f"a {list(a.shape)} and b {list(b.shape)}", list(_readings(a, b))
+    if not readings:
         draft.say("LF-309", f"a {list(a.shape)} ends with r, b {list(b.shape)} must begin with it", stem)
         return
-    if batched:
-        place, found = _batched_place(shape, a, b), tuple[Shape, ...]()
-    else:
-        place, found = _place(shape, a.shape[:-1], b.shape[1:])
-    if shape is not None and place is None and not found:
-        draft.say("LF-606", f"a {list(a.shape)} and b {list(b.shape)} do not make up {list(shape)}", stem)
+    places = {reading: list(reading.places(shape)) for reading in readings} if shape is not None else {}
+    if shape is not None and not (readings := [reading for reading in readings if places[reading]]):
+        draft.say("LF-606", f"{told} do not make up {list(shape)}", stem)
         return
-    lora_A = np.moveaxis(a if batched else a.reshape(-1, rank), -1, -2)
-    lora_B = np.moveaxis(b if batched else b.reshape(rank, -1), -2, -1)
-    draft.add(stem, Lora(np.ascontiguousarray(lora_A), np.ascontiguousarray(lora_B), *scale), place)
-
-
-def _batched_place(shape: Shape | None, a: Array, b: Array) -> Placement | None:
-    whole = (*a.shape[:-1], b.shape[-1])
-    n = a.ndim - 2
-    return Placement(whole, (n + 1,), (n,), tuple(range(n))) if shape == whole else None
-
-
-def _place(shape: Shape | None, ins: Shape, outs: Shape) -> tuple[Placement | None, tuple[Shape, ...]]:
-    """(the only placement, every choice of in axes that fits): in axes whose sizes are a's, the rest b's, in order."""
-    if shape is None:
-        return None, ()
-    axes = range(len(shape))
-    found = []
-    for count in range(1, len(shape)):
-        for chosen in itertools.combinations(axes, count):
-            rest = tuple(axis for axis in axes if axis not in chosen)
-            if _same([shape[axis] for axis in chosen], ins) and _same([shape[axis] for axis in rest], outs):
-                found.append(chosen)
-    if len(found) != 1:
-        return None, tuple(found)
-    rest = tuple(axis for axis in axes if axis not in found[0])
-    return Placement(shape, rest, found[0]), tuple(found)
-
-
-def _same(sizes: list[int], stored: Shape) -> bool:
-    """Whether axes of these sizes are stored so: one by one, or flattened."""
-    return tuple(sizes) == stored or (len(stored) == 1 and math.prod(sizes) == stored[0])
+    if len(readings) > 1:
+        draft.say("LF-504", f"{told} may have a batch or not", stem, "the shape of the weight tells: --base BASE")
+        return
+    (reading,) = readings
+    found = places.get(reading, [])
+    part = Lora(*as_matrices(reading.a, reading.b, reading.batch), *scale)
+    draft.add(stem, part, found[0] if len(found) == 1 else None)
 
 
 def _stored(update: Update, ndims: Any) -> tuple[Array, Array]:
@@ -181,27 +176,27 @@ def _stored(update: Update, ndims: Any) -> tuple[Array, Array]:
     part, place = update["lora"], update.placement
     if part.mid is not None:
         raise ValueError("qwix has no core between two factors")
-    a, b = np.moveaxis(part.lora_A, -2, -1), np.moveaxis(part.lora_B, -1, -2)
-    if a.ndim > 2:
-        n = a.ndim - 2
-        if a.shape[:-2] != b.shape[:-2] or (place is not None and place.batch != tuple(range(n))):
-            raise ValueError("qwix keeps a batch first, and in both factors")
-        return a, b
-    if place is None or len(place.shape) == 2:
-        if ndims not in (None, [2, 2]):
+    a, b = as_arrays(part, part.lora_A.shape[-1:], part.lora_B.shape[-2:-1])
+    n = a.ndim - 2
+    if a.shape[:n] != b.shape[:n] or (place is not None and a.shape[:n] != place.batch_sizes):
+        raise ValueError("qwix keeps a batch in both factors")
+    if place is not None and place.batch not in (tuple(range(n)), (1,)):
+        raise ValueError("qwix keeps a batch first, or as the second axis of a scan")
+    if place is None or len(place.in_) == len(place.out) == 1:
+        if ndims not in (None, [n + 2, n + 2]):
             raise ValueError("the shape of the weight is not known: bind the adapter to its base")
-        return a, b
-    convolution = place.in_ != tuple(sorted(place.in_))
-    if ndims is None and not convolution:
-        raise ValueError(
-            "qwix flattens the axes of a dot_general and not those of an einsum; nothing tells which it is"
-        )
-    wide_a = _in_order(a.reshape(*(place.shape[axis] for axis in place.in_), part.r), place.in_, 0)
-    wide_b = _in_order(b.reshape(part.r, *(place.shape[axis] for axis in place.out)), place.out, 1)
-    flat_a, flat_b = wide_a.reshape(-1, part.r), wide_b.reshape(part.r, -1)
-    if convolution:
-        return wide_a, flat_b
-    return wide_a if ndims[0] > 2 else flat_a, wide_b if ndims[1] > 2 else flat_b
+    else:
+        convolution = place.in_ != tuple(sorted(place.in_))
+        if ndims is None and not convolution:
+            what = "qwix flattens the axes of a dot_general and not those of an einsum; nothing tells which it is"
+            raise ValueError(what)
+        ins, outs = (tuple(place.shape[axis] for axis in axes) for axes in (place.in_, place.out))
+        wide_a, wide_b = as_arrays(part, ins, outs)
+        wide_a, wide_b = _in_order(wide_a, place.in_, n), _in_order(wide_b, place.out, n + 1)
+        a = wide_a if convolution or ndims[0] > n + 2 else wide_a.reshape(a.shape)
+        b = wide_b if not convolution and ndims[1] > n + 2 else wide_b.reshape(b.shape)
+    scan = place is not None and place.batch == (1,)
+    return (layers_second(a), layers_second(b)) if scan else (a, b)
 
 
 def _in_order(tensor: Array, axes: Shape, first: int) -> Array:
@@ -210,12 +205,12 @@ def _in_order(tensor: Array, axes: Shape, first: int) -> Array:
     return tensor.transpose([*range(first), *order, *range(first + len(axes), tensor.ndim)])
 
 
-def _form(adapter: Adapter) -> Mapping[str, Any]:
-    try:
-        form = json.loads(adapter.extensions.get("qwix", "{}"))
-    except ValueError:
-        return {}
-    return form if isinstance(form, dict) else {}
+def _ndims(form: Mapping[str, Any], key: str) -> Any:
+    """How many axes a and b of a target had."""
+    flat = form.get("flat")
+    found = flat.get(key) if isinstance(flat, dict) else None
+    whole = isinstance(found, list) and len(found) == 2 and all(type(n) is int for n in found)
+    return found if whole else None
 
 
 layout = Qwix()

@@ -1,186 +1,181 @@
-"""The names of JAX models, and how they stand to torch's: by rule, or by the table of a family of models.
+"""The names of JAX models, and how they stand to torch's: by Linen's rule, or by the table of a family of models.
 
-*Linen's rule* (transformers' Flax models, up to 4.x: BERT, ViT, Llama, Gemma, GPT-2, …): the same path, ``.`` as ``/``,
-and of a ``weight`` what it is there: ``kernel`` [in, out], ``embedding``, the ``scale`` of a norm.
-
-*Tunix's tables* (tunix models/llama3, qwen2 and qwen3 params.py at 0737eb8): other paths, and attention by heads:
-q, k and v [in, heads, head_dim], o [heads, head_dim, out]. Rows keep their order, rotary ones too.
-
-Both know a layer's ``…/mlp/up_proj/kernel``: which it is, a name that only one of them has must tell, or a base.
+Both may know a key: Linen and Tunix a layer's ``…/mlp/up_proj/kernel``. Which it is, a name that only a table has must
+tell, or a base.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from loraformat.naming.links import Link, Seat
+from loraformat.axes import Placement
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.naming.decoders import FIX, number, text_config
+from loraformat.naming.links import Link, Seat, Share
 from loraformat.naming.spaces import TORCH, Known
+from loraformat_converters.flax import linen, maxtext_order
+from loraformat_converters.flax.families import TABLES, Row, Table
+from loraformat_converters.flax.sizes import Sizes
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from loraformat.updates import Update
 
+    Indices = npt.NDArray[np.intp]
+
 __all__ = ["Flax", "space"]
-
-_HEADS_OUT, _HEADS_IN = "in,out0,out1", "in0,in1,out"
-
-# torch → Tunix, with the axes there and the sizes that split heads; # stands for the layer's number.
-_TUNIX = {
-    "model.embed_tokens.weight": ("embedder/input_embedding", "in,out", ""),
-    "model.layers.#.self_attn.q_proj.weight": ("layers/#/attn/q_proj/w", _HEADS_OUT, "num_attention_heads"),
-    "model.layers.#.self_attn.k_proj.weight": ("layers/#/attn/k_proj/w", _HEADS_OUT, "num_key_value_heads"),
-    "model.layers.#.self_attn.v_proj.weight": ("layers/#/attn/v_proj/w", _HEADS_OUT, "num_key_value_heads"),
-    "model.layers.#.self_attn.o_proj.weight": ("layers/#/attn/o_proj/w", _HEADS_IN, "num_attention_heads"),
-    "model.layers.#.mlp.gate_proj.weight": ("layers/#/mlp/gate_proj/kernel", "in,out", ""),
-    "model.layers.#.mlp.up_proj.weight": ("layers/#/mlp/up_proj/kernel", "in,out", ""),
-    "model.layers.#.mlp.down_proj.weight": ("layers/#/mlp/down_proj/kernel", "in,out", ""),
-    "model.layers.#.self_attn.q_norm.weight": ("layers/#/attn/q_norm/w", "out", ""),
-    "model.layers.#.self_attn.k_norm.weight": ("layers/#/attn/k_norm/w", "out", ""),
-    "model.layers.#.input_layernorm.weight": ("layers/#/input_layernorm/w", "out", ""),
-    "model.layers.#.post_attention_layernorm.weight": ("layers/#/post_attention_layernorm/w", "out", ""),
-    "model.norm.weight": ("final_norm/w", "out", ""),
-    "lm_head.weight": ("lm_head/w", "in,out", ""),
-}
-_OWN = {own: torch for torch, (own, _, _) in _TUNIX.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """One way in which a torch key is called here."""
-
-    torch: str
-    own: str
-    axes: tuple[str, str]
-    evidence: str
-    shape: tuple[int, ...] | None = None
 
 
 class Flax:
     """Paths joined by ``/``."""
 
     name = "flax"
-    describes = "JAX: paths of flax's Linen and NNX, Tunix"
+    describes = "JAX: paths of flax's Linen and NNX, Tunix, gemma, MaxText"
 
     def links(self, known: Known) -> Iterator[Link]:
-        """Both readings of every key that may matter; of keys that both know, Tunix's alone where another is Tunix's only."""
-        readings = list(_readings(known))
-        certain = any(r.evidence.startswith("table") and not _linen_too(r.own) and _named(known, r) for r in readings)
-        for reading in readings:
-            if certain and reading.evidence.startswith("rule") and _tunix_of(reading.own) is not None:
-                continue
-            here = Seat(
-                reading.torch, axes=reading.axes[0], shape=_flat(known.adapter.targets.get(reading.own), reading)
-            )
-            there = Seat(reading.own, axes=reading.axes[1], shape=reading.shape)
-            yield Link(here, there, reading.evidence)
+        """Every reading of every key; of keys that a table and Linen's rule have, the table's where another is its alone.
+
+        Raises:
+            LoraFormatError: LF-604 what a table needs of the model's config.json is not known.
+        """
+        tables = list(_by_tables(known))
+        yield from (link for _, link in tables)
+        certain = known.adapter.names != TORCH and any(not row.shared for row, _ in tables)
+        told = {link.there.name for _, link in tables} if certain else set()
+        yield from (link for link in _by_rule(known) if link.there.name not in told)
 
 
-def _readings(known: Known) -> Iterator[_Reading]:
+def _by_rule(known: Known) -> Iterator[Link]:
     adapter = known.adapter
-    if adapter.names != TORCH:
-        for own, update in adapter.items():
-            if (torch := _tunix_of(own)) is not None and (not known.names or torch in known.names):
-                yield _tunix(torch, own, known.config)
-            if (torch := _torch_of(own)) is not None and (not known.names or torch in known.names):
-                yield _linen(torch, own, update)
+    for key, update in adapter.items():
+        if adapter.names == TORCH:
+            pairs = [(key, own) for own in linen.there(key, update, known.there)]
+        else:
+            torch = linen.here(key, update)
+            pairs = [(torch, key)] if torch is not None and (not known.names or torch in known.names) else []
+        for torch, own in pairs:
+            axes, own_axes = linen.axes(own, update)
+            shape = None if adapter.names == TORCH else _flat(update, axes)
+            yield Link(
+                Seat(torch, axes=axes, shape=shape), Seat(own, axes=own_axes), f"rule: a {linen.leaf_of(own)} of flax"
+            )
+
+
+def _by_tables(known: Known) -> Iterator[tuple[Row, Link]]:
+    problems: list[Problem] = []
+    model = text_config(known.config).get("model_type")
+    for table in TABLES:
+        for row in table.rows if model is None or model in table.models else ():
+            for key, update in known.adapter.items():
+                try:
+                    yield from ((row, link) for link in _links(key, update, row, table, known))
+                except LoraFormatError as error:
+                    problems += error.problems
+    if problems:
+        raise LoraFormatError(problems)
+
+
+def _links(key: str, update: Update, row: Row, table: Table, known: Known) -> Iterator[Link]:
+    """The links of one key by one row of a table."""
+    torch = known.adapter.names == TORCH
+    for name, own, index in _places(key, update, row, known):
+        if torch and (own not in known.there if known.there else table.by_base):
+            continue
+        if not torch and known.names and name not in known.names:
+            continue
+        axes, shape = _laid(update, own, row, index, known)
+        if axes is not None and shape is not None and not _fits(update, axes, shape, row, torch):
+            continue
+        rows: Share | Indices | None = row.share
+        scale, evidence = 1.0, table.evidence
+        if row.projection:
+            rows, scale, said = maxtext_order.of(row.projection, known.config, key)
+            evidence = f"{evidence}, {said}"
+        here = {"out": "out"}.get(row.axes, "in,out" if "embed" in row.own else "out,in")
+        flat = None if torch else _flat(update, here, row.share, stacked=index is not None)
+        there = Seat(own, rows=rows, index=index, axes=axes, shape=shape)
+        yield Link(Seat(name, axes=here, shape=flat), there, evidence, scale)
+
+
+def _places(key: str, update: Update, row: Row, known: Known) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+    """(torch name, own name, which of how many layers) that a key stands for by a row."""
+    torch, (step, first) = known.adapter.names == TORCH, row.layers
+    match = _pattern(row.torch if torch else row.own).fullmatch(key)
+    if match is None:
         return
-    for torch, update in adapter.items():
-        number, pattern = _numbered(torch, ".")
-        if pattern in _TUNIX:
-            yield _tunix(torch, _TUNIX[pattern][0].replace("#", number), known.config)
-        for own in _linen_names(torch, update):
-            yield _linen(torch, own, update)
-
-
-def _flat(update: Update | None, reading: _Reading) -> tuple[int, ...] | None:
-    """The shape of torch's [out, in], of a kernel that has heads here."""
-    matrix = update.matrix_shape() if update is not None else None
-    return matrix if matrix is not None and len(matrix) == 2 and reading.axes[0] == "out,in" else None
-
-
-def _named(known: Known, reading: _Reading) -> bool:
-    return (reading.torch if known.adapter.names == TORCH else reading.own) in known.adapter
-
-
-def _numbered(name: str, dot: str) -> tuple[str, str]:
-    """(the layer's number, the name with # in its place)."""
-    found = re.search(rf"(?<=layers\{dot})\d+(?=\{dot})", name)
-    return ("", name) if found is None else (found[0], f"{name[: found.start()]}#{name[found.end() :]}")
-
-
-# Tunix.
-
-
-def _tunix_of(own: str) -> str | None:
-    number, pattern = _numbered(own, "/")
-    return _OWN[pattern].replace("#", number) if pattern in _OWN else None
-
-
-def _tunix(torch: str, own: str, config: Mapping[str, Any]) -> _Reading:
-    _, axes, heads = _TUNIX[_numbered(torch, ".")[1]]
-    mine = {"out": "out", "in,out": "in,out" if "embed" in own else "out,in"}.get(axes, "out,in")
-    return _Reading(torch, own, (mine, axes), "table: tunix", _split(axes, config, heads))
-
-
-def _split(axes: str, config: Mapping[str, Any], heads: str) -> tuple[int, ...] | None:
-    """The shape of a weight by heads, where the configuration tells."""
-    hidden, n = config.get("hidden_size"), config.get(heads or "", config.get("num_attention_heads"))
-    if not heads or not isinstance(hidden, int) or not isinstance(n, int) or n < 1:
-        return None
-    all_heads = config.get("num_attention_heads")
-    size = config.get("head_dim") or (hidden // all_heads if isinstance(all_heads, int) and all_heads else None)
-    if not isinstance(size, int):
-        return None
-    return (hidden, n, size) if axes == _HEADS_OUT else (n, size, hidden)
-
-
-# Linen's rule.
-
-
-def _linen_too(own: str) -> bool:
-    return own.rpartition("/")[2] in ("kernel", "embedding", "scale", "bias")
-
-
-def _torch_of(own: str) -> str | None:
-    stem, _, leaf = own.rpartition("/")
-    last = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}.get(leaf)
-    return f"{stem.replace('/', '.')}.{last}" if stem and last else None
-
-
-def _linen_names(torch: str, update: Update) -> list[str]:
-    """What the parameter may be called; a lookup is an embedding, a product has a kernel, a vector is a norm's scale."""
-    stem, _, leaf = torch.rpartition(".")
-    path = stem.replace(".", "/")
-    if leaf == "bias":
-        return [f"{path}/bias"]
-    if leaf != "weight" or not stem:
-        return []
-    shape = update.matrix_shape()
-    if update.op == "embedding" or "rows" in update:
-        return [f"{path}/embedding"]
-    if "lora" in update or (shape is not None and shape[-1] > 1):
-        return [f"{path}/kernel"]
-    ndim = update["replace"].replace.ndim if "replace" in update else 1
-    return [f"{path}/scale"] if ndim == 1 else [f"{path}/kernel", f"{path}/embedding"]
-
-
-def _linen(torch: str, own: str, update: Update) -> _Reading:
-    leaf = own.rpartition("/")[2]
-    place = update.placement
-    ndim = len(place.shape) if place is not None else 2
-    if leaf in ("scale", "bias"):
-        axes = ("out", "out")
-    elif leaf == "embedding":
-        axes = ("in,out", "in,out")
-    elif ndim > 2:
-        # flax 0.12.8 nnx.Conv: [*kernel, in, out]; torch: [out, in, *kernel].
-        inner = [f"in{i}" for i in range(ndim - 1)]
-        axes = (",".join(["out", *inner]), ",".join([*inner[1:], inner[0], "out"]))
+    if "#" not in row.torch:
+        yield row.torch, row.own, None
+    elif torch:
+        layer, rest = divmod(int(match[1]) - first, step)
+        if layer < 0 or rest:
+            return
+        if "#" in row.own:
+            yield key, row.own.replace("#", str(layer)), None
+        elif row.own in known.there:  # nothing else says that the layers are stacked
+            yield key, row.own, (layer, number(known.config, ("num_hidden_layers",), key) // step)
+    elif "#" in row.own:
+        yield row.torch.replace("#", str(step * int(match[1]) + first)), key, None
     else:
-        axes = ("out,in", "in,out")
-    return _Reading(torch, own, axes, f"rule: a {leaf} of flax")
+        shape = update.matrix_shape() or ()
+        for layer in range(shape[0] if len(shape) == 3 else 0):
+            yield row.torch.replace("#", str(step * layer + first)), key, (layer, shape[0])
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\#", r"(\d{1,6})"))
+
+
+def _laid(
+    update: Update, own: str, row: Row, index: tuple[int, int] | None, known: Known
+) -> tuple[str | None, tuple[int, ...] | None]:
+    """(axes, shape) of the own tensor, with its layers; None for what nothing says."""
+    words = row.axes.split(",")
+    shape, place = known.there.get(own), update.placement if known.adapter.names != TORCH else None
+    if index is None:
+        if known.adapter.names != TORCH and place is None and shape is None:
+            return (None if len(words) > 2 else row.axes), None
+        split = Sizes(known.config).of(row.sizes) if len(words) > 2 else None
+        return row.axes, place.shape if place is not None else shape or split
+    if place is not None:
+        axis = place.batch[0] if place.batch else 0
+        return ",".join([*words[:axis], "batch", *words[axis:]]), place.shape
+    if shape is None:
+        return None, None
+    found = [axis for axis in (0, 1) if shape[axis] == index[1]]
+    if len(found) != 1:
+        what = f"which axis of {list(shape)} counts the {index[1]} layers is not known"
+        raise fault("LF-604", what, where=own, fix=FIX)
+    return ",".join([*words[: found[0]], "batch", *words[found[0] :]]), shape
+
+
+def _fits(update: Update, axes: str, shape: tuple[int, ...], row: Row, torch: bool) -> bool:
+    """Whether a tensor of this shape, read so, holds the update's matrix; of a placed one, whether it is read so."""
+    if len(shape) != len(axes.split(",")):
+        return False
+    place, matrix = Placement.of(shape, axes), update.matrix_shape()
+    if not torch and update.placement is not None:
+        return place == update.placement
+    if matrix is None:
+        return True
+    part = row.share.stop - row.share.start if row.share is not None and torch else 1
+    whole = row.share.of if row.share is not None and torch else 1
+    out, in_ = place.matrix_shape[-2:]
+    return (out * part, in_) == (matrix[-2] * whole, matrix[-1])
+
+
+def _flat(update: Update, axes: str, share: Share | None = None, *, stacked: bool = False) -> tuple[int, ...] | None:
+    """The shape of torch's [out, in] for a kernel of JAX, for a share of its rows, or for one of its layers."""
+    matrix = update.matrix_shape()
+    if matrix is None or len(matrix) != 2 + stacked or axes != "out,in":
+        return None
+    rows = matrix[-2] if share is None else matrix[-2] * (share.stop - share.start) // share.of
+    return rows, matrix[-1]
 
 
 space = Flax()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +25,7 @@ ENDINGS = (".msgpack", ".npz")
 """Of files that hold a tree and nothing else is called by."""
 
 _VALUE = "/value"
+_COLLECTION = "params/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,19 +35,25 @@ class Tree(Mapping[str, "Array"]):
     Attributes:
         arrays: as stored.
         value: whether every path ended with ``/value``, the field of a flax Variable, which the paths here lack.
+        root: what every path begins with that is no part of a name: the collections of Linen around a whole model.
     """
 
     arrays: Mapping[str, Array]
     value: bool = False
+    root: str = ""
 
     def __getitem__(self, path: str) -> Array:
-        return self.arrays[path + _VALUE * self.value]
+        return self.arrays[f"{self.root}{path}{_VALUE * self.value}"]
 
     def __iter__(self) -> Iterator[str]:
-        return (path.removesuffix(_VALUE) if self.value else path for path in self.arrays)
+        return (path.removeprefix(self.root).removesuffix(_VALUE * self.value) for path in self.arrays)
 
     def __len__(self) -> int:
         return len(self.arrays)
+
+    def without(self, stored: Collection[str]) -> Tree:
+        """The same but for these paths, as stored."""
+        return _tree({path: array for path, array in self.arrays.items() if path not in stored})
 
 
 def open_tree(source: Source) -> Tree | None:
@@ -58,7 +65,19 @@ def open_tree(source: Source) -> Tree | None:
     arrays = _arrays(source)
     if not arrays:
         return None
-    return Tree(arrays, all(path.endswith(_VALUE) for path in arrays))
+    return _tree(arrays)
+
+
+def _tree(arrays: Mapping[str, Array]) -> Tree:
+    return Tree(arrays, all(path.endswith(_VALUE) for path in arrays), _root(arrays))
+
+
+def _root(paths: Collection[str]) -> str:
+    """``params/`` as often as all paths begin with it: a Linen collection, and the field of a training state around it."""
+    root = ""
+    while paths and all(path.startswith(f"{root}{_COLLECTION}") for path in paths):
+        root += _COLLECTION
+    return root
 
 
 def _arrays(source: Source) -> Mapping[str, Array] | None:
@@ -77,9 +96,9 @@ def _arrays(source: Source) -> Mapping[str, Array] | None:
     return None
 
 
-def output(arrays: Mapping[str, Array], ending: str, *, value: bool = False) -> Output:
+def output(arrays: Mapping[str, Array], ending: str, *, value: bool = False, root: str = "") -> Output:
     """What is written for a name with this ending: ``.msgpack``, ``.npz``, ``.safetensors``, else an Orbax folder."""
-    named = {path + _VALUE * value: array for path, array in arrays.items()}
+    named = {f"{root}{path}{_VALUE * value}": array for path, array in arrays.items()}
     if ending == "":
         return Output(orbax.writers(named), folder=True)
     writers = {".msgpack": msgpack.write, ".npz": npz.write, ".safetensors": _safetensors}

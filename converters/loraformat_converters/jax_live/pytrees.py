@@ -13,6 +13,9 @@ from loraformat.layout import ReadOptions
 from loraformat.memory import MemorySource
 from loraformat.parts import Lora
 from loraformat_converters.flax import nested
+from loraformat_converters.flax.gemma import layout as gemma
+from loraformat_converters.flax.lorax import layout as lorax
+from loraformat_converters.flax.maxtext import layout as maxtext
 from loraformat_converters.flax.nnx import layout as nnx
 from loraformat_converters.flax.qwix import layout as qwix
 from loraformat_converters.jax_live.tree import named
@@ -22,14 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pytree", "to_pytree"]
 
-_LAYOUTS: dict[str, Any] = {"nnx": nnx, "qwix": qwix}
+_LAYOUTS: dict[str, Any] = {item.name: item for item in (nnx, qwix, gemma, lorax, maxtext)}
 
 
 def from_pytree(tree: Any, layout: str | None = None, *, options: ReadOptions | None = None) -> Adapter:
     """The adapter that a tree of factors is, such as ``nnx.state(model, nnx.LoRAParam)``.
 
     Args:
-        layout: ``nnx``, ``qwix``, …; default: told by the names.
+        layout: ``nnx``, ``qwix``, ``gemma``, …; default: told by the names.
         options: what the tree does not say, such as alpha; a base for the shapes of its weights.
 
     Raises:
@@ -43,7 +46,8 @@ def from_pytree(tree: Any, layout: str | None = None, *, options: ReadOptions | 
 def to_pytree(adapter: Adapter, layout: str) -> dict[Any, Any]:
     """The factors as nested dicts of JAX arrays, as the layout names and shapes them; digits of a path are integers.
 
-    It is what ``nnx.update(model, tree)`` and ``nnx.replace_by_pure_dict`` take. ``layout``: ``nnx`` or ``qwix``.
+    It is what ``nnx.update(model, tree)`` and ``nnx.replace_by_pure_dict`` take. ``layout``: ``nnx``, ``qwix``, ``gemma``,
+    ``lorax`` or ``maxtext``.
 
     Raises:
         LoraFormatError: LF-508 what the layout cannot hold; LF-705 another layout.
