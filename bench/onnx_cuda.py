@@ -26,6 +26,7 @@ from bench.chart import ratios
 from bench.onnx_modes import Sizes, adapter, variants, write_model
 from loraformat import merge, open_base
 from loraformat_converters.onnx import tort
+from loraformat_converters.onnx.effective import Effective
 
 Run = Callable[[], None]
 LLAMA = (4, 4096, 14336, 1024, 16)
@@ -61,6 +62,33 @@ def onnx_runs(models: Mapping[str, tuple[Path, Any]], x: np.ndarray, graph: bool
         except Exception as error:  # of any part of ONNX Runtime
             print(f"{what}{', CUDA graph' if graph else ''}: not run: {str(error).splitlines()[0][:160]}")
     return found
+
+
+def effective_run(path: Path, sizes: Sizes, x: np.ndarray, graph: bool) -> tuple[Run, Callable[[], float]]:
+    """A run with W + ΔW in the weights, and the milliseconds of a change from one of two adapters to the other."""
+    given = {name: adapter(sizes, seed, "float16") for seed, name in enumerate("ab")}
+    running = Effective(path, given, ["CUDAExecutionProvider"], captured=graph)
+    names = iter("ab" * 1000)
+
+    def change() -> float:
+        begin = time.perf_counter()
+        running.use(next(names))
+        return 1e3 * (time.perf_counter() - begin)
+
+    change()
+    binding = running.inference.io_binding()
+    values = {**running.values, "x": tort.value(onnxruntime.OrtValue, x, "cuda")}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    out = tort.value(onnxruntime.OrtValue, np.zeros_like(x), "cuda")
+    binding.bind_ortvalue_output(running.inference.get_outputs()[0].name, out)
+
+    def run(kept: Any = (running, values, out)) -> None:
+        running.inference.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    run()
+    return run, change
 
 
 def torch_layers(sizes: Sizes) -> Any:
@@ -182,8 +210,17 @@ def main() -> None:
         for tokens in given.tokens:
             x = np.random.default_rng(3).standard_normal((1, tokens, sizes.hidden)).astype(np.float16)
             for graph in (False, True):
-                runs = onnx_runs(models, x, graph) | (torch_runs(sizes, x, graph) if peft else {})
-                show(f"{tokens:5} tokens{', CUDA graph' if graph else '            '}", measure(runs, given.runs))
+                label = f"{tokens:5} tokens{', CUDA graph' if graph else '            '}"
+                runs = onnx_runs(models, x, graph)
+                if given.form == "plain":
+                    runs["in the weights"], change = effective_run(Path(name) / "base.onnx", sizes, x, graph)
+                if peft:
+                    runs |= torch_runs(sizes, x, graph)
+                show(label, measure(runs, given.runs))
+                if given.form == "plain":
+                    low, middle, high = np.quantile([change() for _ in range(20)], [0.1, 0.5, 0.9])
+                    print(f"{label}  a change in the weights              {middle:8.3f} ms ({low:.3f}–{high:.3f})")
+                    del change
                 del runs
                 gc.collect()
 

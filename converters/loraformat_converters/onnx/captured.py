@@ -65,10 +65,18 @@ class _Held:
 
 
 class Captured:
-    """Runs choices by copying them into one buffer. ``slots``: of a swap, with a rank (--pad-rank)."""
+    """Runs choices by copying them into one buffer.
 
-    def __init__(self, runtime: Any, inference: Any, device: Device, slots: Slots | None) -> None:
+    Args:
+        slots: of a swap, with a rank (--pad-rank).
+        fixed: input → a value on the device whose owner changes it in place.
+    """
+
+    def __init__(
+        self, runtime: Any, inference: Any, device: Device, slots: Slots | None, fixed: Mapping[str, Any] | None = None
+    ) -> None:
         self._runtime, self._inference, self._device = runtime, inference, device
+        self._fixed = fixed or {}
         self._places, size = _laid(slots)
         self._buffer = self._value(np.zeros(max(size, 1), np.uint8))
         self._between = _copies(self._value(np.zeros(1, np.uint8)), self._value(np.zeros(1, np.uint8)))
@@ -113,6 +121,8 @@ class Captured:
             kind = _BFLOAT16 if place.dtype == ml_dtypes.bfloat16 else place.dtype.type
             address = self._buffer.data_ptr() + place.offset
             binding.bind_input(name, *self._device, kind, list(place.shape), address)
+        for name, value in self._fixed.items():
+            binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, *self._device)
         binding.synchronize_inputs()

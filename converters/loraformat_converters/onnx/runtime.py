@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loraformat import registry
 from loraformat.adapter import Adapter
 from loraformat.errors import fault
@@ -29,9 +27,10 @@ from loraformat.source import existing, open_source
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.blend import blend
 from loraformat_converters.onnx.captured import Captured
+from loraformat_converters.onnx.opened import device_of, opened, runtime
 from loraformat_converters.onnx.pooled import Pooled
 from loraformat_converters.onnx.slots import Slots
-from loraformat_converters.onnx.ways import Choice, Ways, known
+from loraformat_converters.onnx.ways import Choice, Ways, known, weights_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -83,26 +82,9 @@ class Session:
         resident: int = 16,
         captured: bool = False,
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise fault(
-                "LF-704", f"running a model needs onnxruntime: {error}", fix="pip install 'loraformat[onnx]'"
-            ) from None
-        self.path = existing(path)
-        first, its = (providers[0], {}) if isinstance(providers[0], str) else providers[0]
-        given = list(providers)
-        if captured and first == "CUDAExecutionProvider":
-            given[0] = (first, {**its, "enable_cuda_graph": "1"})
-        try:
-            self.inference = onnxruntime.InferenceSession(
-                str(self.path), options or _quiet(onnxruntime), providers=given
-            )
-        except Exception as error:  # onnxruntime raises a dozen classes of its own, without a common one
-            what = f"ONNX Runtime cannot open {self.path}: {str(error).splitlines()[0]}"
-            raise fault("LF-705", what, fix="is it whole, and of operators that the provider has?") from None
-        runs = self.inference.get_providers()[0]  # which is the CPU's where the first of the given is not installed
-        self.device = ("cuda", int(its.get("device_id", 0))) if runs.startswith(("CUDA", "Tensorrt")) else ("cpu", 0)
+        onnxruntime, self.path = runtime(), existing(path)
+        self.inference = opened(self.path, self.path.parent, providers, options, captured)
+        self.device = device_of(self.inference, providers)
         self._ways = Ways.of(self.inference.get_modelmeta().custom_metadata_map, str(self.path))
         self.slots = self._ways.slots
         if captured and self.slots and any(slot.rank is None for slot in self.slots.slots.values()):
@@ -163,13 +145,17 @@ class Session:
             LoraFormatError: LF-705 a name that is not loaded, or a choice that the model has no way to make.
         """
         if self._ways.stacked:
-            rows = None if choice is None or isinstance(choice, (str, Mapping)) else [self._weights(c) for c in choice]
-            every = self._weights(choice) if rows is None else {}  # type: ignore[arg-type]
+            rows = (
+                None
+                if choice is None or isinstance(choice, (str, Mapping))
+                else [weights_of(c, self.names) for c in choice]
+            )
+            every = weights_of(choice, self.names) if rows is None else {}  # type: ignore[arg-type]
             self._ways.check_rows(rows if rows is not None else [every])
             return Chosen(self, self._nothing, lambda feeds: self._ways.by_row(feeds, rows, every))
         if not (choice is None or isinstance(choice, (str, Mapping))):
             raise fault("LF-705", "only a stack has an adapter for each row", fix="loraformat attach … --mode stack")
-        weights = self._weights(choice)
+        weights = weights_of(choice, self.names)
         if self.slots is None:
             strengths = self._ways.by_strength(weights)
             return Chosen(self, self._nothing, lambda feeds: strengths)
@@ -211,15 +197,6 @@ class Session:
         for choice in [choice for choice in self._held if name in dict(choice)]:
             del self._held[choice]
 
-    def _weights(self, choice: Choice) -> dict[str, float]:
-        """Name → weight; what weighs nothing is left out."""
-        weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
-        for name in weights:
-            known(name, self.names)
-        if not all(np.isfinite(weight) for weight in weights.values()):
-            raise fault("LF-705", f"weights must be finite numbers, not {list(weights.values())}")
-        return {name: float(weight) for name, weight in sorted(weights.items()) if weight}
-
     # The run.
 
     def _run(self, chosen: Chosen, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> dict[str, Array]:
@@ -246,10 +223,3 @@ class Session:
             what = f"{path} was not written for the slots of {self.path}"
             raise fault("LF-607", what, fix=f"loraformat convert ADAPTER {path} --for {self.path}; or any_base=True")
         return slots.adapter(contents.tensors)
-
-
-def _quiet(runtime: Any) -> Any:
-    """Without a warning for each slot: that it can be fed is what it is for."""
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    return options

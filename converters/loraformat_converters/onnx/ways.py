@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Choice", "Ways", "known"]
+__all__ = ["Choice", "Ways", "known", "weights_of"]
 
 Choice = str | Mapping[str, float] | None
 """One adapter, a blend, or the bare base."""
@@ -105,6 +105,16 @@ class Ways:
             raise fault("LF-705", f"{self.path} has no input by which an adapter could be chosen", fix=fix)
         named = zip(self.strengths, self.attached, strict=True)
         return {at: np.array(weights.get(name, 0.0), np.float32) for at, name in named}
+
+
+def weights_of(choice: Choice, names: Sequence[str]) -> dict[str, float]:
+    """Name → weight; what weighs nothing is left out. LF-705 of a name that is none of these, or no number."""
+    weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    for name in weights:
+        known(name, names)
+    if not all(np.isfinite(weight) for weight in weights.values()):
+        raise fault("LF-705", f"weights must be finite numbers, not {list(weights.values())}")
+    return {name: float(weight) for name, weight in sorted(weights.items()) if weight}
 
 
 def known(name: str, names: Sequence[str]) -> None:
