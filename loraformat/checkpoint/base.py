@@ -23,6 +23,7 @@ from loraformat.checkpoint.task import identity
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.plan import Job, Outcome, Plan
+from loraformat.quantised import form_of
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.shapes import FLOATS
 
@@ -96,8 +97,13 @@ class Checkpoint:
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every float tensor of two axes, and every weight in few bits; placed by ``--axes`` or by the configuration."""
-        infos = {n: i for n, i in self.infos if len(i.shape) == 2 and i.dtype in FLOATS}
+        infos = {n: i for n, i in self.infos if len(i.shape) == 2 and i.dtype in FLOATS and not self._describes(n)}
         return {name: self._stated(name, info.shape, hints) for name, info in infos.items()} | self._few(hints)
+
+    def _describes(self, name: str) -> bool:
+        """Whether a tensor stands beside a weight in few bits, and only says what its numbers mean."""
+        weight = f"{name.rpartition('.')[0]}.weight"
+        return name != weight and form_of(weight, self.files.homes, self.config) is not None
 
     def _few(self, hints: Hints) -> dict[str, Placement | None]:
         found: dict[str, Placement | None] = {}
