@@ -9,6 +9,7 @@ from quantised_goldens import LLAMA, change, draw, golden, stored, write
 from safetensors.numpy import save_file
 
 import loraformat as lf
+from loraformat.pages.facts import facts
 
 GPTQ = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq"}}
 SHAPES = {"nf4": (37, 90), "nf4_nested": (130, 150), "fp4": (23, 45), "gptq_4": (64, 96), "gptq_2_act_order": (32, 96), "int8": (150, 260), "fp8": (150, 260)}  # fmt: skip
@@ -89,6 +90,17 @@ def test_two_models_in_few_bits_differ_by_their_values(tmp_path):
     found = lf.diff(base, merged)
     assert found.changed.keys() == {"q.weight"}
     assert found.changed["q.weight"].norm == pytest.approx(np.linalg.norm(values(merged) - values(base)), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["nf4", "gptq_4", "fp8"])
+def test_a_report_tells_how_far_a_weight_moves_and_what_a_merge_would_lose(case, tmp_path):
+    base, _, values = opened(case, tmp_path)
+    adapter = change(*SHAPES[case], 0.3)
+    norms = facts(adapter, "x", base=base).norms["q.weight"]
+    delta = np.linalg.norm(adapter["q.weight"].matrix())
+    assert norms.change == pytest.approx(delta / np.linalg.norm(values(base)), rel=1e-5)
+    outcome = lf.merge(adapter, base, tmp_path / "out", requantize=True)
+    assert norms.loss == pytest.approx(outcome.norms["q.weight"].loss, rel=1e-9)
 
 
 def damaged(held, config, random):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.container import TensorInfo
+    from loraformat.tiles import Norms
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -131,9 +132,11 @@ class Checkpoint:
         grid = grid_of(self.tied.get(name, name), self.files, self.config)
         return Values(grid) if grid is not None else None
 
-    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+    def requantised(
+        self, name: str, updates: Sequence[Update], norms: Norms | None = None
+    ) -> Iterator[tuple[tuple[int, int], Array]] | None:
         """(rows, stored values) of a merge into a weight that is stored in few bits; None of any other."""
-        return requantised_rows(self.tied.get(name, name), updates, self.files, self.config)
+        return requantised_rows(self.tied.get(name, name), updates, self.files, self.config, norms)
 
     # Where a target lies.
 

@@ -94,11 +94,11 @@ def _whole(name: str, files: Files) -> Array:
 
 
 def requantised_rows(
-    stored: str, updates: Sequence[Update], files: Files, config: Mapping[str, Any]
+    stored: str, updates: Sequence[Update], files: Files, config: Mapping[str, Any], norms: Norms | None = None
 ) -> Iterator[tuple[tuple[int, int], Array]] | None:
     """(rows of the stored tensor, what a merge stores in them), in order; None of one that ``grid_of`` does not know."""
     grid = grid_of(stored, files, config)
-    return _numbered(requantised(updates, grid, Norms())) if grid is not None else None
+    return _numbered(requantised(updates, grid, norms or Norms())) if grid is not None else None
 
 
 def _numbered(tiles: Iterator[Array]) -> Iterator[tuple[tuple[int, int], Array]]:
