@@ -1,6 +1,7 @@
 """Weights in few bits where a change is no plain pair, the files are several, or they are damaged."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,24 @@ def test_a_report_tells_how_far_a_weight_moves_and_what_a_merge_would_lose(case,
     assert norms.change == pytest.approx(delta / np.linalg.norm(values(base)), rel=1e-5)
     outcome = lf.merge(adapter, base, tmp_path / "out", requantize=True)
     assert norms.loss == pytest.approx(outcome.norms["q.weight"].loss, rel=1e-9)
+
+
+def test_a_component_of_a_pipeline_may_be_in_few_bits(tmp_path):
+    _, held, _ = golden("nf4", tmp_path)
+    pipe = tmp_path / "pipe"
+    pipe.mkdir()
+    (pipe / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    (pipe / "unet").mkdir()
+    save_file(held, pipe / "unet/diffusion_pytorch_model.safetensors")
+    adapter = replace(change(37, 90, 0.2, "unet:q.weight"), components=("unet",))
+    base = lf.open_base(pipe)
+    outcome = lf.merge(adapter, base, tmp_path / "out", requantize=True)
+    merged = lf.open_base(tmp_path / "out")
+    moved = merged.dequantised("unet:q.weight")[...] - base.dequantised("unet:q.weight")[...]
+    delta = adapter["unet:q.weight"].matrix()
+    loss = np.linalg.norm(moved - delta) / np.linalg.norm(delta)
+    assert outcome.norms["unet:q.weight"].loss == pytest.approx(loss, rel=1e-4)
+    assert lf.verify(base, adapter, merged).problems == []
 
 
 def damaged(held, config, random):
