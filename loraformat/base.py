@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.plan import Job, Outcome, Plan, Proof
     from loraformat.resolve import Hints, Match, Resolution
-    from loraformat.tiles import Tensor
+    from loraformat.tiles import Norms, Tensor
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -147,8 +147,14 @@ class FewBits(Protocol):
     def dequantised(self, name: str) -> Tensor | None:
         """The values of such a weight, float32, in the axes in which it is stored; None of any other."""
 
-    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
-        """(rows of the tensor, what a merge stores in them) of such a weight, in order; None of any other."""
+    def requantised(
+        self, name: str, updates: Sequence[Update], norms: Norms | None = None
+    ) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """(rows of the tensor, what a merge stores in them) of such a weight, in order; None of any other.
+
+        Args:
+            norms: filled on the way.
+        """
 
 
 class Graph(Base, Protocol):

@@ -38,11 +38,9 @@ def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
 
 def _other(key: str, update: Update, base: Base, match: Match, parameter: Parameter | None) -> Problem | None:
     """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
-    if (
-        parameter is not None
-        and update.base_sha256 is not None
-        and update.placement == (match.parameter or match.placement)
-    ):
+    # What a checkpoint stores the other way round is named as its parameter lies; a graph's tensor is another one then.
+    named = match.parameter if match.parameter and not match.node else match.placement
+    if parameter is not None and update.base_sha256 is not None and update.placement == named:
         found = runs_sha256(tile for _, tile in read_runs(base, parameter))
         if found == update.base_sha256:
             return None

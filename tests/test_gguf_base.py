@@ -124,3 +124,8 @@ def test_metadata_of_other_types_tells_nothing(tmp_path):
     with open(tmp_path / "m.gguf", "wb") as file:
         store.write(file, head, {"output.weight": np.ones((3, 5), np.float32)})
     assert "num_attention_heads" not in lf.open_base(tmp_path / "m.gguf").config
+
+
+def test_a_new_adapter_has_its_names():
+    fresh = lf.init(model_of("llama"), ["attn_q"], rank=2, alpha=4)
+    assert (fresh.names, "blk.0.attn_q.weight" in fresh) == ("gguf", True)

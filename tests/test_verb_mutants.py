@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import test_adapt as adapting
-import test_atomic as atomic
+import test_journal as journal_tests
 import test_loaders as loading
 from mutants import net
 
@@ -42,11 +42,11 @@ CHECKS = {
     "comfyui": lambda folder: loading.test_a_scale_in_the_header_is_not_seen_by_comfyui(),
     "layout": lambda folder: loading.test_another_layout_says_what_to_convert_to(),
     "plain": lambda folder: loading.test_a_plain_pair_loads_everywhere("vllm"),
-    "goes on": impatient(atomic.test_the_next_run_of_the_same_task_goes_on_where_a_killed_one_was),
-    "another task": impatient(atomic.test_another_task_begins_anew_and_takes_the_leftovers_away),
-    "damaged": impatient(atomic.test_a_finished_file_that_is_no_longer_what_it_was_is_written_again),
-    "cut off": impatient(atomic.test_a_journal_that_the_kill_cut_off_is_read_as_far_as_it_goes),
-    "a moment": atomic.test_a_run_of_a_moment_keeps_no_journal,
+    "goes on": impatient(journal_tests.test_the_next_run_of_the_same_task_goes_on_where_a_killed_one_was),
+    "another task": impatient(journal_tests.test_another_task_begins_anew_and_takes_the_leftovers_away),
+    "damaged": impatient(journal_tests.test_a_finished_file_that_is_no_longer_what_it_was_is_written_again),
+    "cut off": impatient(journal_tests.test_a_journal_that_the_kill_cut_off_is_read_as_far_as_it_goes),
+    "a moment": journal_tests.test_a_run_of_a_moment_keeps_no_journal,
 }
 
 

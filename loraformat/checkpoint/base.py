@@ -23,6 +23,7 @@ from loraformat.checkpoint.task import identity
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.plan import Job, Outcome, Plan
+from loraformat.quantised import form_of
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.shapes import FLOATS
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.container import TensorInfo
+    from loraformat.tiles import Norms
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -96,8 +98,13 @@ class Checkpoint:
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every float tensor of two axes, and every weight in few bits; placed by ``--axes`` or by the configuration."""
-        infos = {n: i for n, i in self.infos if len(i.shape) == 2 and i.dtype in FLOATS}
+        infos = {n: i for n, i in self.infos if len(i.shape) == 2 and i.dtype in FLOATS and not self._describes(n)}
         return {name: self._stated(name, info.shape, hints) for name, info in infos.items()} | self._few(hints)
+
+    def _describes(self, name: str) -> bool:
+        """Whether a tensor stands beside a weight in few bits, and only says what its numbers mean."""
+        weight = f"{name.rpartition('.')[0]}.weight"
+        return name != weight and form_of(weight, self.files.homes, self.config) is not None
 
     def _few(self, hints: Hints) -> dict[str, Placement | None]:
         found: dict[str, Placement | None] = {}
@@ -125,9 +132,11 @@ class Checkpoint:
         grid = grid_of(self.tied.get(name, name), self.files, self.config)
         return Values(grid) if grid is not None else None
 
-    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+    def requantised(
+        self, name: str, updates: Sequence[Update], norms: Norms | None = None
+    ) -> Iterator[tuple[tuple[int, int], Array]] | None:
         """(rows, stored values) of a merge into a weight that is stored in few bits; None of any other."""
-        return requantised_rows(self.tied.get(name, name), updates, self.files, self.config)
+        return requantised_rows(self.tied.get(name, name), updates, self.files, self.config, norms)
 
     # Where a target lies.
 

@@ -49,7 +49,8 @@ class _Nested:
         """Of the numbers from the block ``first`` on."""
         start, stop = first // self.blocksize, -(-(first + len(numbers)) // self.blocksize)
         scale = np.repeat(_floats(self.absmax[start:stop]), self.blocksize)
-        return self.table[numbers] * scale[first - start * self.blocksize :][: len(numbers)] + self.offset
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.table[numbers] * scale[first - start * self.blocksize :][: len(numbers)] + self.offset
 
 
 @dataclass(frozen=True, slots=True)

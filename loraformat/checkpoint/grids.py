@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loraformat.checkpoint.eight_bits import EIGHT_BITS, EightBits, Scaling, scale_name
 from loraformat.checkpoint.four_bits import four_bits, state_name
 from loraformat.checkpoint.gptq import gptq
@@ -81,7 +83,7 @@ def _scaling(weight: str, files: Files, config: Mapping[str, Any]) -> Scaling | 
         return Scaling.none(info.shape) if form is not None and form.plain else None
     # bitsandbytes 0.50 stores how int8 lies: 0 is row by row; the others are orders of a GPU's own.
     order = f"{weight.rpartition('.')[0]}.weight_format"
-    if order in files.homes and int(_whole(order, files)) != 0:
+    if order in files.homes and np.any(_whole(order, files) != 0):
         return None
     return Scaling.of(_whole(beside[0], files), beside[1], info.shape)
 
@@ -92,11 +94,11 @@ def _whole(name: str, files: Files) -> Array:
 
 
 def requantised_rows(
-    stored: str, updates: Sequence[Update], files: Files, config: Mapping[str, Any]
+    stored: str, updates: Sequence[Update], files: Files, config: Mapping[str, Any], norms: Norms | None = None
 ) -> Iterator[tuple[tuple[int, int], Array]] | None:
     """(rows of the stored tensor, what a merge stores in them), in order; None of one that ``grid_of`` does not know."""
     grid = grid_of(stored, files, config)
-    return _numbered(requantised(updates, grid, Norms())) if grid is not None else None
+    return _numbered(requantised(updates, grid, norms or Norms())) if grid is not None else None
 
 
 def _numbered(tiles: Iterator[Array]) -> Iterator[tuple[tuple[int, int], Array]]:

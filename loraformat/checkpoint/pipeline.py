@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.axes import Placement
+    from loraformat.tiles import Norms, Tensor
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -98,10 +99,17 @@ class Pipeline:
         component, _, tensor = name.partition(":")
         return self.components[component].read(tensor, rows)
 
-    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
-        """See ``loraformat.base.EightBits``."""
+    def dequantised(self, name: str) -> Tensor | None:
+        """See ``loraformat.base.FewBits``."""
         component, _, tensor = name.partition(":")
-        return self.components[component].requantised(tensor, updates)
+        return self.components[component].dequantised(tensor)
+
+    def requantised(
+        self, name: str, updates: Sequence[Update], norms: Norms | None = None
+    ) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """See ``loraformat.base.FewBits``."""
+        component, _, tensor = name.partition(":")
+        return self.components[component].requantised(tensor, updates, norms)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """Every target in the component that its key names; of keys that name none, in the one that has all of them."""

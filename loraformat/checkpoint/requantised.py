@@ -103,19 +103,25 @@ def requantised(updates: Sequence[Update], grid: Grid, norms: Norms) -> Iterator
     updates = [prepared(update) for update in updates]
     whole = not all(update.tileable for update in updates)
     for start, stop in [(0, grid.shape[0])] if whole else runs(grid.shape, grid.step):
-        run = grid.run(start, stop)
+        new = _rounded(updates, grid.run(start, stop), None if whole else (start, stop), norms)
+        progress.advance(new.nbytes)
+        yield new
+
+
+def _rounded(updates: Sequence[Update], run: Run, rows: tuple[int, int] | None, norms: Norms) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
         old = run.means(run.stored)
-        wanted = applied(updates, old, None if whole else (start, stop)).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = _square(wanted - old)
+        wanted = applied(updates, old, rows).astype(np.float32)
+        squares = _square(wanted - old)
         if not math.isfinite(squares) and not np.isfinite(wanted).all():
-            raise fault("LF-611", "a value of W + ΔW is not finite", fix="a lower weight")
+            sound = bool(np.isfinite(old).all())
+            fix = "a lower weight" if sound else "the base itself holds NaN or an infinity there"
+            raise fault("LF-611", "a value of W + ΔW is not finite", fix=fix)
         new = run.nearest(wanted)
         norms.base += _square(old)
         norms.delta += squares
         norms.lost += _square(run.means(new) - wanted)
-        progress.advance(new.nbytes)
-        yield new
+    return new
 
 
 def _square(values: F32) -> float:

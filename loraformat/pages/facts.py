@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from loraformat.base import FewBits
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.parts import roles_of
 from loraformat.resolve import Hints, Resolution
@@ -29,7 +31,7 @@ class Facts:
         name: what it is called: of a file its name, of what is attached that.
         layout: of the source, with the evidence for it.
         found: where its targets lie; None without a base.
-        norms: target → ‖W‖, ‖ΔW‖ and what the base's dtype loses of it, of those that lie in a float tensor.
+        norms: target → ‖W‖, ‖ΔW‖ and what the base's dtype loses of it, of those that lie in a float tensor or in few bits.
         base: what the base is called.
     """
 
@@ -72,13 +74,14 @@ def facts(
 
 
 def weigh(adapter: Adapter, base: Base, found: Resolution) -> tuple[dict[str, Norms], list[Problem]]:
-    """‖W‖, ‖ΔW‖ and what rounding W + ΔW loses, of every target that lies in a float tensor of the base; what fails."""
+    """‖W‖, ‖ΔW‖ and what rounding W + ΔW loses, of every target that lies in a float tensor of the base, or in few bits; what fails."""
     known = base.parameters()
     norms: dict[str, Norms] = {}
     problems: list[Problem] = []
     for key, places in found.targets.items():
         name = places[0].name_in(known) if places else None
-        if name is None or not known[name].dtype.startswith(("F", "BF")) or known[name].dtype.startswith("F8"):
+        few = name is not None and "replace" not in adapter[key] and _in_few_bits(base, name)
+        if name is None or not (few or known[name].dtype in ("F64", "F32", "F16", "BF16")):
             continue
         try:
             norms[key] = _norms(adapter[key], base, places[0], name)
@@ -87,9 +90,16 @@ def weigh(adapter: Adapter, base: Base, found: Resolution) -> tuple[dict[str, No
     return norms, problems
 
 
+def _in_few_bits(base: Base, name: str) -> bool:
+    return isinstance(base, FewBits) and base.dequantised(name) is not None
+
+
 def _norms(update: Update, base: Base, match: Match, name: str) -> Norms:
     weight, norms = Lazy(base, base.parameters()[name]), Norms()
     turned = match.turned(update)
+    if isinstance(base, FewBits) and "replace" not in turned and (tiles := base.requantised(name, [turned], norms)):
+        deque(tiles, maxlen=0)
+        return norms
     if "replace" in turned and turned["replace"].replace.shape != weight.shape:
         norms.new = True
         return norms

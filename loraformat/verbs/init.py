@@ -11,6 +11,7 @@ import numpy as np
 from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
+from loraformat.naming.spaces import space_of
 from loraformat.normal import normal, uniform
 from loraformat.parts import Lora
 from loraformat.resolve import Hints, matches
@@ -70,7 +71,7 @@ def init(
         updates[key] = Update((Lora(a, b, alpha, scale_rule),), place if keep else None)
     # A base of several components says so in its keys: COMPONENT:NAME.
     components = tuple(sorted({key.partition(":")[0] for key in updates if ":" in key}))
-    return Adapter(updates, components=components, about={"training": {"init": method, "seed": seed}})
+    return Adapter(updates, space_of(base), components=components, about={"training": {"init": method, "seed": seed}})
 
 
 def _draw(key: str, rank: int, in_: int, sigma: float, method: str, seed: int) -> npt.NDArray[np.float32]:

@@ -101,17 +101,21 @@ class GgufModel:
         """The values of a tensor that a merge can round to; None of any other."""
         return Values(Blocks(self.file, name)) if self._quantised(name) else None
 
-    def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
+    def requantised(
+        self, name: str, updates: Sequence[Update], norms: Norms | None = None
+    ) -> Iterator[tuple[tuple[int, int], Array]] | None:
         """(rows, the values of what a merge stores in them) of such a tensor, in order; None of any other."""
-        return self._requantised(Blocks(self.file, name), updates) if self._quantised(name) else None
+        if not self._quantised(name):
+            return None
+        return self._requantised(Blocks(self.file, name), updates, norms or Norms())
 
     def _quantised(self, name: str) -> bool:
         return name in self.file.infos and self.file.infos[name].type in QUANTISED
 
     @staticmethod
-    def _requantised(grid: Blocks, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]]:
+    def _requantised(grid: Blocks, updates: Sequence[Update], norms: Norms) -> Iterator[tuple[tuple[int, int], Array]]:
         start = 0
-        for stored in requantised(updates, grid, Norms()):
+        for stored in requantised(updates, grid, norms):
             stop = start + len(stored)
             yield (start, stop), grid.run(start, stop).means(stored)
             start = stop
