@@ -2,7 +2,8 @@
 
 Many small targets (224, so 448 inputs), where dispatch is all there is: python bench/swap.py; for CUDA with
 onnxruntime-gpu --provider cuda, and --captured for CUDA graphs. Runs are interleaved in one process: again, then another
-adapter, by turns. Two adapters that lie on the device (resident), and one that is brought there anew each time.
+adapter, by turns. Two adapters that lie on the device (resident), one that was just loaded, and, as the peer, ONNX
+Runtime's own LoraAdapter.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import helper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -84,13 +86,19 @@ def report(session: Session, made: list[tuple[str, Adapter]], given: argparse.Na
         session.load(name, one)
         session.use(name).run(x)
 
+    lora = None
+    if not given.captured:
+        held, lora = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+        held.Load(str(session.path.with_name("swap.a.onnx_adapter")))
+        lora.add_active_adapter(held)
+
     def taken(name: str | None) -> float:
         begin = time.perf_counter()
         session.use(name).run(x)
         return time.perf_counter() - begin
 
     times: dict[str, list[float]] = {
-        what: [] for what in ("the base", "again", "another, resident", "another, loaded anew")
+        what: [] for what in ("the base", "again", "another, resident", "another, just loaded", "by LoraAdapter")
     }
     for turn in range(given.turns):
         taken(None)
@@ -99,11 +107,15 @@ def report(session: Session, made: list[tuple[str, Adapter]], given: argparse.Na
         times["again"].append(taken("ab"[turn % 2]))
         times["another, resident"].append(taken("ab"[1 - turn % 2]))
         session.load("c", made[2][1])
-        times["another, loaded anew"].append(taken("c"))
+        times["another, just loaded"].append(taken("c"))
+        if lora is not None:
+            begin = time.perf_counter()
+            session.inference.run(None, x, lora)
+            times["by LoraAdapter"].append(time.perf_counter() - begin)
     steady = float(np.median(times["again"]))
     where = f"{given.provider}{', captured' if given.captured else ''}, {given.dtype}"
     print(f"{where}: {given.targets} targets of {given.width} × {given.width}, rank {given.rank}, {given.turns} turns")
-    for what, each in times.items():
+    for what, each in ((what, each) for what, each in times.items() if each):
         low, middle, high = np.quantile(each, [0.1, 0.5, 0.9]) * 1e3
         print(
             f"{what:22} {middle:8.3f} ms ({low:.3f}–{high:.3f})   {middle - steady * 1e3:+7.3f} ms   {middle / steady / 1e3:5.2f} ×"

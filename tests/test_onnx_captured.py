@@ -1,10 +1,11 @@
-"""Fixed buffers: every adapter changes the output, as CUDA graphs need it. Here on the CPU, where nothing is captured."""
+"""Fixed buffers: every adapter changes the output. By CUDA graphs where onnxruntime has CUDA; else nothing is captured."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnxruntime
 import pytest
 from graphs import adapter, lora, model, save, session
 from test_onnx_runtime import CHOICES, GIVEN, KEY, TEXT, X, attached, truth  # noqa: F401  (a fixture)
@@ -17,9 +18,14 @@ from loraformat.verbs.merge import merge, prepare
 from loraformat_converters.onnx import captured
 from loraformat_converters.onnx.runtime import Session
 
+CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+PROVIDERS = [("CUDAExecutionProvider", {"use_tf32": "0"})] if CUDA else ["CPUExecutionProvider"]
+
 
 def opened(folder, **options):
-    running = Session(attached(folder, "swap", ["both"], pad_rank=6, **options), captured=True, resident=3)
+    running = Session(
+        attached(folder, "swap", ["both"], pad_rank=6, **options), providers=PROVIDERS, captured=True, resident=3
+    )
     for name, one in GIVEN.items():
         running.load(name, one)
     return running
@@ -78,12 +84,14 @@ def test_where_values_are_not_copied_on_the_device_arrays_are(truth, monkeypatch
 
 
 def test_a_stack_and_a_strength_are_fed_in_place(truth, tmp_path):  # noqa: F811
-    running = Session(attached(tmp_path, "stack", ["both", "q", "v"], rows=("x",)), captured=True)
+    running = Session(attached(tmp_path, "stack", ["both", "q", "v"], rows=("x",)), providers=PROVIDERS, captured=True)
     for rows in (["v", None, "both"], [None, "q", "v"]):
         wanted = np.stack([truth(choice)[row] for row, choice in enumerate(rows)])
         assert relative_error(running.use(rows).run(X)["y"], wanted) <= 3e-6
     (tmp_path / "live").mkdir()
-    running = Session(attached(tmp_path / "live", "branch", ["q", "v"], live_scale=True), captured=True)
+    running = Session(
+        attached(tmp_path / "live", "branch", ["q", "v"], live_scale=True), providers=PROVIDERS, captured=True
+    )
     for choice in ("q", {"q": 0.5, "v": -1.5}):
         assert relative_error(running.use(choice).run(X)["y"], truth(choice)) <= 3e-6
 
@@ -92,7 +100,7 @@ def test_a_stack_and_a_strength_are_fed_in_place(truth, tmp_path):  # noqa: F811
 def test_other_dtypes_lie_in_the_buffer(dtype, tmp_path):
     base = open_base(save(model(TEXT.replace("float", dtype)), tmp_path / "base.onnx"))
     base.apply(prepare("attach", [("both", GIVEN["both"])], base, Options(tmp_path / "swap.onnx", "swap", pad_rank=5)))
-    running = Session(tmp_path / "swap.onnx", captured=True)
+    running = Session(tmp_path / "swap.onnx", providers=PROVIDERS, captured=True)
     running.load("both", GIVEN["both"])
     x = {"x": X["x"].astype(np.float16 if dtype == "float16" else np.float64)}
     merge(GIVEN["both"], base, tmp_path / "merged.onnx")
@@ -103,7 +111,7 @@ def test_other_dtypes_lie_in_the_buffer(dtype, tmp_path):
 
 def test_slots_of_any_rank_have_no_buffer_that_stays(tmp_path):
     with pytest.raises(LoraFormatError, match=r"LF-705.*any rank[\s\S]*--pad-rank"):
-        Session(attached(tmp_path, "swap", ["q"]), captured=True)
+        Session(attached(tmp_path, "swap", ["q"]), providers=PROVIDERS, captured=True)
     (tmp_path / "padded").mkdir()
     running = opened(tmp_path / "padded")
     with pytest.raises(LoraFormatError, match="LF-606"):

@@ -18,7 +18,7 @@ from loraformat.verbs.merge import merge, prepare
 
 pytestmark = pytest.mark.peer
 
-MODELS = ("bert", "llama", "llama-tied", "gpt2", "shared-2d", "shared-3d")
+MODELS = ("bert", "llama-tied", "gpt2", "shared-2d", "shared-3d")
 every_export = pytest.mark.parametrize(
     ("name", "exporter"), [(name, exporter) for name in MODELS for exporter in ("torchscript", "dynamo")]
 )

@@ -16,7 +16,7 @@ from loraformat.verbs.verify import verify
 
 pytestmark = pytest.mark.peer
 
-MODELS = ("minilm", "bert", "bert-dora", "llama", "llama-saved", "llama-tied", "gpt2", "shared-2d", "shared-3d")
+MODELS = ("minilm", "bert", "bert-dora", "llama-saved", "llama-tied", "gpt2", "shared-2d", "shared-3d")
 EXPORTERS = ("torchscript", "dynamo")
 VERBS = {"attach": attach, "merge": merge}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import test_onnx_packed as packed
 import updates
 from graphs import adapter, feeds, lora, model, run, save, session
 
@@ -138,6 +139,22 @@ def test_what_has_no_other_topology_keeps_its_branch_and_is_told(case, tmp_path)
         assert lf.digest(extract(open_base(tmp_path / f"{topology}.onnx"))) == lf.digest(given)
         detach(open_base(tmp_path / f"{topology}.onnx"), tmp_path / f"{topology}.again.onnx")
         assert (tmp_path / f"{topology}.again.onnx").read_bytes() == base.path.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["MatMul", "Gemm", "MatMulNBits"])
+@pytest.mark.parametrize("topology", ["concat", "folded"])
+def test_rows_of_a_packed_product_and_a_quantised_one(form, topology, tmp_path):
+    w = packed.weight()
+    base, given = open_base(save(packed.product(form, w), tmp_path / "base.onnx")), packed.ours(w)
+    plan = put(base, tmp_path / "out.onnx", [("a", given)], topology)
+    put(base, tmp_path / "branch.onnx", [("a", given)], "separate")
+    found, branch = (run(tmp_path / f"{name}.onnx")["y"] for name in ("out", "branch"))
+    assert relative_error(found, branch) <= 1e-6
+    assert relative_error(found, run(base.path)["y"]) > 1e-3
+    assert any("branch of their own" in note for note in plan.notes) == (form == "MatMulNBits")
+    assert lf.digest(extract(open_base(tmp_path / "out.onnx"))) == lf.digest(given)
+    detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
 
 
 def test_for_cuda_it_is_the_product_and_for_the_cpu_it_is_beside(tmp_path):

@@ -41,7 +41,6 @@ class Choice:
     Attributes:
         input: its name.
         index: [rows], safe to gather with; "" where weights are fed.
-        rows: [1]: how many rows there are.
     """
 
     def __init__(self, graph: Index, make: Nodes, select: str, rows: int | str, count: int) -> None:
@@ -50,12 +49,17 @@ class Choice:
         kind, sizes = (onnx.TensorProto.INT64, [rows]) if self.by_index else (onnx.TensorProto.FLOAT, [rows, count])
         graph.taken.add(self.input)
         graph.graph.input.append(helper.make_tensor_value_info(self.input, kind, sizes))
-        shape = make.node("Shape", [self.input], "shape")
-        self.rows = make.node(
-            "Slice", [shape, make.store("zero", np.array([0])), make.store("one", np.array([1]))], "count"
-        )
         self.index, self._mask, self._void = self._indexed(count) if self.by_index else self._weighed()
         self._shared: dict[object, str] = {}
+
+    @property
+    def rows(self) -> str:
+        """[1]: how many rows there are."""
+        return self._once("rows", self._count)
+
+    def _count(self) -> str:
+        ends = [self.make.store(role, np.array([n])) for n, role in enumerate(("zero", "one"))]
+        return self.make.node("Slice", [self.make.node("Shape", [self.input], "shape"), *ends], "count")
 
     def _indexed(self, count: int) -> tuple[str, str, str]:
         """(index, [rows, N] of bool, [rows, 1]: 0, or NaN for an index that is none)."""

@@ -31,17 +31,21 @@ _CPU: Device = ("cpu", 0)
 class Bound:
     """The tensors of one choice in the memory of the device, and the bindings that nobody uses now."""
 
-    def __init__(self, held: Mapping[str, Any]) -> None:
-        self.held = held
+    def __init__(self, inference: Any, held: Mapping[str, Any]) -> None:
+        self.held, self._inference = held, inference
+        self._new = [self._made()]  # now, and not in the first run after a change of adapters
         self._free: dict[tuple[str, ...], list[Any]] = {}
         self._lock = threading.Lock()
 
-    def take(self, inference: Any, names: tuple[str, ...]) -> Any:
+    def take(self, names: tuple[str, ...]) -> Any:
         """A binding for runs that feed these names, and no other: what is bound cannot be taken out of it again."""
         with self._lock:
-            if free := self._free.get(names):
+            if free := self._free.get(names) or self._new:
                 return free.pop()
-        binding = inference.io_binding()
+        return self._made()
+
+    def _made(self) -> Any:
+        binding = self._inference.io_binding()
         for name, value in self.held.items():
             binding.bind_ortvalue_input(name, value)
         return binding
@@ -61,12 +65,12 @@ class Pooled:
 
     def hold(self, tensors: Mapping[str, Array]) -> Bound:
         """What a choice feeds, brought to the device."""
-        return Bound({name: self._value(tensor, self._device) for name, tensor in tensors.items()})
+        return Bound(self._inference, {name: self._value(t, self._device) for name, t in tensors.items()})
 
     def run(self, chosen: Bound, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Array]:
         """The outputs, as arrays of the caller's own. Feeds are arrays or OrtValues."""
         names = tuple(sorted(feeds))
-        binding = chosen.take(self._inference, names)
+        binding = chosen.take(names)
         for name, value in feeds.items():
             held = value if isinstance(value, self._runtime.OrtValue) else self._value(np.asarray(value), _CPU)
             binding.bind_ortvalue_input(name, held)
