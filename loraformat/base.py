@@ -42,7 +42,7 @@ class Options:
         out: the output file.
         mode: of ``attach``: ``branch``, ``swap`` or ``stack``.
         prefold: store what a runtime that optimises would compute once, in the place of the adapter's own tensors.
-        requantize: round to 8 bits again where a weight is stored so.
+        requantize: round to codes again where a weight is stored so.
         survival: the least share of ΔW that must survive the dtype of storage.
         slots: of swap: ``optional`` inputs have a default, ``required`` ones are fed always.
         pad_rank: of swap: the rank of all slots, which smaller adapters are filled up to; None: any rank is fed.
@@ -138,7 +138,7 @@ class Recognising(Protocol):
 
 @runtime_checkable
 class EightBits(Protocol):
-    """A base that may hold weights in 8 bits beside a scale."""
+    """A base that may hold weights in few bits beside a scale."""
 
     def requantised(self, name: str, updates: Sequence[Update]) -> Iterator[tuple[tuple[int, int], Array]] | None:
         """(rows, what a merge stores in them) of such a weight, in order; None of any other."""

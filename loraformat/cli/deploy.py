@@ -46,7 +46,9 @@ def _options(function: F) -> F:
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
 @click.option("--into", "base", required=True, metavar="BASE", help="A checkpoint, file or folder, or an ONNX model.")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if BASE is one.")
-@click.option("--requantize", is_flag=True, help="Round to 8 bits again where BASE stores them (fp8, LLM.int8).")
+@click.option(
+    "--requantize", is_flag=True, help="Round to codes again where BASE stores them: fp8, LLM.int8; in ONNX int8, int4."
+)
 @click.option(
     "--survival",
     type=click.FloatRange(0.0, 1.0),

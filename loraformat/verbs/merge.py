@@ -82,8 +82,8 @@ def merge(
         adapter: one, or several with their weights, applied one after the other.
         out: a file; of a base that is a folder, a folder.
         any_base: apply an adapter that was bound to other weights.
-        requantize: of a checkpoint, round to 8 bits again where it stores them: fp8, LLM.int8.
-        survival: of a checkpoint, the least share of ΔW that must survive its dtype; 0 takes what there is.
+        requantize: round to codes again where the base stores them: fp8, LLM.int8; in ONNX int8, int4.
+        survival: the least share of ΔW that must survive a checkpoint's dtype, or codes; 0 takes what there is.
         force: replace ``out`` if it exists.
 
     Returns:

@@ -91,7 +91,7 @@ def verify(
         _gather(base, one, merged, hints, weights)
     old, new = base.parameters(), merged.parameters()
     compared = {
-        name: _compare(base, old.get(weight.before), merged, new[weight.after], weight.updates)
+        name: _compare(base, old.get(weight.before), merged, new.get(weight.after), weight)
         for name, weight in weights.items()
     }
     touched: dict[str, float] = {}
@@ -145,7 +145,8 @@ def _torn(merged: Base, new: Mapping[str, Parameter], changed: Collection[str]) 
 def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
     before = base.resolve(adapter, hints).require()
     # Rows of a packed weight are found in the result as they were in the base: by the update as it is.
-    placed = {k: adapter[k] if places[0].rows else places[0].turned(adapter[k]) for k, places in before.targets.items()}
+    apart = {k for k, places in before.targets.items() if places[0].rows or places[0].permute}
+    placed = {k: adapter[k] if k in apart else places[0].turned(adapter[k]) for k, places in before.targets.items()}
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
@@ -181,10 +182,13 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
 
 
 def _compare(
-    base: Base, before: Parameter | None, merged: Base, after: Parameter, updates: Sequence[Update]
+    base: Base, before: Parameter | None, merged: Base, after: Parameter | None, weight: _Touched
 ) -> _Compared:
-    if before is not None and isinstance(base, EightBits) and (tiles := base.requantised(before.name, updates)):
-        return _stored_alike(tiles, merged, after)
+    updates = weight.updates
+    if isinstance(base, EightBits) and (tiles := base.requantised(weight.before, updates)):
+        return _stored_alike(tiles, merged, weight.after)
+    if after is None:
+        return _Compared(math.inf, f"{weight.after} is quantised: what W + ΔW is rounded to in it is not known")
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in _expected(base, before, after.shape, [prepared(update) for update in updates]):
         if rows is None and wanted.shape != after.shape:
@@ -202,18 +206,19 @@ def _compare(
     return _Compared(relative, told, cause(base, before, merged, after, updates, square))
 
 
-def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, after: Parameter) -> _Compared:
-    """Of a weight in 8 bits, whose stored values are what is compared: the scale beside them is another tensor."""
-    wrong, square, whole = 0, 0.0, 0.0
+def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, name: str) -> _Compared:
+    """Of a weight in few bits, whose stored values are what is compared: the scale beside them is another tensor."""
+    wrong, count, square, whole = 0, 0, 0.0, 0.0
     for rows, wanted in tiles:
-        got = merged.read(after.name, rows)
+        got = merged.read(name, rows)
+        count += wanted.size
         if got.dtype != wanted.dtype or got.shape != wanted.shape:
-            return _Compared(math.inf, f"the tensor is {after.dtype} {list(after.shape)}")
+            return _Compared(math.inf, f"the tensor is {got.dtype.name} {list(got.shape)}")
         wrong += int(np.count_nonzero(_bits(got) != _bits(wanted)))
         square += _square(widened(got) - widened(wanted))
         whole += _square(widened(wanted))
     relative = math.sqrt(square / whole) if whole else math.sqrt(square)
-    told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded to the steps of their scale"
+    told = f"{wrong} of {count} values are not W + ΔW rounded to the steps of their scale"
     return _Compared(relative, told if wrong else "")
 
 
