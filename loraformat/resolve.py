@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,11 @@ class Match:
     def name_in(self, parameters: Container[str]) -> str | None:
         """What the base calls the stored tensor: ``FILE:NAME`` in one of several files; None for one that it lacks."""
         return next((name for name in (self.weight, f"{self.file}:{self.weight}") if name in parameters), None)
+
+    def called(self, parameters: Collection[str]) -> str:
+        """The same also of a tensor that is no parameter, being quantised: spelled as the base spells the others."""
+        apart = any(name.startswith(f"{self.file}:") for name in parameters)
+        return self.name_in(parameters) or (f"{self.file}:{self.weight}" if apart else self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 import loraformat as lf
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
-from loraformat.verbs.graph import extract
+from loraformat.verbs.graph import detach, extract
 from loraformat.verbs.merge import attach
 
 KEY = "m.q.weight"
@@ -176,3 +176,14 @@ def test_half_of_an_adapter_is_an_error(case, tmp_path):
     text, reason = REFUSED[case]
     with pytest.raises(lf.LoraFormatError, match=rf"LF-613 .*{reason}"):
         extract(open_base(save(model(text), tmp_path / "base.onnx")))
+
+
+def test_a_folder_gives_what_one_of_its_models_has(tmp_path):
+    text, wanted = FORMS["PEFT, a Linear over a sequence"]
+    made = model(text)
+    save(made, tmp_path / "model.onnx")
+    save(model("g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { y = MatMul(x, w) }"), tmp_path / "other.onnx")
+    found = extract(open_base(tmp_path))
+    assert relative_error(found[KEY].matrix(), wanted(tensors(made))) <= 1e-6
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613 .*nothing attached by loraformat"):
+        detach(open_base(tmp_path), tmp_path.with_name("detached"))

@@ -19,7 +19,7 @@ from loraformat.verbs.graph import extract
 
 pytestmark = pytest.mark.peer
 
-PREFIXES = {"bert": "", "llama": "m.", "gpt2": "m.", "shared-2d": ""}
+PREFIXES = {"llama": "m.", "gpt2": "m.", "shared-2d": ""}
 """Model → what it has around the one that PEFT adapted."""
 
 
@@ -49,12 +49,14 @@ def test_every_target_has_a_b_of_its_own_while_all_are_zero(exporter, tmp_path):
         assert update["lora"].lora_B.shape == theirs["lora"].lora_B.shape
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-def test_what_onnxslim_leaves_is_found(exporter, tmp_path):
-    onnxslim = pytest.importorskip("onnxslim", reason="needs onnxslim: the peers extra")
+@pytest.mark.parametrize(("tool", "exporter"), [("onnxslim", "dynamo"), ("onnxsim", "torchscript")])
+def test_what_a_simplifier_leaves_is_found(tool, exporter, tmp_path):
+    simplifier = pytest.importorskip(tool, reason=f"needs {tool}: the peers extra")
     path, adapter = unmerged("bert", exporter, tmp_path)
-    onnx.save(onnxslim.slim(onnx.load(path)), tmp_path / "slim.onnx")
-    found, wanted = extract(open_base(tmp_path / "slim.onnx")), lf.load(adapter)
+    made = onnx.load(path)
+    made = simplifier.slim(made) if tool == "onnxslim" else simplifier.simplify(made)[0]
+    onnx.save(made, tmp_path / "simple.onnx")
+    found, wanted = extract(open_base(tmp_path / "simple.onnx")), lf.load(adapter)
     assert len(found) == len(wanted)
     matrices = [update.matrix() for update in wanted.values()]
     for update in found.values():  # where names are gone, each is known by its values

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from graphs import feeds, lora, model, run, save, session
+from graphs import feeds, lora, model, outputs, save, session
 from quantised_graphs import FORMS, IN, KEY, OUT, PER_OUT, scales
 
 import loraformat as lf
@@ -171,7 +171,7 @@ def test_a_use_that_gives_8_bits_takes_a_merge_though_no_branch(tmp_path):
     with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*a change would be rounded to them"):
         prepare("attach", [("default", ours)], base, Options(tmp_path / "out.onnx"))
     merge(ours, base, tmp_path / "out.onnx", requantize=True)
-    assert not np.array_equal(run(tmp_path / "out.onnx")["c"], run(tmp_path / "base.onnx")["c"])
+    assert not np.array_equal(*(outputs(session(tmp_path / name))["c"] for name in ("out.onnx", "base.onnx")))
 
 
 def test_external_codes_are_written_beside_the_model(tmp_path):
@@ -184,3 +184,13 @@ def test_external_codes_are_written_beside_the_model(tmp_path):
     np.testing.assert_array_equal(weight_of(out), weight_of(tmp_path / "other.onnx"))
     x = feeds(session(out))
     assert relative_error(session(out).run(None, x)[0], session(tmp_path / "other.onnx").run(None, x)[0]) <= 1e-6
+
+
+def test_the_models_of_a_folder_are_verified_too(run, tmp_path):
+    (tmp_path / "base").mkdir()
+    save(FORMS["MatMulNBits 4"]()[0], tmp_path / "base" / "model.onnx")
+    lf.save(update_of("MatMulNBits 4"), tmp_path / "a.lora.safetensors")
+    words = ["merge", tmp_path / "a.lora.safetensors", "--into", tmp_path / "base", "-o", tmp_path / "out"]
+    told = run(*words, "--requantize", "--verify")
+    assert told.code == 0
+    assert "rounding ≤ " in told.err

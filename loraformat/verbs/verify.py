@@ -150,8 +150,8 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
-        results = list(dict.fromkeys(m.name_in(new) or m.weight for m in after.targets[key]))
-        sources = {m.name_in(old) or m.weight: m for m in reversed(places)}
+        results = list(dict.fromkeys(m.called(new.keys()) for m in after.targets[key]))
+        sources = {m.called(old.keys()): m for m in reversed(places)}
         for i, (source, match) in enumerate(reversed(sources.items())):
             # Of a tie that the merge ended, the other end goes by its own name.
             weight = weights.setdefault(source, _Touched(source, results[i] if i < len(results) else source))

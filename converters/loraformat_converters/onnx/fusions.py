@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
 
 from loraformat_converters.onnx.model import external
 from loraformat_converters.onnx.operators import operator
-from loraformat_converters.onnx.scopes import scopes, tensors
+from loraformat_converters.onnx.scopes import tensors
 
 __all__ = ["unfused"]
 
@@ -48,8 +48,13 @@ def _fused(path: Path) -> Counter[str] | None:
         except Exception:  # of bfloat16, which has no kernels there, or of operators of another provider
             return None
         optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    return _operators(optimised) - _operators(model)
+    return Counter(map(operator, _nodes(optimised.graph))) - Counter(map(operator, _nodes(model.graph)))
 
 
-def _operators(model: onnx.ModelProto) -> Counter[str]:
-    return Counter(operator(node) for scope in scopes(model) for node in scope.nodes)
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node, in inner graphs too: those that the runtime writes may reuse names, which ``scopes`` refuses."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _nodes(inner)
