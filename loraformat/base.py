@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Base", "BaseKind", "FewBits", "Graph", "Options", "Parameter", "Recognising", "Runnable", "Tying"]
+__all__ = [
+    "Base",
+    "BaseKind",
+    "FewBits",
+    "Graph",
+    "Options",
+    "Parameter",
+    "Recognising",
+    "Requantising",
+    "Runnable",
+    "Tying",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +152,8 @@ class Recognising(Protocol):
 
 
 @runtime_checkable
-class FewBits(Protocol):
-    """A base that may hold weights as numbers of a few bits beside their scales."""
-
-    def dequantised(self, name: str) -> Tensor | None:
-        """The values of such a weight, float32, in the axes in which it is stored; None of any other."""
+class Requantising(Protocol):
+    """A base that may hold weights in few bits, and merges into them."""
 
     def requantised(
         self, name: str, updates: Sequence[Update], norms: Norms | None = None
@@ -155,6 +163,14 @@ class FewBits(Protocol):
         Args:
             norms: filled on the way.
         """
+
+
+@runtime_checkable
+class FewBits(Requantising, Protocol):
+    """A base that holds them as numbers beside their scales, which it can read."""
+
+    def dequantised(self, name: str) -> Tensor | None:
+        """The values of such a weight, float32, in the axes in which it is stored; None of any other."""
 
 
 class Graph(Base, Protocol):

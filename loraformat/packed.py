@@ -1,6 +1,6 @@
 """A change of some rows of a matrix that holds several parameters, one below the other: q, k and v in one product.
 
-The rows of the others do not change: B has zeros there.
+The rows of the others do not change: B has zeros there. And one whose rows lie in another order there: the gates of an LSTM.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from loraformat.errors import fault
 from loraformat.parts import Delta
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
-__all__ = ["spread"]
+__all__ = ["permuted", "spread"]
 
 
 def spread(update: Update, rows: tuple[int, int], out: int) -> Update:
@@ -45,6 +47,31 @@ def spread(update: Update, rows: tuple[int, int], out: int) -> Update:
         parts: tuple[Any, ...] = (replace(pair, lora_B=_between(pair.lora_B, start, out - stop)),)
     else:
         parts = (Delta(_between(update.matrix(), start, out - stop)),)
+    return replace(update, parts=parts, placement=None, base_sha256=None, sketch=None)
+
+
+def permuted(update: Update, blocks: Sequence[int]) -> Update:
+    """``update`` for a matrix in which the rows, in as many equal blocks, stand in another order: block ``blocks[i]`` is i-th.
+
+    Raises:
+        LoraFormatError: LF-606 the rows are no such blocks; LF-612 it is no sum.
+
+    >>> from loraformat import Lora, Update
+    >>> pair = Lora(np.ones((1, 1)), np.array([[1.0], [2.0], [3.0], [4.0]]), 1.0, "factor")
+    >>> permuted(Update((pair,)), (1, 0)).matrix().ravel().tolist()
+    [3.0, 4.0, 1.0, 2.0]
+    """
+    if not update.linear:
+        raise fault("LF-612", f"{update.kind} is no sum: of rows in another order it is not defined")
+    *_, out, _ = update.matrix_shape() or (0, 0)
+    if out % len(blocks):
+        raise fault("LF-606", f"{out} rows are no {len(blocks)} gates")
+    rows = np.arange(out).reshape(len(blocks), -1)[list(blocks)].reshape(-1)
+    if update.kind == "lora" and update["lora"].mid is None:
+        pair = update["lora"]
+        parts: tuple[Any, ...] = (replace(pair, lora_B=np.take(pair.lora_B, rows, axis=-2)),)
+    else:
+        parts = (Delta(np.take(update.matrix(), rows, axis=-2)),)
     return replace(update, parts=parts, placement=None, base_sha256=None, sketch=None)
 
 

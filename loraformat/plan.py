@@ -93,12 +93,14 @@ class Proof:
         limit: what it may be, for weights of this type.
         moved: how far the outputs are from the base's: a proof of an adapter that does nothing proves nothing.
         output: which output differs most.
+        unfused: operators that the runtime fuses less often than in the base: name → (before, after).
     """
 
     error: float
     limit: float
     moved: float
     output: str
+    unfused: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -107,7 +109,9 @@ class Proof:
 
     def __str__(self) -> str:
         word = "≤" if self.holds else ">"
-        return f"max rel err {self.error:.1e} {word} {self.limit:.0e} at {self.output}, moved by {self.moved:.2g}"
+        told = f"max rel err {self.error:.1e} {word} {self.limit:.0e} at {self.output}, moved by {self.moved:.2g}"
+        lost = ", ".join(f"{name} {before} → {after}" for name, (before, after) in self.unfused.items())
+        return f"{told} · no longer fused: {lost}" if lost else told
 
 
 def size(count: float) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.packed import spread
+from loraformat.packed import permuted, spread
 from loraformat.turned import turned
 from loraformat.updates import Update
 
@@ -38,6 +38,7 @@ class Match:
         handle: what the base itself needs to find the place again; opaque to everyone else.
         parts: the kinds of parts that act here, where it is not all: of a tied module's change some do.
         rows: which rows [start, stop) of the matrix are the target's, where the stored tensor holds several parameters.
+        permute: of as many blocks of the target's rows, which stands first there, which second, …: gates in another order.
     """
 
     file: str
@@ -50,11 +51,14 @@ class Match:
     handle: Any = field(default=None, compare=False, repr=False)
     parts: tuple[str, ...] | None = None
     rows: tuple[int, int] | None = None
+    permute: tuple[int, ...] | None = None
 
     def turned(self, update: Update) -> Update:
         """What of the update acts here, in the stored tensor's own axes."""
         if self.parts is not None:
             update = replace(update, parts=tuple(part for part in update.parts if part.kind in self.parts))
+        if self.permute is not None:
+            update = permuted(update, self.permute)
         if self.rows is not None:
             update = spread(update, self.rows, self.placement.matrix_shape[-2])
         return turned(update, self.parameter or self.placement, self.placement)
@@ -67,7 +71,7 @@ class Match:
             "weight": self.weight,
             "slice": list(self.rows) if self.rows else None,
             "target_slice": None,
-            "permute": None,
+            "permute": list(self.permute) if self.permute else None,
             "axes": self.placement.spec,
             "evidence": list(self.evidence),
             "confidence": self.confidence,
@@ -76,6 +80,11 @@ class Match:
     def name_in(self, parameters: Container[str]) -> str | None:
         """What the base calls the stored tensor: ``FILE:NAME`` in one of several files; None for one that it lacks."""
         return next((name for name in (self.weight, f"{self.file}:{self.weight}") if name in parameters), None)
+
+    def called(self, parameters: Collection[str]) -> str:
+        """The same also of a tensor that is no parameter, being quantised: spelled as the base spells the others."""
+        apart = any(name.startswith(f"{self.file}:") for name in parameters)
+        return self.name_in(parameters) or (f"{self.file}:{self.weight}" if apart else self.weight)
 
 
 @dataclass(frozen=True, slots=True)

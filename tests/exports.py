@@ -440,6 +440,23 @@ def made(recipe: Recipe, exporter: str, folder: Path, *, half: bool = False) -> 
     return Export(path, folder / "checkpoint", folder / "adapter", fed, base, truth, recipe.targets)
 
 
+def unmerged(name: str, exporter: str, folder: Path, *, fresh: bool = False) -> tuple[Path, Path]:
+    """(the model with PEFT's layers in it, exported as it is; the folder that PEFT wrote). ``fresh``: B is still zero."""
+    torch.manual_seed(sum(map(ord, name)))
+    torch.set_num_threads(1)
+    recipe = RECIPES[name]
+    model, inputs = recipe.build().eval(), recipe.inputs()
+    _randomise(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(getattr(model, "m", model), recipe.method(**recipe.lora)).eval()
+        if not fresh:
+            _randomise(adapted)
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        _write(model, inputs, exporter, folder / "unmerged.onnx")
+    return folder / "unmerged.onnx", folder / "adapter"
+
+
 def _randomise(model: torch.nn.Module, deviation: float = 0.25) -> None:
     """Normal values in all that is trained: fresh biases and B are zero, and zeros hide mistakes.
 

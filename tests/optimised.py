@@ -117,8 +117,8 @@ def make(tool, given, name, out):
     quiet(TOOLS[tool])(given, name, out)
 
 
-def build(checkpoint, precision, out):
-    """What the builder of onnxruntime-genai makes of a checkpoint: a folder."""
+def build(checkpoint, precision, out, adapter=None):
+    """What the builder of onnxruntime-genai makes of a checkpoint: a folder; ``adapter``: PEFT's, in the same graph."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -130,4 +130,5 @@ def build(checkpoint, precision, out):
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(source)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", out, "-p", precision]
+    command += ["--extra_options", f"adapter_path={adapter}"] if adapter else []
     subprocess.run([*command, "-e", "cpu", "-c", out.parent / "cache"], check=True, capture_output=True)

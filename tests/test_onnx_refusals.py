@@ -122,9 +122,9 @@ def test_a_use_that_cannot_be_rewritten_is_refused_by_its_reason(verb, reason, t
 OTHERS = {
     r"Add takes it as it is, \[3, 5\]": """
         g (float[N,3,5] x) => (float[N,3,5] y) <float[3,5] w> { ["/m/Add"] y = Add(x, w) }""",
-    "LSTM is not rewritten yet": """
-        g (float[T,N,5] x) => (float[T,1,N,4] y) <float[16,5] w, float[1,16,4] r>
-        { s = Constant <value_ints = [0]> ()  v = Unsqueeze(w, s)
+    r"\[1, 8, 5\] is no weight of 4 gates of 4": """
+        g (float[T,N,5] x) => (float[T,1,N,4] y) <float[8,5] w, float[1,16,4] r, int64[1] s = {0}>
+        { v = Unsqueeze(w, s)
           ["/m/q/LSTM"] y = LSTM <hidden_size = 4> (x, v, r) }""",
 }
 """Operators of no module's: the target names the tensor."""

@@ -49,7 +49,9 @@ def _options(function: F) -> F:
 )
 @click.option("-o", "--out", required=True, metavar="OUT", help="The file to write; the folder, if BASE is one.")
 @click.option(
-    "--requantize", is_flag=True, help="Round to few bits again where BASE stores them (fp8, int8, NF4, GPTQ, GGUF)."
+    "--requantize",
+    is_flag=True,
+    help="Round to few bits again where BASE stores them: fp8, int8, NF4, GPTQ; in GGUF; in ONNX int8, int4.",
 )
 @click.option(
     "--survival",

@@ -67,9 +67,10 @@ def extract(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write the adapter that attach put into MODEL, bit for bit; or the one that makes TUNED of MODEL.
+    """Write the adapter that is in MODEL; or the one that makes TUNED of MODEL.
 
-    Of two models each linear that differs becomes the nearest pair of a rank, and what that loses is printed:
+    What attach put there comes back bit for bit; what another tool did is found by what the graph computes, s·B·A·x
+    beside a weight (PEFT exported un-merged, Olive, ONNX Runtime GenAI). Of two models each linear that differs becomes the nearest pair of a rank, and what that loses is printed:
 
     \b
     loraformat extract base/ tuned/ --rank 16 -o tuned.lora.safetensors
@@ -94,12 +95,14 @@ def _attached(model: str, out: str, name: str | None, to_layout: str | None, for
     from loraformat.verbs.graph import extract as run
 
     layout, _ = target_layout(out, to_layout)
-    adapter = run(registry.open_base(model), name=name)
+    base = registry.open_base(model)
+    adapter = run(base, name=name)
     save(adapter, out, layout, force=force)
     if as_json:
         echo_json(_json(out, adapter))
         return
-    click.echo(f"{out}: {_told(adapter)} as they were attached · {_following(out)}", err=True)
+    how = "as they were attached" if getattr(base, "attached", ()) else "as the graph computes them beside its weights"
+    click.echo(f"{out}: {_told(adapter)} {how} · {_following(out)}", err=True)
 
 
 def _between(

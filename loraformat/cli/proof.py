@@ -109,5 +109,6 @@ def json_of(
     if verdict is not None:
         said["verified"] = verdict_json(verdict)
     if proof is not None:
-        said["proof"] = {"error": proof.error, "limit": proof.limit, "moved": proof.moved}
+        lost = {name: list(counts) for name, counts in proof.unfused.items()}
+        said["proof"] = {"error": proof.error, "limit": proof.limit, "moved": proof.moved, "unfused": lost}
     return said

@@ -82,8 +82,9 @@ def merge(
         adapter: one, or several with their weights, applied one after the other.
         out: a file; of a base that is a folder, a folder.
         any_base: apply an adapter that was bound to other weights.
-        requantize: round to few bits again where the base stores them: fp8, LLM.int8, NF4, FP4, GPTQ; Q8_0 … of GGUF.
-        survival: of a checkpoint or a model in GGUF, the least share of ΔW that must survive its dtype; 0 takes what there is.
+        requantize: round to few bits again where the base stores them: fp8, LLM.int8, NF4, FP4, GPTQ; Q8_0 … of GGUF; in
+            ONNX int8, int4.
+        survival: of a checkpoint, a model in GGUF or ONNX codes, the least share of ΔW that must survive; 0 takes what there is.
         force: replace ``out`` if it exists.
 
     Returns:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.base import FewBits, Tying
+from loraformat.base import Requantising, Tying
 from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.base import Base, Graph, Parameter
+    from loraformat.resolve import Match
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -91,7 +92,7 @@ def verify(
         _gather(base, one, merged, hints, weights)
     old, new = base.parameters(), merged.parameters()
     compared = {
-        name: _compare(base, old.get(weight.before), merged, new[weight.after], weight.updates)
+        name: _compare(base, old.get(weight.before), merged, new.get(weight.after), weight)
         for name, weight in weights.items()
     }
     touched: dict[str, float] = {}
@@ -144,17 +145,17 @@ def _torn(merged: Base, new: Mapping[str, Parameter], changed: Collection[str]) 
 
 def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
     before = base.resolve(adapter, hints).require()
-    # Rows of a packed weight, and one that a checkpoint stores the other way round, are found in the result as they were in
-    # the base: by the update as it is.
+    # Rows of a packed weight, gates in another order, and what a checkpoint stores the other way round, are found in the result
+    # as they were in the base: by the update as it is.
     placed = {
-        key: adapter[key] if first.rows or (first.parameter and not first.node) else first.turned(adapter[key])
+        key: adapter[key] if _as_it_is(first) else first.turned(adapter[key])
         for key, (first, *_) in before.targets.items()
     }
     after = merged.resolve(replace(adapter, targets=placed), hints).require()
     old, new = base.parameters(), merged.parameters()
     for key, places in before.targets.items():
-        results = list(dict.fromkeys(m.name_in(new) or m.weight for m in after.targets[key]))
-        sources = {m.name_in(old) or m.weight: m for m in reversed(places)}
+        results = list(dict.fromkeys(m.called(new.keys()) for m in after.targets[key]))
+        sources = {m.called(old.keys()): m for m in reversed(places)}
         for i, (source, match) in enumerate(reversed(sources.items())):
             # Of a tie that the merge ended, the other end goes by its own name.
             weight = weights.setdefault(source, _Touched(source, results[i] if i < len(results) else source))
@@ -163,6 +164,10 @@ def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: d
             weight.tie = weight.tie or next((e for e in match.evidence[:1] if e.startswith("tied: ")), "").removeprefix(
                 "tied: "
             )
+
+
+def _as_it_is(place: Match) -> bool:
+    return bool(place.rows or place.permute or (place.parameter and not place.node))
 
 
 def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:
@@ -185,10 +190,13 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
 
 
 def _compare(
-    base: Base, before: Parameter | None, merged: Base, after: Parameter, updates: Sequence[Update]
+    base: Base, before: Parameter | None, merged: Base, after: Parameter | None, weight: _Touched
 ) -> _Compared:
-    if before is not None and (tiles := _requantised(base, before, updates)):
-        return _stored_alike(tiles, merged, after)
+    updates = weight.updates
+    if tiles := _requantised(base, weight):
+        return _stored_alike(tiles, merged, weight.after)
+    if after is None:
+        return _Compared(math.inf, f"{weight.after} is quantised: what W + ΔW is rounded to in it is not known")
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in _expected(base, before, after.shape, [prepared(update) for update in updates]):
         if rows is None and wanted.shape != after.shape:
@@ -206,26 +214,25 @@ def _compare(
     return _Compared(relative, told, cause(base, before, merged, after, updates, square))
 
 
-def _requantised(
-    base: Base, before: Parameter, updates: Sequence[Update]
-) -> Iterator[tuple[tuple[int, int], Array]] | None:
-    if not isinstance(base, FewBits) or all(update.replaces for update in updates):
+def _requantised(base: Base, weight: _Touched) -> Iterator[tuple[tuple[int, int], Array]] | None:
+    if not isinstance(base, Requantising) or all(update.replaces for update in weight.updates):
         return None
-    return base.requantised(before.name, updates)
+    return base.requantised(weight.before, weight.updates)
 
 
-def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, after: Parameter) -> _Compared:
+def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, name: str) -> _Compared:
     """Of a weight in few bits, whose stored values are what is compared: the scale beside them is another tensor."""
-    wrong, square, whole = 0, 0.0, 0.0
+    wrong, count, square, whole = 0, 0, 0.0, 0.0
     for rows, wanted in tiles:
-        got = merged.read(after.name, rows)
+        got = merged.read(name, rows)
+        count += wanted.size
         if got.dtype != wanted.dtype or got.shape != wanted.shape:
-            return _Compared(math.inf, f"the tensor is {after.dtype} {list(after.shape)}")
+            return _Compared(math.inf, f"the tensor is {got.dtype.name} {list(got.shape)}")
         wrong += int(np.count_nonzero(_bits(got) != _bits(wanted)))
         square += _square(widened(got) - widened(wanted))
         whole += _square(widened(wanted))
     relative = math.sqrt(square / whole) if whole else math.sqrt(square)
-    told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded to the steps of their scale"
+    told = f"{wrong} of {count} values are not W + ΔW rounded to the steps of their scale"
     return _Compared(relative, told if wrong else "")
 
 

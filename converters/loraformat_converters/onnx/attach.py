@@ -210,7 +210,7 @@ class Attachment:
             place = change.parameter or spot.sites[0].operand
             if "magnitude" in change.update:
                 norms = self._norms(spot, n)
-            weight = Weight(make, change.update, place, spot.sites[0].dtype, norms, change.rows)
+            weight = Weight(make, change.update, place, spot.sites[0].dtype, norms, change.rows, change.permute)
             self.editor.lay(self.index.scopes[0], "", make.list)
             for value in now:
                 site = next(site for site in spot.sites if read[site.number] == value)

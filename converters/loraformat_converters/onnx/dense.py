@@ -35,12 +35,20 @@ _ATTRIBUTES = {
 """What a product has that x and ΔW are multiplied with as x and W are."""
 
 
-def beside(index: Index, values: Values, spots: Iterable[Spot]) -> None:
-    """Add to every use of these weights the product of its x with ΔW."""
+def beside(index: Index, values: Values, spots: Iterable[Spot], merged: Values | None = None) -> None:
+    """Add to every use of these weights the product of its x with ΔW.
+
+    Args:
+        merged: another model's weights, which are W + ΔW; without them ΔW is what the changes say.
+    """
     editor = Editor(index)
     for spot in spots:
         for site in spot.sites:
-            _add(index, editor, site, _delta(values, spot, site))
+            if site.refusal:
+                what = f"{site.node.name or site.operator}: its product is not at hand: nothing can be proved of it"
+                raise fault("LF-608", what, where=spot.key, fix="leave --verify out")
+            delta = _delta(values, spot, site) if merged is None else _between(values, merged, site)
+            _add(index, editor, site, delta)
     editor.finish()
 
 
@@ -56,6 +64,15 @@ def _delta(values: Values, spot: Spot, site: Site) -> Array:
     for change in spot.changes:
         new = change.turned(place).apply(new)
     return site.operand.from_matrix(place.to_matrix(new - old))
+
+
+def _between(values: Values, merged: Values, site: Site) -> Array:
+    """What became of the weight of a site in another model."""
+    old, new = (own.read(own.index.sites[site.number]) for own in (values, merged))
+    if old is None or new is None:
+        raise fault("LF-608", "its weight cannot be computed: nothing can be proved of it", where=site.root_name)
+    matrices = [place.to_matrix(weight.astype(np.float32)) for weight, place in (old, new)]
+    return site.operand.from_matrix(matrices[1] - matrices[0])
 
 
 def _add(index: Index, editor: Editor, site: Site, delta: Array) -> None:

@@ -106,17 +106,15 @@ class Effective:
         self.device = device_of(self.inference, providers)
         self._added = Adding(providers)
         self._w = {name: self._value(seat.values(folder)) for name, seat in self._seats.items()}
-        own = {
-            name: np.array(seat.values(folder)) for name, seat in self._seats.items()
-        }  # a value on the CPU is its array
-        self.values = {name: self._value(values) for name, values in own.items()}
+        # A value on the CPU is the array that it was made of: not W's own.
+        self.values = {name: self._value(np.array(seat.values(folder))) for name, seat in self._seats.items()}
         self._acts: tuple[tuple[str, float], ...] = ()
         self._changed: frozenset[str] = frozenset()
         if captured:
             self._runs: Captured | Pooled = Captured(ort, self.inference, self.device, None, self.values)
             self._held: Any = self._runs.hold({})
         else:
-            self._runs, self._held = Pooled(ort, self.inference, self.device), Bound(self.values)
+            self._runs, self._held = Pooled(ort, self.inference, self.device), Bound(self.inference, self.values)
 
     @property
     def names(self) -> list[str]:

@@ -23,6 +23,7 @@ from loraformat.names import join
 from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
+from loraformat_converters.onnx.branched import branched
 from loraformat_converters.onnx.doubt import Model
 from loraformat_converters.onnx.model import external
 from loraformat_converters.onnx.part import parts
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from loraformat.axes import Placement
     from loraformat.base import Options, Parameter
     from loraformat.tiles import Norms
+    from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
 
@@ -86,6 +88,13 @@ class OnnxFolder:
         """The values of ``FILE:NAME``."""
         file, _, tensor = name.partition(":")
         return self.models[file].base.read(tensor, rows)
+
+    def requantised(
+        self, name: str, updates: Sequence[Update], norms: Norms | None = None
+    ) -> Iterator[tuple[tuple[int, int], Array]] | None:
+        """What a merge with ``--requantize`` stores in ``FILE:NAME``."""
+        file, _, tensor = name.partition(":")
+        return self.models[file].base.requantised(tensor, updates, norms) if file in self.models else None
 
     def sketch(self, match: Match) -> Array | None:
         """Of what is computed with at a place of one of the files."""
@@ -192,7 +201,16 @@ class OnnxFolder:
         return hashlib.sha256(json.dumps(graphs, sort_keys=True).encode()).hexdigest()
 
     def extract(self) -> list[tuple[str, Adapter]]:
-        """(name, adapter) of everything that is attached, put together of what the files hold, bit for bit."""
+        """(name, adapter) of all that is attached, put together of what the files hold; else what others put into one of them."""
+        bases = [model.base for model in self.models.values()]
+        if not any(base.record for base in bases):
+            theirs = [found for base in bases if (found := branched(base.index, base.values)) is not None]
+            if len(theirs) == 1:
+                return [("default", theirs[0])]
+        return self._attached()
+
+    def _attached(self) -> list[tuple[str, Adapter]]:
+        """Bit for bit; LF-613 where nothing is."""
         held = ((c, model.base) for c, models in self.components.items() for model in models if model.base.attached)
         found = whole(held)
         if not found:
@@ -211,7 +229,7 @@ class OnnxFolder:
         check_free(out, force)
         _check_apart(self.path, out)
         if not any(model.base.slots for model in self.models.values()):  # whose adapters lie in files of their own
-            self.extract()
+            self._attached()
         storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.record}
         fed = {(Path(f).parent / name).as_posix() for f, m in self.models.items() for name in m.base.fed}
         return self._write(out, storages, {}, force, without=fed)

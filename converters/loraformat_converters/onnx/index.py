@@ -10,12 +10,14 @@ import onnx
 from loraformat.axes import Placement
 from loraformat_converters.onnx.model import FLOATS
 from loraformat_converters.onnx.operators import (
+    SEVERAL,
     VECTORS,
     WEIGHTS,
     Meaning,
     attribute,
     meaning,
     operator,
+    parameter,
     refused,
     vector_axis,
 )
@@ -80,25 +82,32 @@ class Index:
         """The use of a weight as such, and of vectors; of any other operator, every matrix that it reads, to be refused."""
         if node.op_type in WEIGHTS:
             any(self._add_site(node, position, "weight", scope) for position in WEIGHTS[node.op_type])
+        for position in SEVERAL.get(node.op_type, {}):
+            self._add_site(node, position, parameter(node, position), scope)
         if scope.constant.keys().isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
-            for position, parameter in VECTORS.get(node.op_type, {}).items():
-                self._add_site(node, position, parameter, scope)
+            for position, name in VECTORS.get(node.op_type, {}).items():
+                self._add_site(node, position, name, scope)
             if node.op_type not in WEIGHTS:
                 for position, name in enumerate(node.input):
-                    if position not in VECTORS.get(node.op_type, {}) and scope.home(name, "constant") is not None:
+                    named = VECTORS.get(node.op_type, {}).keys() | SEVERAL.get(node.op_type, {}).keys()
+                    if position not in named and scope.home(name, "constant") is not None:
                         self._add_site(node, position, "weight", scope)
 
-    def _add_site(self, node: onnx.NodeProto, position: int, parameter: str, scope: Scope) -> bool:
+    def _add_site(self, node: onnx.NodeProto, position: int, name: str, scope: Scope) -> bool:
         found = trace(node.input[position], scope) if position < len(node.input) else None
         if found is None:
             return False
+        if None in found.axes and node.op_type not in SEVERAL:  # a matrix of one operator, a vector of another
+            why = found.refusal or "Unsqueeze lies between its weight and it"
+            found = replace(found, axes=tuple(axis for axis in found.axes if axis is not None), refusal=why)
         means = _meaning(node, position, found)
         if means is None:
             return False
         operand = Placement(means.shape or found.shape, means.out, means.in_, means.batch)
         placement = operand if means.shape else _in_root(operand, found)
         floats = product(node, position, found.dtype, scope, self._reader) if found.sealed else None
-        refusal = means.refusal or found.refusal or (floats.refusal if floats else _dtype_refusal(found.dtype))
+        said = (found.refusal, means.refusal) if node.op_type in SEVERAL else (means.refusal, found.refusal)
+        refusal = said[0] or said[1] or (floats.refusal if floats else _dtype_refusal(found.dtype))
         x = floats.x if floats else "".join(node.input[int(position == 0) :][:1])
         if node.op_type in WEIGHTS and not x:
             refusal = refusal or "it lacks the input that its weight is multiplied with"
@@ -107,9 +116,9 @@ class Index:
         if not scope.rewritable:
             refusal = f"it lies inside {scope.where}: give --inline, which writes the function's body into the graph"
         site = Site(
-            *(len(self.sites), node, position, parameter, found.root, _full_name(found.values[0]), found.chain),
+            *(len(self.sites), node, position, name, found.root, _full_name(found.values[0]), found.chain),
             *(scope, found.values, operand, placement, means.factor, means.natural, refusal),
-            *(found.sealed, floats, floats.dtype if floats else found.dtype),
+            *(found.sealed, floats, floats.dtype if floats else found.dtype, means.permute, means.doubt),
         )
         self.sites.append(site)
         return True
@@ -164,7 +173,8 @@ def _full_name(value: Value) -> str:
 
 def _in_root(operand: Placement, found: Trace) -> Placement:
     """How a matrix that the operator reads so lies in the stored tensor."""
-    out, in_, batch = (tuple(found.axes[a] for a in axes) for axes in (operand.out, operand.in_, operand.batch))
+    groups = (operand.out, operand.in_, operand.batch)
+    out, in_, batch = (tuple(axis for a in axes if (axis := found.axes[a]) is not None) for axes in groups)
     return Placement(found.dims, out, in_, batch)
 
 

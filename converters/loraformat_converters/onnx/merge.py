@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from loraformat.tiles import Norms, changed
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.model import Rows, array
+from loraformat_converters.onnx.requantised import Kept
 from loraformat_converters.onnx.spots import Spot
 from loraformat_converters.onnx.store import Addition, Patch
 
@@ -23,16 +25,23 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["merge", "written_data"]
+__all__ = ["merge", "updates_in", "written_data"]
 
 
-def merge(index: Index, spot: Spot, folder: Path, norms: Norms) -> Patch | Addition | None:
-    """Change one weight; what that writes outside the model, or None where the model holds the bytes."""
+def merge(index: Index, spot: Spot, folder: Path, norms: Norms, kept: Kept | None = None) -> Patch | Addition | None:
+    """Change one weight; what that writes outside the model, or None where the model holds the bytes.
+
+    Args:
+        kept: of a quantised one, its codes, to be rounded to again.
+    """
     root = spot.sites[0].root
-    values: Any = array(root, folder)
-    if spot.place is not None and all(update.tileable for update in spot.updates) and root.dims:
-        values = Rows(spot.place, root)
-    tiles = partial(_tiles, spot.updates, values, norms)
+    if kept is not None:
+        tiles = partial(_codes, kept, updates_in(kept, spot), norms)
+    else:
+        values: Any = array(root, folder)
+        if spot.place is not None and all(update.tileable for update in spot.updates) and root.dims:
+            values = Rows(spot.place, root)
+        tiles = partial(_tiles, spot.updates, values, norms)
     if not spot.others:
         if spot.place is not None:
             return Patch(spot.place, tiles)
@@ -59,6 +68,15 @@ def _tiles(updates: Sequence[Update], base: Array, norms: Norms) -> Iterator[mem
         yield np.ascontiguousarray(tile).reshape(-1).view(np.uint8).data
 
 
+def updates_in(kept: Kept, spot: Spot) -> list[Update]:
+    """What happens to a quantised weight, in the axes in which its operator takes it."""
+    return [change.turned(kept.site.operand) for change in spot.changes]
+
+
+def _codes(kept: Kept, updates: Sequence[Update], norms: Norms) -> Iterator[memoryview]:
+    yield memoryview(bytes(numpy_helper.from_array(kept.changed(updates, norms)).raw_data))
+
+
 def _nothing() -> Iterator[memoryview]:
     return iter(())
 
@@ -73,11 +91,11 @@ def _lead(index: Index, key: str, site: Site, value: str) -> None:
     """Make a site read ``value``, behind copies of the nodes that led to the shared weight."""
     graph = site.scope.graph
     assert graph is not None
-    for node in site.chain:
+    for node, position in site.steps:
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
         twin.name = twin.output[0] = index.fresh(f"lora/{key}/{node.op_type}")
-        twin.input[0] = value
+        twin.input[position] = value
         value = twin.output[0]
         place = next(i for i, other in enumerate(graph.node) if other.output == site.node.output)
         graph.node.insert(place, twin)

@@ -109,6 +109,9 @@ def array(tensor: onnx.TensorProto, folder: Path) -> Array:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     if not place.length:  # nothing cannot be mapped
         return np.empty(tuple(tensor.dims), dtype)
+    if onnx.TensorProto.DataType.Name(tensor.data_type) in _PACKED:  # several to a byte: there is no view of them
+        stored = np.fromfile(place.path, np.uint8, place.length, offset=place.offset).tobytes()
+        return numpy_helper.to_array(onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=stored))
     return np.memmap(place.path, dtype, "r", place.offset, tuple(tensor.dims))
 
 

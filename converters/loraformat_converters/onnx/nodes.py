@@ -94,6 +94,13 @@ class Nodes:
         pads = self.store(f"{role}/pads", np.array([*before, *after], np.int64))
         return self.node("Pad", [value, pads], role), (*shape[:-2], out, shape[-1])
 
+    def permuted(self, value: str, shape: Sequence[int], blocks: Sequence[int] | None, role: str = "gates") -> str:
+        """A matrix [*batch, n, m] with its rows, in as many blocks, in another order."""
+        if blocks is None:
+            return value
+        rows = np.arange(shape[-2], dtype=np.int64).reshape(len(blocks), -1)[list(blocks)].reshape(-1)
+        return self.node("Gather", [value, self.store(f"{role}/order", rows)], role, axis=len(shape) - 2)
+
     def to_matrix(self, value: str, place: Placement, role: str = "matrix") -> str:
         """A tensor laid like ``place`` as [*batch, out, in]."""
         order = (*place.batch, *place.out, *place.in_)

@@ -6,6 +6,7 @@ One table an idea: ``WEIGHTS`` says where an operator's matrix may stand, ``VECT
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,18 @@ import onnx
 from loraformat_converters.onnx import einsum
 from loraformat_converters.onnx.scopes import STANDARD
 
-__all__ = ["VECTORS", "WEIGHTS", "Meaning", "attribute", "meaning", "operator", "refused", "vector_axis"]
+__all__ = [
+    "SEVERAL",
+    "VECTORS",
+    "WEIGHTS",
+    "Meaning",
+    "attribute",
+    "meaning",
+    "operator",
+    "parameter",
+    "refused",
+    "vector_axis",
+]
 
 WEIGHTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum"), (1, 0)),
@@ -31,6 +43,14 @@ WEIGHTS: Mapping[str, tuple[int, ...]] = {
 
 Those that are not rewritten are listed too, to be refused by name.
 """
+
+_OF_GATES: Mapping[int, str] = {1: "weight_ih", 2: "weight_hh"}
+SEVERAL: Mapping[str, Mapping[int, str]] = {
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _OF_GATES),
+    "MoE": {2: "fc1", 4: "fc2", 6: "fc3"},
+    "QMoE": {2: "fc1", 5: "fc2", 8: "fc3"},
+}
+"""Operator → input → what that weight of several is called. Of an LSTM ``parameter`` says more."""
 
 _LAID_OUT = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
 """The domains of what ONNX Runtime (1.32) makes of convolutions for the processor that it runs on."""
@@ -59,6 +79,8 @@ class Meaning:
         natural: whether torch keeps the named parameter in these very axes.
         refusal: why the operand cannot be changed; None if it can.
         shape: the sizes of the axes, where the stored tensor is packed and has others.
+        permute: of a torch module's rows, in as many blocks, which stands first here, which second, …
+        doubt: why a name alone does not tell in which order the rows are.
     """
 
     out: tuple[int, ...]
@@ -68,6 +90,8 @@ class Meaning:
     natural: bool = False
     refusal: str | None = None
     shape: tuple[int, ...] | None = None
+    permute: tuple[int, ...] | None = None
+    doubt: str | None = None
 
 
 def operator(node: onnx.NodeProto) -> str:
@@ -151,6 +175,48 @@ def _attention(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> M
     return Meaning((1,), (0,)) if len(shape) == 2 else f"its weight {list(shape)} is no matrix"
 
 
+_GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+"""Which gate of torch's comes first here, which second, …: ONNX has i, o, f, c and z, r, h (docs/Operators.md of 1.23),
+torch 2.13 has i, f, g, o and r, z, n (torch.nn.LSTM, torch.nn.GRU)."""
+
+
+def _recurrent(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """LSTM, GRU, RNN: [directions, gates · hidden, in], one direction below the other."""
+    gates, hidden = _GATES[node.op_type], attribute(node, "hidden_size", 0)
+    if position > 2:
+        return "its biases are two in one tensor, gate by gate, or it is a state"
+    if len(shape) != 3 or shape[1] != len(gates) * hidden:
+        return f"{list(shape)} is no weight of {len(gates)} gates of {hidden}"
+    return Meaning((0, 1), (2,), permute=gates if len(gates) > 1 else None)
+
+
+_DIRECTIONS = {"forward": "", "reverse": "_reverse"}
+
+
+def parameter(node: onnx.NodeProto, position: int) -> str:
+    """What torch calls one weight of several: of the second layer of an LSTM, whose operator is LSTM_1, ``weight_ih_l1``."""
+    name = SEVERAL[node.op_type][position]
+    if node.op_type not in _GATES:
+        return name
+    direction = attribute(node, "direction", b"forward").decode()
+    layer = re.fullmatch(rf"(.*/)?{node.op_type}(_(\d+))?", node.name)
+    number = (layer[3] if layer else None) or "0"
+    return f"{name}_l{number}{_DIRECTIONS.get(direction, '_both')}"
+
+
+def _experts(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    """MoE: [experts, out, in] (onnxruntime 1.32, docs/ContribOperators.md)."""
+    if len(shape) != 3:
+        return f"{list(shape)} is no stack of matrices"
+    fused = position == 2 and attribute(node, "swiglu_fusion", 0) == 1
+    doubt = "rows of gate and up stand in turns there (swiglu_fusion = 1)" if fused else None
+    return Meaning((1,), (2,), (0,), doubt=doubt)
+
+
+def _quantised_experts(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
+    return "QMoE sends rows to experts and multiplies them by codes itself: put it into the model before quantisation"
+
+
 def _product(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
     """QGemm and the quantised MatMuls: what they are named after, with the weight on the right."""
     return _matmul(node, 1, shape)
@@ -178,7 +244,10 @@ _MEANINGS: Mapping[str, Callable[[onnx.NodeProto, int, tuple[int, ...]], Meaning
     **dict.fromkeys(("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4"), _packed_product),
     **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv"), _conv),
     "ConvTranspose": _conv_transpose,
-    "com.microsoft.Attention": _attention,
+    **dict.fromkeys(("com.microsoft.Attention", "com.microsoft.QAttention"), _attention),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
+    "com.microsoft.MoE": _experts,
+    "com.microsoft.QMoE": _quantised_experts,
     "Gather": _gather,
     "com.microsoft.GatherBlockQuantized": _packed_table,
     "Einsum": _einsum,

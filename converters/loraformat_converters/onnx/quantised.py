@@ -69,14 +69,15 @@ class _Words:
 
 _WORDS: Mapping[str, _Words] = {
     # onnxruntime 1.32, docs/ContribOperators.md
-    "com.microsoft.MatMulNBits": _Words("MatMul", scale=2, bias=5),
+    "com.microsoft.MatMulNBits": _Words("MatMul", scale=2, zero=3, bias=5),
     "com.microsoft.MatMulBnb4": _Words("MatMul", scale=2),
-    "com.microsoft.GatherBlockQuantized": _Words("Gather", x=1, scale=2),
+    "com.microsoft.GatherBlockQuantized": _Words("Gather", x=1, scale=2, zero=3),
     "com.microsoft.DynamicQuantizeMatMul": _Words("MatMul", scale=2, zero=3, bias=4),
     "com.microsoft.MatMulIntegerToFloat": _Words("MatMul", scale=3, zero=5, bias=6),
     "com.microsoft.QGemm": _Words("Gemm", scale=4, zero=5, bias=6, end="codes"),
     "MatMulInteger": _Words("MatMul", zero=3, end="sums"),
     "ConvInteger": _Words("Conv", zero=3, end="sums"),
+    "com.microsoft.QAttention": _Words("com.microsoft.Attention", scale=4, zero=7, bias=2, end="inside"),
     "QLinearMatMul": _Words("MatMul", scale=4, zero=5, end="codes"),
     "QLinearConv": _Words("Conv", scale=4, zero=5, bias=8, end="codes"),
 }
@@ -99,7 +100,9 @@ def product(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader
         return _between(node, position, kind, scope, reader) if kind in FLOATS else None
     x, end, refusal = _input(node, words.x), node, None
     scale, zero, bias = (_input(node, at) for at in (words.scale, words.zero, words.bias))
-    if words.end != "float" or operator(node).endswith("IntegerToFloat"):
+    if words.end == "inside":
+        refusal = f"{operator(node)} goes on with its product itself: put it into the model before quantisation"
+    elif words.end != "float" or operator(node).endswith("IntegerToFloat"):
         rounded = _producer(x, scope)
         if rounded is not None and rounded.op_type in _ROUNDED:
             x = _input(rounded, 0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, Problem
+from loraformat_converters.onnx.trace import CODES
 
 if TYPE_CHECKING:
     from loraformat.updates import Update
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from loraformat_converters.onnx.spots import Change
 
 __all__ = ["obstacles"]
+
+
+_WAY = "--requantize rounds to its steps, and says what survives"
 
 
 _SCATTER = 11
@@ -23,12 +27,25 @@ _PAD = 11
 """The first opset whose Pad takes sizes that are values: a change of some rows of a weight needs it."""
 
 
-def obstacles(verb: str, changes: Mapping[tuple[Site, ...], Sequence[Change]], opset: int) -> Iterator[Problem]:
-    """At most one problem a change, the first that matters."""
+Requantises = Callable[["Site"], bool]
+"""Whether a quantised weight may be rounded to its codes again, and can be."""
+
+
+def obstacles(
+    verb: str,
+    changes: Mapping[tuple[Site, ...], Sequence[Change]],
+    opset: int,
+    requantises: Requantises | None = None,
+) -> Iterator[Problem]:
+    """At most one problem a change, the first that matters.
+
+    Args:
+        requantises: of a merge that was asked to round to codes again.
+    """
     owners: dict[int, tuple[Site, ...]] = {}
     for sites, wanted in changes.items():
         for change in wanted:
-            yield from list(_obstacle(verb, change, sites))[:1]
+            yield from list(_obstacle(verb, change, sites, requantises))[:1]
             if verb == "attach" and "rows" in change.update and opset < _SCATTER:
                 what = f"opset {opset} has no operator that sets rows of a weight (ScatterND is of opset {_SCATTER})"
                 yield Problem("LF-608", what, change.key, "merge it")
@@ -40,12 +57,18 @@ def obstacles(verb: str, changes: Mapping[tuple[Site, ...], Sequence[Change]], o
             yield Problem("LF-609", what, wanted[0].key, "apply one after the other: merge, then merge into the result")
 
 
-def _obstacle(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Problem]:
+def _obstacle(verb: str, change: Change, sites: tuple[Site, ...], requantises: Requantises | None) -> Iterator[Problem]:
     key, update, first = change.key, change.update, sites[0]
-    refused = next((site for site in sites if site.refusal), None)
+    in_codes = requantises is not None and first.sealed is not None and _alike(sites) and requantises(first)
+    refused = next((site for site in sites if site.refusal and not (in_codes and site.refusal == site.apart)), None)
     if refused is not None:
-        yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key)
-    yield from _sealed(verb, change, sites)
+        way = _WAY if verb == "merge" and requantises is None and refused.refusal == refused.apart else ""
+        yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key, way)
+    if not in_codes:
+        yield from _sealed(verb, change, sites, asked=requantises is not None)
+    if change.permute is not None and not update.linear:
+        what = f"{first.node.name or first.operator}: its gates lie in another order, and {update.kind} is no sum"
+        yield Problem("LF-608", what, key, "merge it into the checkpoint, then export")
     if change.rows is not None and not update.linear:
         what = f"{first.node.name or first.operator}: its weight holds several parameters, and {update.kind} is no sum"
         yield Problem("LF-608", what, key, "put it into the model as it was before it was optimised")
@@ -57,16 +80,22 @@ def _obstacle(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Pr
     yield from _misfit(change, update, first)
 
 
-def _sealed(verb: str, change: Change, sites: tuple[Site, ...]) -> Iterator[Problem]:
-    """A weight that cannot hold a change, and what cannot be put beside one."""
+def _alike(sites: tuple[Site, ...]) -> bool:
+    """Whether all uses make the same floats of the codes."""
+    return len({(s.values[-1], s.product and (s.product.scale, s.product.zero)) for s in sites}) == 1
+
+
+def _sealed(verb: str, change: Change, sites: tuple[Site, ...], *, asked: bool) -> Iterator[Problem]:
+    """A weight that cannot hold a change, and what cannot be put beside one. ``asked``: to round to its codes again."""
     site = next((site for site in sites if site.sealed), None)
     if site is None:
         return
     named, update = site.node.name or site.operator, change.update
     if verb == "merge":
-        yield Problem(
-            "LF-608", f"{named}: {site.sealed}", change.key, "attach it: the change then runs beside the weight"
-        )
+        what = f"{named}: {site.sealed}" + (", in steps that are not known exactly" if asked else "")
+        fix = "attach it: the change then runs beside the weight"
+        more = f"; {_WAY}" if not asked and site.root.data_type in CODES else ""
+        yield Problem("LF-608", what, change.key, fix + more)
     elif "rows" in update or "replace" in update:
         what = f"{named}: {site.sealed}, and {update.kind} is no change beside a weight, but another one"
         yield Problem("LF-608", what, change.key, "put it into the model as it was before that, or leave it out")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx
 
 from loraformat.axes import Placement
-from loraformat_converters.onnx.operators import VECTORS, WEIGHTS, operator, vector_axis
+from loraformat_converters.onnx.operators import SEVERAL, VECTORS, WEIGHTS, operator, vector_axis
 from loraformat_converters.onnx.quantised import Product
 from loraformat_converters.onnx.scopes import Scope
 from loraformat_converters.onnx.trace import Value
@@ -36,6 +36,8 @@ class Site:
         sealed: why the root cannot hold a change, though one can be put beside it: it is quantised, or laid otherwise.
         product: what a quantised operator computes in floats; None for one that is of floats itself.
         dtype: the float type that the operator computes with.
+        permute: of a torch module's rows, in as many blocks, which stands first here, which second, …
+        doubt: why a name alone does not tell in which order the rows are.
     """
 
     number: int
@@ -55,6 +57,8 @@ class Site:
     sealed: str | None = None
     product: Product | None = None
     dtype: int = onnx.TensorProto.FLOAT
+    permute: tuple[int, ...] | None = None
+    doubt: str | None = None
 
     @property
     def operator(self) -> str:
@@ -69,7 +73,7 @@ class Site:
     @property
     def known_operator(self) -> bool:
         """Whether the operator is one whose parameters are its module's."""
-        return self.node.op_type in WEIGHTS or self.vector
+        return self.node.op_type in WEIGHTS or self.node.op_type in SEVERAL or self.vector
 
     @property
     def like(self) -> str:
@@ -85,6 +89,16 @@ class Site:
     def dequantises(self) -> bool:
         """Whether the operator takes the codes, and no node before it makes floats of them."""
         return self.product is not None and (self.product.like != self.operator or bool(self.product.scale))
+
+    @property
+    def steps(self) -> list[tuple[onnx.NodeProto, int]]:
+        """The nodes between root and operator, and which of its inputs each takes the weight by."""
+        return [(n, list(n.input).index(value.name)) for n, value in zip(self.chain, self.values, strict=False)]
+
+    @property
+    def apart(self) -> str | None:
+        """Why nothing can be put beside the operator, where that is all that keeps the weight from being changed."""
+        return self.product.refusal if self.product else None
 
     @property
     def side(self) -> int:

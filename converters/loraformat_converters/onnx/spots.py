@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from loraformat.packed import spread
+from loraformat.packed import permuted, spread
 from loraformat.turned import turned
 from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.model import External, external, overlapping
@@ -33,6 +33,7 @@ class Change:
         key: the target.
         parameter: how the parameter lies that the adapter names; None where only the matrix matters.
         rows: which rows of the matrix it changes; None for all.
+        permute: of as many blocks of the update's rows, which stands first there, which second, …
     """
 
     job: int
@@ -40,10 +41,12 @@ class Change:
     update: Update
     parameter: Placement | None = None
     rows: tuple[int, int] | None = None
+    permute: tuple[int, ...] | None = None
 
     def turned(self, place: Placement) -> Update:
         """The update in the axes of a tensor laid like ``place``."""
-        update = self.update if self.rows is None else spread(self.update, self.rows, place.matrix_shape[-2])
+        update = self.update if self.permute is None else permuted(self.update, self.permute)
+        update = update if self.rows is None else spread(update, self.rows, place.matrix_shape[-2])
         return turned(update, self.parameter or place, place)
 
 
@@ -81,7 +84,8 @@ def gathered(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
     for number, job in enumerate(jobs):
         for key, places in job.resolution.require().targets.items():
             for alike in _alike(places):
-                change = Change(number, key, job.adapter[key], alike[0].parameter, alike[0].rows)
+                first = alike[0]
+                change = Change(number, key, job.adapter[key], first.parameter, first.rows, first.permute)
                 changes.setdefault(tuple(match.handle for match in alike), []).append(change)
     return changes
 
@@ -126,7 +130,7 @@ def spots(
 
 def _others(index: Index, sites: tuple[Site, ...]) -> Iterable[str]:
     """What else reads the weight of these sites: nodes, in inner graphs too, and the outputs of graphs."""
-    own = {(id(site.node), site.position) for site in sites} | {(id(n), 0) for site in sites for n in site.chain}
+    own = {(id(site.node), site.position) for site in sites} | {(id(n), at) for s in sites for n, at in s.steps}
     for value in dict.fromkeys(value for site in sites for value in site.values):
         for use in index.readers(value):
             if (id(use.node), use.position) not in own:

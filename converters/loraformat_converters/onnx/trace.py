@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
+from loraformat_converters.onnx.counted import counted
 from loraformat_converters.onnx.model import FLOATS
 from loraformat_converters.onnx.operators import attribute
 from loraformat_converters.onnx.scopes import STANDARD, Scope
@@ -40,7 +41,7 @@ class Trace:
     Attributes:
         values: the stored tensor, then what each node of the chain makes of it.
         dims: the sizes of the stored tensor; after a Reshape, what that makes of them.
-        axes: which of ``dims`` each axis of the input is.
+        axes: which of ``dims`` each axis of the input is; None for one of size 1 that Unsqueeze added.
         dtype: the data type of the input.
         refusal: why the input is no weight that a change could be put beside.
         sealed: why the stored tensor itself cannot hold a change.
@@ -49,7 +50,7 @@ class Trace:
     values: tuple[Value, ...]
     chain: tuple[onnx.NodeProto, ...]
     dims: tuple[int, ...]
-    axes: tuple[int, ...]
+    axes: tuple[int | None, ...]
     dtype: int
     refusal: str | None = None
     sealed: str | None = None
@@ -63,7 +64,7 @@ class Trace:
     @property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the input."""
-        return tuple(self.dims[axis] for axis in self.axes)
+        return tuple(1 if axis is None else self.dims[axis] for axis in self.axes)
 
 
 def trace(name: str, scope: Scope) -> Trace | None:
@@ -110,6 +111,8 @@ def _step(before: Trace, node: onnx.NodeProto, value: str, scope: Scope) -> Trac
         return before
     if op == "Transpose":
         return _transposed(before, node)
+    if op == "Unsqueeze":
+        return _unsqueezed(before, node, scope) or between
     if op == "Reshape":
         shape = _reshaped(before.shape, node, scope)
         axes = tuple(range(len(shape or ())))
@@ -135,6 +138,20 @@ def _transposed(before: Trace, node: onnx.NodeProto) -> Trace:
     return replace(before, axes=tuple(before.axes[i] for i in perm))
 
 
+def _unsqueezed(before: Trace, node: onnx.NodeProto, scope: Scope) -> Trace | None:
+    """Its axes are an attribute until opset 13."""
+    said = attribute(node, "axes", None)
+    places = counted(node.input[1], scope, _shape_of) if len(node.input) > 1 else said
+    if places is None:
+        return None
+    rank = len(before.axes) + len(places)
+    new = {int(place) % rank for place in places}
+    if len(new) != len(places):
+        return None
+    held = iter(before.axes)
+    return replace(before, axes=tuple(None if place in new else next(held) for place in range(rank)))
+
+
 def _cast(before: Trace, to: int) -> Trace | None:
     """Of floats to floats, and of codes to floats; what is cast to integers is no weight any more."""
     return replace(before, dtype=to) if to in FLOATS and before.dtype in FLOATS.keys() | CODES else None
@@ -147,14 +164,10 @@ def _dequantised(node: onnx.NodeProto, scope: Scope) -> int:
 
 
 def _reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tuple[int, ...] | None:
-    home = scope.home(node.input[1], "roots") if len(node.input) > 1 else None
-    tensor = home.roots[node.input[1]] if home is not None else None
-    if tensor is None or tensor.data_location == TensorProto.EXTERNAL or tensor.data_type != TensorProto.INT64:
+    numbers = counted(node.input[1], scope, _shape_of) if len(node.input) > 1 else None
+    if numbers is None:
         return None
-    try:
-        wanted = [int(n) for n in np.ravel(numpy_helper.to_array(tensor))]
-    except ValueError:  # its bytes do not fit its shape
-        return None
+    wanted = [int(n) for n in numbers]
     if not attribute(node, "allowzero", 0):
         wanted = [shape[i] if n == 0 and i < len(shape) else n for i, n in enumerate(wanted)]
     known, total = math.prod(n for n in wanted if n != -1), math.prod(shape)
@@ -162,6 +175,11 @@ def _reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tup
         return None
     made = tuple(total // known if n == -1 else n for n in wanted)
     return made if math.prod(made) == total else None
+
+
+def _shape_of(name: str, scope: Scope) -> tuple[int, ...] | None:
+    traced = trace(name, scope)
+    return traced.shape if traced is not None and traced.refusal is None else None
 
 
 def _unscaled(traced: Trace) -> str | None:

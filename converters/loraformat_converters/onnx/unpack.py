@@ -1,4 +1,4 @@
-"""Codes → floats: the matrix that a quantised operator multiplies by, laid like ``Site.operand``.
+"""The codes that a quantised operator takes, one a value, and how floats are made of them: laid like ``Site.operand``.
 
 What the standard operators compute (DequantizeLinear, Cast, Sub, Mul) is computed by onnx's own reference instead, see
 ``values``.
@@ -7,6 +7,7 @@ What the standard operators compute (DequantizeLinear, Cast, Sub, Mul) is comput
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +20,43 @@ if TYPE_CHECKING:
     from loraformat_converters.onnx.index import Site
 
     Array = npt.NDArray[Any]
+    F32 = npt.NDArray[np.float32]
 
-__all__ = ["readable", "unpacked"]
+__all__ = ["Codes", "readable", "unpacked"]
 
 Read = Callable[[str], "Array | None"]
 """A constant of the graph; None where it is no constant."""
 
 
-def unpacked(site: Site, read: Read) -> Array | None:
+@dataclass(frozen=True)
+class Codes:
+    """W = (values − zero) · scale.
+
+    Attributes:
+        values: whole numbers as float32, laid like the operand; filled up along the last axis where that is kept in blocks,
+            which are an axis of their own then.
+        scale, zero: as they are spread over ``values``.
+        shape: of the operand.
+        bits: how many a code has, lowest first in its byte; 8 for whole bytes.
+    """
+
+    values: F32
+    scale: Any
+    zero: Any
+    shape: tuple[int, ...]
+    bits: int = 8
+
+    @property
+    def floats(self) -> F32:
+        """W."""
+        return self.operand(np.asarray((self.values - self.zero) * self.scale, np.float32))
+
+    def operand(self, spread: Array) -> Array:
+        """What is laid like ``values``, laid like the operand."""
+        return spread.reshape(*self.shape[:-1], -1)[..., : self.shape[-1]]
+
+
+def unpacked(site: Site, read: Read) -> Codes | None:
     """The weight of a site whose operator takes codes; None where how they are packed is not known."""
     return _RULES.get(site.operator, _affine)(site, read) if readable(site) else None
 
@@ -38,8 +68,8 @@ def readable(site: Site) -> bool:
     return site.operator not in _UNKNOWN and site.product is not None and bool(site.product.scale)
 
 
-def _affine(site: Site, read: Read) -> Array | None:
-    """(codes − zero point) · scale, each for all or one for every out (ONNX: per tensor, per column)."""
+def _affine(site: Site, read: Read) -> Codes | None:
+    """Scale and zero point each for all or one for every out (ONNX: per tensor, per column)."""
     assert site.product is not None
     codes = _read(site, site.position, read)
     scale = read(site.product.scale) if site.product.scale else None
@@ -49,7 +79,7 @@ def _affine(site: Site, read: Read) -> Array | None:
     scale, zero = (_along_out(site, values) for values in (scale, zero))
     if scale is None or zero is None:
         return None
-    return np.asarray((codes.astype(np.float32) - zero) * scale, np.float32)
+    return Codes(codes.astype(np.float32), scale, zero, site.operand.shape)
 
 
 def _along_out(site: Site, values: Array) -> Array | None:
@@ -63,7 +93,7 @@ def _along_out(site: Site, values: Array) -> Array | None:
     return values.reshape(shape) if values.size == shape[axis] else None
 
 
-def _blocks(site: Site, read: Read) -> Array | None:
+def _blocks(site: Site, read: Read) -> Codes | None:
     """MatMulNBits: [N, blocks, bytes], the lowest bits first; K is filled up to whole blocks (onnxruntime 1.32)."""
     node = site.node
     bits, block = int(attribute(node, "bits", 4)), int(attribute(node, "block_size", 0))
@@ -78,8 +108,8 @@ def _blocks(site: Site, read: Read) -> Array | None:
     zeros: Any = _zeros(node, read, bits, n, count)
     if zeros is None:
         return None
-    values = _fields(codes.reshape(n, count, -1), bits) - zeros
-    return np.asarray((values * scales.astype(np.float32).reshape(n, count, 1)).reshape(n, -1)[:, :k], np.float32)
+    values = _fields(codes.reshape(n, count, -1), bits)
+    return Codes(values, scales.astype(np.float32).reshape(n, count, 1), zeros, (n, k), bits)
 
 
 def _zeros(node: Any, read: Read, bits: int, n: int, count: int) -> Any:
@@ -94,7 +124,7 @@ def _zeros(node: Any, read: Read, bits: int, n: int, count: int) -> Any:
     return zeros.astype(np.float32).reshape(n, count, 1) if zeros.size == n * count else None
 
 
-def _table(site: Site, read: Read) -> Array | None:
+def _table(site: Site, read: Read) -> Codes | None:
     """GatherBlockQuantized: a scale for every run of ``block_size`` along one axis (onnxruntime 1.32)."""
     node = site.node
     bits, axis = int(attribute(node, "bits", 4)), int(attribute(node, "quantize_axis", 1)) % 2
@@ -104,7 +134,7 @@ def _table(site: Site, read: Read) -> Array | None:
         return None
     zeros = _read(site, 3, read)
     middle: Any = np.float32(0)
-    if codes.dtype == np.uint8:
+    if packed := codes.dtype == np.uint8:
         codes, middle = _fields(codes, bits), np.float32(2 ** (bits - 1))
         zeros = _fields(zeros, bits) if zeros is not None and axis == 1 else zeros
     spread = [np.repeat(each.astype(np.float32), block, axis) for each in (scales, zeros) if each is not None]
@@ -112,10 +142,11 @@ def _table(site: Site, read: Read) -> Array | None:
     if any(each.shape[axis] < (rows, columns)[axis] for each in spread):
         return None
     scale, *zero = (each[:rows, :columns] for each in spread)
-    return np.asarray((codes.astype(np.float32) - (zero[0] if zero else middle)) * scale, np.float32)
+    values = codes.astype(np.float32)
+    return Codes(values, scale, zero[0] if zero else middle, (rows, columns), bits if packed else 8)
 
 
-_RULES: Mapping[str, Callable[[Site, Read], Array | None]] = {
+_RULES: Mapping[str, Callable[[Site, Read], Codes | None]] = {
     "com.microsoft.MatMulNBits": _blocks,
     "com.microsoft.GatherBlockQuantized": _table,
 }
@@ -124,11 +155,11 @@ _UNKNOWN = frozenset({"com.microsoft.MatMulBnb4"})
 """Operators whose codes are an index into a table of their own: changed by name, never recognised by values."""
 
 
-def _fields(values: Array, bits: int) -> Array:
+def _fields(values: Array, bits: int) -> F32:
     """The fields of ``bits`` bits of each byte along the last axis, the lowest first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    fields = (values[..., None] >> shifts) & np.uint8(2**bits - 1)
-    return fields.reshape(*values.shape[:-1], -1).astype(np.float32)
+    found = (values[..., None] >> shifts) & np.uint8(2**bits - 1)
+    return found.reshape(*values.shape[:-1], -1).astype(np.float32)
 
 
 def _read(site: Site, at: int, read: Read) -> Array | None:

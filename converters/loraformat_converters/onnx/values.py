@@ -22,7 +22,7 @@ from loraformat_converters.onnx.model import FLOATS, array
 from loraformat_converters.onnx.operators import meaning
 from loraformat_converters.onnx.scopes import STANDARD
 from loraformat_converters.onnx.trace import trace
-from loraformat_converters.onnx.unpack import readable, unpacked
+from loraformat_converters.onnx.unpack import Codes, readable, unpacked
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -79,10 +79,13 @@ class Values:
         return self.producers.get(site.node.output[0]) == site.node
 
     def _sizes(self, name: str, depth: int = 0) -> tuple[int, ...] | None:
-        """The shape of what ``_compute`` gives, without reading it."""
+        """The shape of what ``compute`` gives, without reading it."""
         if name in self.index.roots:
             return tuple(self.index.roots[name].dims)
         node = self._step(name) if depth < _DEPTH else None
+        if node is not None and node.op_type == "Reshape":
+            traced = trace(name, self.index.scopes[0])
+            return traced.shape if traced is not None and traced.refusal is None else None
         inputs = [self._sizes(other, depth + 1) for other in node.input if other] if node is not None else []
         if node is None or not inputs or any(sizes is None for sizes in inputs):
             return None
@@ -90,9 +93,6 @@ class Values:
         if node.op_type == "Transpose":
             perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), tuple(range(len(first)))[::-1])
             return tuple(first[i] for i in perm) if sorted(perm) == list(range(len(first))) else None
-        if node.op_type == "Reshape":
-            traced = trace(name, self.index.scopes[0])
-            return traced.shape if traced is not None and traced.refusal is None else None
         return _spread([sizes or () for sizes in inputs]) if node.op_type in _SPREADS else first
 
     def _step(self, name: str) -> onnx.NodeProto | None:
@@ -104,7 +104,7 @@ class Values:
         """The sketch of the matrix; None where it has none."""
         key = self.key(site)
         if key not in self._sketches:
-            found = self.read(site)
+            found = self._as_named(site)
             self._sketches[key] = None if found is None else sketch(*found)
         return self._sketches[key]
 
@@ -112,7 +112,7 @@ class Values:
         """Start → sketch of the runs of ``rows`` rows of the matrix; none where it cannot be read."""
         key = (self.key(site), rows, step)
         if key not in self._runs:
-            found = self.read(site)
+            found = self._as_named(site)
             self._runs[key] = {} if found is None else sketches(found[1].to_matrix(found[0]), rows, step)
         return self._runs[key]
 
@@ -120,13 +120,13 @@ class Values:
         """The fingerprint of the matrix in the dtype in which it is stored; None for a quantised one."""
         key = self.key(site)
         if key not in self._fingerprints:
-            found = self.read(site) if self._direct(site) else None
+            found = self._as_named(site) if self._direct(site) else None
             self._fingerprints[key] = None if found is None else fingerprint(found[1].to_matrix(found[0]))
         return self._fingerprints[key]
 
     def _direct(self, site: Site) -> bool:
         """Whether the weight is a stored float tensor, turned or cast at most."""
-        moved = all(node.op_type in _MOVES or node.op_type == "Cast" for node in site.chain)
+        moved = all(node.op_type in _MOVES or node.op_type in ("Cast", "Unsqueeze") for node in site.chain)
         return site.root.data_type in FLOATS and moved
 
     def read(self, site: Site) -> tuple[Array, Placement] | None:
@@ -136,23 +136,49 @@ class Values:
         if not self._in_main(site):
             return None
         if site.dequantises:
-            try:
-                value = unpacked(site, self._compute)
-            except ValueError:  # of tensors that do not fit each other
-                return None
-            return None if value is None else (value, site.operand)
-        value = self._compute(site.node.input[site.position])
+            codes = self.codes(site)
+            return None if codes is None else (codes.floats, site.operand)
+        value = self.compute(site.node.input[site.position])
         place = _laid(site, value.shape) if value is not None else None
         return (value, place) if value is not None and place is not None else None
 
-    def _compute(self, name: str) -> Array | None:
-        """A constant of the main graph; None where it is made in another way than weights are dequantised."""
+    def _as_named(self, site: Site) -> tuple[Array, Placement] | None:
+        """The weight with its rows in the order in which the module has them that a target names."""
+        found = self.read(site)
+        if found is None or site.permute is None:
+            return found
+        value, place = found
+        matrix = place.to_matrix(value)
+        gates = matrix.reshape(site.operand.shape[0], len(site.permute), -1, matrix.shape[-1])
+        return gates[:, np.argsort(site.permute)].reshape(matrix.shape), Placement(matrix.shape, (0,), (1,))
+
+    def codes(self, site: Site) -> Codes | None:
+        """The codes of a weight whose operator takes them; None where they are packed in another way than is known."""
+        if not self._in_main(site):
+            return None
+        try:
+            found = unpacked(site, self.compute)
+            return found if found is not None and found.floats.shape == site.operand.shape else None
+        except ValueError:  # of tensors that do not fit each other
+            return None
+
+    def compute(self, name: str, instead: Mapping[str, Array] | None = None) -> Array | None:
+        """A constant of the main graph; None where it is made in another way than weights are dequantised.
+
+        Args:
+            instead: what to compute with in the place of stored tensors.
+        """
+        if instead and name in instead:
+            return instead[name]
         if name in self.index.roots:
             return array(self.index.roots[name], self.folder)
         node = self._step(name)
         if node is None or self._sizes(name) is None:
             return None
-        inputs = {name: self._compute(name) for name in node.input if name}
+        if node.op_type == "Reshape":
+            moved, sizes = self.compute(node.input[0], instead), self._sizes(name)
+            return None if moved is None or sizes is None else moved.reshape(sizes)
+        inputs = {name: self.compute(name, instead) for name in node.input if name}
         if any(value is None for value in inputs.values()):
             return None
         try:

@@ -54,6 +54,7 @@ class Weight:
         dtype: the data type of W.
         norms: what a magnitude divides by, as ``Update.norms`` gives it.
         rows: which rows of the matrix change, where W holds several parameters.
+        permute: in which order W has the blocks of the update's rows.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Weight:
         dtype: int,
         norms: Array | None,
         rows: tuple[int, int] | None = None,
+        permute: tuple[int, ...] | None = None,
     ) -> None:
-        self.make, self.update, self.place, self.rows = make, update, place, rows
+        self.make, self.update, self.place, self.rows, self.permute = make, update, place, rows, permute
         self.dtype, self.wide = dtype, wide(dtype)
         self.numpy = np.float64 if self.wide == _DOUBLE else np.float32
         self.roles = {role: make.store(role, tensor) for part in update.parts for role, tensor in roles_of(part)}
@@ -93,6 +95,7 @@ class Weight:
             matrix, shape = _MATRICES[type(part)](self, part)
             scale = self.make.store(f"{part.kind}/scale", np.asarray(part.scale, self.numpy))
             term = self.make.node("Mul", [matrix, scale], f"{part.kind}/scaled")
+            term = self.make.permuted(term, shape, self.permute, f"{part.kind}/gates")
             term, shape = self.make.spread(term, shape, self.rows, self.place.matrix_shape[-2], f"{part.kind}/rows")
             term = self.make.from_matrix(term, self.place, f"{part.kind}/delta", shape)
             total = self.make.node("Add", [total, term], "sum") if total else term

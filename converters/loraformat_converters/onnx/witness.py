@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, fault
 from loraformat.names import nearest
+from loraformat.naming.spaces import TORCH
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.align import Alignment, align, under
 from loraformat_converters.onnx.index import Index, Site
@@ -46,7 +47,10 @@ class Names:
     def __init__(self, index: Index, adapter: Adapter, hints: Hints, part: Part | None = None) -> None:
         self.index, self.hints = index, hints
         self.tables = {rung: _table(index.sites, rung) for rung in RUNGS}
-        self.aligned = {rung: _aligned(adapter, table, part) for rung, table in self.tables.items()}
+        spoken = adapter.names == TORCH  # in another name space the same words may mean something else
+        self.aligned = {
+            rung: _aligned(adapter, table, part) if spoken else Alignment() for rung, table in self.tables.items()
+        }
         known = {a.prefix for a in self.aligned.values() if a.prefix is not None}
         if len(known) == 1 and part is None:  # a model that lies under a prefix does so for every witness
             (prefix,) = known

@@ -1,0 +1,155 @@
+"""Gates, experts, codes and others' branches made wrong in ways that people do get wrong: each turns a real test red."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import test_onnx_branched as theirs
+import test_onnx_experts as experts
+import test_onnx_recurrent as recurrent
+import test_onnx_requantised as codes
+from mutants import net
+
+from loraformat_converters.onnx import branched, operators, requantised, spots
+from loraformat_converters.onnx import index as onnx_index
+from loraformat_converters.onnx.nodes import Nodes
+from loraformat_converters.onnx.values import Values
+
+
+def found(form):
+    return partial(theirs.test_a_pair_beside_a_weight_is_found_in_every_form, form)
+
+
+CHECKS = {
+    "an LSTM, merged": partial(recurrent.check, "merge", "LSTM", 1, False),
+    "an LSTM, attached": partial(recurrent.check, "attach", "LSTM", 1, False),
+    "a GRU of two directions": partial(recurrent.check, "merge", "GRU", 2, True),
+    "experts": partial(experts.test_every_expert_takes_its_own_change, "merge", False),
+    "codes of 8 bits": partial(codes.check, "DequantizeLinear, zero points"),
+    "codes of 4 bits": partial(codes.check, "MatMulNBits 4, zero points"),
+    "a turned weight": partial(codes.check, "Cast, Sub, Mul, Transpose"),
+    "half of the range": codes.test_int8_of_half_the_range_stays_in_it,
+    "a Linear over a sequence": found("PEFT, a Linear over a sequence"),
+    "a scale in B": found("the scale in B, a base that is multiplied"),
+    "a convolution": found("a convolution"),
+    "another x": partial(theirs.test_what_is_no_pair_beside_a_weight_is_none, "another x"),
+    "a factor that is left over": partial(
+        theirs.test_half_of_an_adapter_is_an_error, "a tensor by the name of a factor"
+    ),
+    "two adapters": partial(theirs.test_half_of_an_adapter_is_an_error, "two adapters"),
+}
+
+
+# The mutants.
+
+
+def gates_stay_in_torchs_order(patch):
+    patch.setattr(spots, "permuted", lambda update, blocks: update)
+
+
+def gates_stay_in_torchs_order_in_the_graph(patch):
+    patch.setattr(Nodes, "permuted", lambda self, value, shape, blocks, role="gates": value)
+
+
+def the_order_is_turned_round(patch):
+    turned = {kind: tuple(int(i) for i in np.argsort(order)) for kind, order in operators._GATES.items()}
+    patch.setattr(operators, "_GATES", turned)
+
+
+def sketches_are_of_the_operators_order(patch):
+    patch.setattr(Values, "_as_named", Values.read)
+
+
+def experts_are_turned(patch):
+    whole = onnx_index.meaning
+
+    def turned(node, *rest):
+        means = whole(node, *rest)
+        return replace(means, out=means.in_, in_=means.out) if node.op_type == "MoE" else means
+
+    patch.setattr(onnx_index, "meaning", turned)
+
+
+def codes_are_cut_off(patch):
+    patch.setattr(requantised.np, "rint", np.trunc)
+
+
+def the_zero_point_is_forgotten(patch):
+    whole = requantised.Kept._nearest
+    patch.setattr(
+        requantised.Kept,
+        "_nearest",
+        lambda self, wanted: whole(replace(self, codes=replace(self.codes, zero=np.float32(0))), wanted),
+    )
+
+
+def high_bits_are_written_first(patch):
+    whole = requantised.Kept._stored
+
+    def turned(self, values):
+        return whole(self, values.reshape(-1, 2)[:, ::-1].reshape(values.shape) if self.codes.bits == 4 else values)
+
+    patch.setattr(requantised.Kept, "_stored", turned)
+
+
+def codes_are_stored_as_the_operator_reads_them(patch):
+    patch.setattr(requantised, "_in_root", lambda site, values: values)
+
+
+def every_code_is_in_use(patch):
+    patch.setattr(requantised, "_in_use", lambda values, low, high: (low, high))
+
+
+def the_scale_is_lost(patch):
+    whole = branched._Graph._unscaled
+    patch.setattr(branched._Graph, "_unscaled", lambda self, value, scope: (whole(self, value, scope)[0], 1.0))
+
+
+def the_bases_own_factor_is_forgotten(patch):
+    whole = branched._Graph.update
+
+    def plain(self, site, branch):
+        return whole(self, replace(site, factor=1.0), branch)
+
+    patch.setattr(branched._Graph, "update", plain)
+
+
+def any_x_will_do(patch):
+    whole = branched._beside
+    patch.setattr(
+        branched,
+        "_beside",
+        lambda site, branch, scope: whole(site, replace(branch, x=branched._plain(site.x, scope)), scope),
+    )
+
+
+def what_is_left_over_is_left_out(patch):
+    patch.setattr(branched, "_lost", lambda index, used: ())
+
+
+def the_last_of_two_wins(patch):
+    patch.setattr(branched, "_twice", lambda found: iter(()))
+
+
+MUTANTS = [
+    (gates_stay_in_torchs_order, "an LSTM, merged"),
+    (gates_stay_in_torchs_order_in_the_graph, "an LSTM, attached"),
+    (the_order_is_turned_round, "an LSTM, merged"),
+    (sketches_are_of_the_operators_order, "a GRU of two directions"),
+    (experts_are_turned, "experts"),
+    (codes_are_cut_off, "codes of 8 bits"),
+    (the_zero_point_is_forgotten, "codes of 8 bits"),
+    (the_zero_point_is_forgotten, "codes of 4 bits"),
+    (high_bits_are_written_first, "codes of 4 bits"),
+    (codes_are_stored_as_the_operator_reads_them, "a turned weight"),
+    (every_code_is_in_use, "half of the range"),
+    (the_scale_is_lost, "a Linear over a sequence"),
+    (the_bases_own_factor_is_forgotten, "a scale in B"),
+    (any_x_will_do, "another x"),
+    (what_is_left_over_is_left_out, "a factor that is left over"),
+    (the_last_of_two_wins, "two adapters"),
+]
+
+test_the_check_is_green_on_the_code_as_it_is, test_the_check_is_red_on_a_mutant = net(CHECKS, MUTANTS)

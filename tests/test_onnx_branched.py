@@ -1,0 +1,189 @@
+"""An adapter that somebody else put into a graph is found by what its nodes compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import adapter, model, run, save
+from onnx import numpy_helper
+
+import loraformat as lf
+from loraformat.registry import open_base
+from loraformat.testing import relative_error
+from loraformat.verbs.graph import detach, extract
+from loraformat.verbs.merge import attach
+
+KEY = "m.q.weight"
+
+
+def tensors(made):
+    return {t.name: numpy_helper.to_array(t).astype(np.float64) for t in made.graph.initializer}
+
+
+# name → (graph, ΔW of its tensors)
+FORMS = {
+    "PEFT, a Linear over a sequence": (
+        """g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b, float[5,3] a, float[3,7] c, float s>
+        { ["/m/q/base_layer/MatMul"] h = MatMul(x, w)  ["/m/q/base_layer/Add"] u = Add(b, h)
+          ["/m/q/lora_A/default/MatMul"] r = MatMul(x, a)  ["/m/q/lora_B/default/MatMul"] v = MatMul(r, c)
+          ["/m/q/Mul"] d = Mul(v, s)  ["/m/q/Add"] y = Add(u, d) }""",
+        lambda t: t["s"] * (t["a"] @ t["c"]).T,
+    ),
+    "PEFT, a Linear over rows": (
+        """g (float[N,5] x) => (float[N,7] y) <float[7,5] w, float[7] b, float[3,5] a, float[7,3] c, float[1] s>
+        { ["/m/q/base_layer/Gemm"] u = Gemm <transB = 1> (x, w, b)
+          ["/m/q/lora_A/default/Gemm"] r = Gemm <transB = 1> (x, a)
+          ["/m/q/lora_B/default/Gemm"] v = Gemm <transB = 1> (r, c)
+          d = Mul(s, v)  y = Add(d, u) }""",
+        lambda t: t["s"] * (t["c"] @ t["a"]),
+    ),
+    "the scale in B, a base that is multiplied": (
+        """g (float[N,5] x) => (float[N,7] y) <float[7,5] w, float[5,3] a, float[3,7] c>
+        { ["/m/q/Gemm"] u = Gemm <transB = 1, alpha = 0.5> (x, w)  r = MatMul(x, a)  v = MatMul(r, c)  y = Add(u, v) }""",
+        lambda t: (t["a"] @ t["c"]).T / 0.5,
+    ),
+    "casts, a scale between the factors": (
+        """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float16[5,3] a, float16[3,7] c, float16 s>
+        { ["/m/q/MatMul"] u = MatMul(x, w)  i = Identity(x)  k = Cast <to = 10> (i)  r = MatMul(k, a)  l = Mul(r, s)
+          v = MatMul(l, c)  f = Cast <to = 1> (v)  y = Add(u, f) }""",
+        lambda t: t["s"] * (t["a"] @ t["c"]).T,
+    ),
+    "what ONNX Runtime makes of it": (
+        """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[7] b, float[5,3] a, float[3,7] c>
+        { ["/m/q/Gemm"] u = Gemm (x, w, b)  r = com.microsoft.FusedMatMul <alpha = 1.5> (x, a)  y = Gemm (r, c, u) }""",
+        lambda t: 1.5 * (t["a"] @ t["c"]).T,
+    ),
+    "a convolution": (
+        """g (float[N,5,11] x) => (float[N,7,L] y) <float[7,5,4] w, float[7] b, float[3,5,4] a, float[7,3,1] c, float s>
+        { ["/m/q/base_layer/Conv"] u = Conv <strides = [2], pads = [1, 0]> (x, w, b)
+          r = Conv <strides = [2], pads = [1, 0]> (x, a)  v = Conv (r, c)  d = Mul(v, s)  y = Add(u, d) }""",
+        lambda t: t["s"] * t["c"][..., 0] @ t["a"].reshape(3, -1),
+    ),
+    "an embedding": (
+        """g (int64[N,T] x) => (float[N,T,7] y) <float[9,7] w, float[9,3] a, float[3,7] c, float s>
+        { ["/m/q/base_layer/Gather"] u = Gather(w, x)  r = Gather(a, x)  v = MatMul(r, c)  d = Mul(v, s)  y = Add(u, d) }""",
+        lambda t: t["s"] * (t["a"] @ t["c"]).T,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_beside_a_weight_is_found_in_every_form(form, tmp_path):
+    text, wanted = FORMS[form]
+    made = model(text)
+    found = extract(open_base(save(made, tmp_path / "base.onnx")))
+    assert list(found) == [KEY]
+    assert relative_error(found[KEY].matrix(), wanted(tensors(made))) <= 1e-6
+    assert found[KEY].rank == 3
+
+
+def test_what_was_found_does_the_same_beside_the_bare_weight(tmp_path):
+    text, _ = FORMS["PEFT, a Linear over a sequence"]
+    path = save(model(text), tmp_path / "theirs.onnx")
+    bare = model("""g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b>
+      { ["/m/q/MatMul"] h = MatMul(x, w)  y = Add(b, h) }""")
+    theirs = {t.name: t for t in onnx.load(path).graph.initializer}
+    for tensor in bare.graph.initializer:
+        tensor.CopyFrom(theirs[tensor.name])
+    attach(extract(open_base(path)), open_base(save(bare, tmp_path / "bare.onnx")), tmp_path / "ours.onnx")
+    assert relative_error(run(tmp_path / "ours.onnx")["y"], run(path)["y"]) <= 1e-6
+
+
+SHARED = """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[7,7] u, float[7,3] e, float[3,7] zero>
+  { ["/m/q/MatMul"] h = MatMul(x, w)  r = MatMul(x, a)  v = MatMul(r, zero)  p = Add(h, v)
+    ["/m/k/MatMul"] i = MatMul(p, u)  l = MatMul(p, e)  o = MatMul(l, zero)  y = Add(i, o) }"""
+
+
+def test_a_b_that_two_targets_share_belongs_to_each(tmp_path):
+    """torch stores all B that are still zero as one tensor."""
+    made = model(SHARED)
+    next(t for t in made.graph.initializer if t.name == "zero").raw_data = bytes(4 * 3 * 7)
+    found = extract(open_base(save(made, tmp_path / "base.onnx")))
+    assert sorted(found) == ["m.k.weight", KEY]
+    own, other = (found[key]["lora"].lora_B for key in sorted(found))
+    assert not np.shares_memory(own, other)
+    assert not own.any()
+    np.testing.assert_allclose(found[KEY]["lora"].lora_A, tensors(made)["a"].T, rtol=1e-7)
+
+
+@pytest.mark.parametrize("prefold", [False, True])
+def test_what_attach_made_is_found_without_its_record(prefold, tmp_path):
+    """A tool on the way may drop the metadata, and with it the record."""
+    base = model('g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
+    ours = adapter({KEY: (7, 5)})
+    attach(ours, open_base(save(base, tmp_path / "base.onnx")), tmp_path / "out.onnx", prefold=prefold)
+    made = onnx.load(tmp_path / "out.onnx")
+    del made.metadata_props[:]
+    found = extract(open_base(save(made, tmp_path / "bare.onnx")))
+    assert relative_error(found[KEY].matrix(), ours[KEY].matrix()) <= 1e-6
+
+
+NONE = {
+    "another x": """g (float[N,5] x, float[N,5] z) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c>
+        { u = MatMul(x, w)  r = MatMul(z, a)  v = MatMul(r, c)  y = Add(u, v) }""",
+    "a function between the factors": """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c>
+        { u = MatMul(x, w)  r = MatMul(x, a)  t = Relu(r)  v = MatMul(t, c)  y = Add(u, v) }""",
+    "a factor that the input gives": """g (float[N,5] x, float s) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c>
+        { u = MatMul(x, w)  r = MatMul(x, a)  v = MatMul(r, c)  d = Mul(v, s)  y = Add(u, d) }""",
+    "a bias in a factor": """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c, float[3] b>
+        { u = MatMul(x, w)  r = Gemm(x, a, b)  v = MatMul(r, c)  y = Add(u, v) }""",
+    "a function after the weight": """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c>
+        { u = MatMul(x, w)  t = Relu(u)  r = MatMul(x, a)  v = MatMul(r, c)  y = Add(t, v) }""",
+    "a convolution that moves otherwise": """
+        g (float[N,5,11] x) => (float[N,7,L] y) <float[7,5,3] w, float[3,5,3] a, float[7,3,1] c>
+        { u = Conv <pads = [2, 0]> (x, w)  r = Conv <pads = [1, 1]> (x, a)  v = Conv (r, c)  y = Add(u, v) }""",
+}
+
+
+@pytest.mark.parametrize("form", NONE)
+def test_what_is_no_pair_beside_a_weight_is_none(form, tmp_path):
+    base = open_base(save(model(NONE[form]), tmp_path / "base.onnx"))
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613 .* nothing attached by loraformat, and no pair"):
+        extract(base)
+
+
+REFUSED = {
+    "a tensor by the name of a factor": (
+        """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c, float[7,2] q_lora_A>
+        { u = MatMul(x, w)  r = MatMul(x, a)  v = MatMul(r, c)  h = Add(u, v)
+          t = Relu(h)  z = MatMul(t, q_lora_A)  k = Shape(z)  s = Cast <to = 1> (k)  n = ReduceSum(s)  y = Mul(h, n) }""",
+        "called a factor, and is in no branch",
+    ),
+    "a factor that is fed": (
+        """g (float[N,5] x, float[5,R] q_lora_A, float[R,7] q_lora_B) => (float[N,7] y) <float[5,7] w>
+        { u = MatMul(x, w)  r = MatMul(x, q_lora_A)  v = MatMul(r, q_lora_B)  y = Add(u, v) }""",
+        "it is fed to the model, which does not hold it",
+    ),
+    "a magnitude over the factors": (
+        """g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c, float[7] g>
+        { ["/m/q/MatMul"] u = MatMul(x, w)  ["/m/q/lora_A/default/MatMul"] r = MatMul(x, a)
+          ["/m/q/lora_B/default/MatMul"] v = MatMul(r, c)  d = Mul(v, g)  y = Add(u, d) }""",
+        "called a factor, and is in no branch",
+    ),
+    "two adapters": (
+        """g (float[N,5] x) => (float[N,7] y)
+        <float[5,7] w, float[5,3] a, float[3,7] c, float[5,2] d, float[2,7] e>
+        { u = MatMul(x, w)  r = MatMul(x, a)  v = MatMul(r, c)  h = Add(u, v)
+          i = MatMul(x, d)  j = MatMul(i, e)  y = Add(h, j) }""",
+        "two branches run beside this weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_half_of_an_adapter_is_an_error(case, tmp_path):
+    text, reason = REFUSED[case]
+    with pytest.raises(lf.LoraFormatError, match=rf"LF-613 .*{reason}"):
+        extract(open_base(save(model(text), tmp_path / "base.onnx")))
+
+
+def test_a_folder_gives_what_one_of_its_models_has(tmp_path):
+    text, wanted = FORMS["PEFT, a Linear over a sequence"]
+    made = model(text)
+    save(made, tmp_path / "model.onnx")
+    save(model("g (float[N,5] x) => (float[N,7] y) <float[5,7] w> { y = MatMul(x, w) }"), tmp_path / "other.onnx")
+    found = extract(open_base(tmp_path))
+    assert relative_error(found[KEY].matrix(), wanted(tensors(made))) <= 1e-6
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613 .*nothing attached by loraformat"):
+        detach(open_base(tmp_path), tmp_path.with_name("detached"))

@@ -1,0 +1,78 @@
+"""Models that PEFT's layers were exported with, un-merged: the adapter is taken out of the graph as PEFT saved it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("torch", reason="needs torch: the peers extra")
+pytest.importorskip("peft", reason="needs peft: the peers extra")
+
+import optimised
+from exports import EXPORTERS, RECIPES, Recipe, llama, made, unmerged
+
+import loraformat as lf
+from loraformat.registry import open_base
+from loraformat.testing import relative_error
+from loraformat.verbs.graph import extract
+
+pytestmark = pytest.mark.peer
+
+PREFIXES = {"llama": "m.", "gpt2": "m.", "shared-2d": ""}
+"""Model → what it has around the one that PEFT adapted."""
+
+
+def same(found, wanted, prefix, limit=1e-6):
+    """Every target of PEFT's, with its ΔW."""
+    assert {key.removeprefix(prefix) for key in found} == set(wanted)
+    for key, update in found.items():
+        assert relative_error(update.matrix(), wanted[key.removeprefix(prefix)].matrix()) <= limit, key
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("name", PREFIXES)
+def test_every_pair_is_found_with_its_scale(name, exporter, tmp_path):
+    path, adapter = unmerged(name, exporter, tmp_path)
+    same(extract(open_base(path)), lf.load(adapter), PREFIXES[name])
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_every_target_has_a_b_of_its_own_while_all_are_zero(exporter, tmp_path):
+    path, adapter = unmerged("llama", exporter, tmp_path, fresh=True)
+    found, wanted = extract(open_base(path)), lf.load(adapter)
+    assert len(found) == len(wanted) == RECIPES["llama"].targets
+    for key, update in found.items():
+        theirs = wanted[key.removeprefix("m.")]
+        np.testing.assert_array_equal(update["lora"].lora_A, theirs["lora"].lora_A)
+        assert not update["lora"].lora_B.any()
+        assert update["lora"].lora_B.shape == theirs["lora"].lora_B.shape
+
+
+@pytest.mark.parametrize(("tool", "exporter"), [("onnxslim", "dynamo"), ("onnxsim", "torchscript")])
+def test_what_a_simplifier_leaves_is_found(tool, exporter, tmp_path):
+    simplifier = pytest.importorskip(tool, reason=f"needs {tool}: the peers extra")
+    path, adapter = unmerged("bert", exporter, tmp_path)
+    made = onnx.load(path)
+    made = simplifier.slim(made) if tool == "onnxslim" else simplifier.simplify(made)[0]
+    onnx.save(made, tmp_path / "simple.onnx")
+    found, wanted = extract(open_base(tmp_path / "simple.onnx")), lf.load(adapter)
+    assert len(found) == len(wanted)
+    matrices = [update.matrix() for update in wanted.values()]
+    for update in found.values():  # where names are gone, each is known by its values
+        ours = update.matrix()
+        near = [m for m in matrices if m.shape == ours.shape and relative_error(ours, m) <= 1e-6]
+        assert len(near) == 1
+
+
+@pytest.mark.slow
+def test_what_genai_built_with_an_adapter_gives_it_back(tmp_path):
+    pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    recipe = Recipe(
+        lambda: llama(tied=False, head_dim=16), {"target_modules": modules, "r": 4, "lora_alpha": 5}, targets=14
+    )
+    given = made(recipe, "torchscript", tmp_path)
+    optimised.build(given.checkpoint, "fp32", tmp_path / "built", given.adapter)
+    # The builder multiplies the scale into B: one rounding of each value.
+    same(extract(open_base(tmp_path / "built" / "model.onnx")), lf.load(given.adapter), "")

@@ -1,0 +1,145 @@
+"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QMoE and QAttention say why none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from graphs import lora, model, run, save, session
+from onnx import helper, numpy_helper
+
+import loraformat as lf
+from loraformat.base import Options
+from loraformat.registry import open_base
+from loraformat.sketch import sketch
+from loraformat.testing import relative_error
+from loraformat.verbs.graph import detach, extract
+from loraformat.verbs.merge import attach, merge, prepare
+
+E, IN, INNER = 3, 10, 14
+VERBS = {"merge": merge, "attach": attach}
+both_verbs = pytest.mark.parametrize("verb", VERBS)
+
+
+def weights():
+    draw = np.random.default_rng(2)
+    shapes = {"experts_up": (E, INNER, IN), "experts_down": (E, IN, INNER)}
+    return {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def graph(held, **attributes):
+    """Each row goes to one expert, with all its weight."""
+    made = model(f"""g (float[N,{IN}] x, float[N,{E}] p) => (float[N,{IN}] y)
+      {{ ["moe"] y = com.microsoft.MoE <k = 1, activation_type = "relu", normalize_routing_weights = 1>
+         (x, p, experts_up, , experts_down) }}""")
+    made.graph.node[0].attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+    made.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in held.items())
+    return made
+
+
+def computed(held, x, p):
+    """By the operator's documentation: [experts, out, in], relu between."""
+    up, down = (held[name].astype(np.float64) for name in ("experts_up", "experts_down"))
+    chosen = p.argmax(1)
+    inner = np.maximum(np.einsum("ni,noi->no", x, up[chosen]), 0)
+    return np.einsum("ni,noi->no", inner, down[chosen])
+
+
+def pairs(held, *, bound=False):
+    draw, targets, changed = np.random.default_rng(5), {}, dict(held)
+    for rank, (key, weight) in enumerate(held.items(), 2):
+        _, out, in_ = weight.shape
+        a, b = (draw.standard_normal(s).astype(np.float32) for s in ((E, rank, in_), (E, out, rank)))
+        changed[key] = weight + (0.3 * b.astype(np.float64) @ a).astype(np.float32)
+        place = lf.Placement(weight.shape, (1,), (2,), (0,))
+        drawn = sketch(weight, place) if bound else None
+        targets[key] = lf.Update((lf.Lora(a, b, 0.3, "factor"),), place if bound else None, sketch=drawn)
+    return lf.Adapter(targets), changed
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["by names", "by sketches"])
+@both_verbs
+def test_every_expert_takes_its_own_change(verb, bound, tmp_path):
+    held = weights()
+    adapter, changed = pairs(held, bound=bound)
+    stored = {f"w{i}": v for i, v in enumerate(held.values())} if bound else held
+    made = graph(held)
+    if bound:
+        for tensor, name in zip(made.graph.initializer, stored, strict=True):
+            made.graph.node[0].input[list(made.graph.node[0].input).index(tensor.name)] = name
+            tensor.name = name
+    path, out = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    draw = np.random.default_rng(0)
+    feeds = {
+        "x": draw.standard_normal((8, IN)).astype(np.float32),
+        "p": draw.standard_normal((8, E)).astype(np.float32),
+    }
+    assert relative_error(session(path).run(None, feeds)[0], computed(held, **feeds)) <= 2e-6
+    VERBS[verb](adapter, open_base(path), out)
+    onnx.checker.check_model(out, full_check=True)
+    found = session(out).run(None, feeds)[0]
+    assert relative_error(found, computed(changed, **feeds)) <= 2e-6
+    assert relative_error(found, computed(held, **feeds)) > 0.05
+    if verb == "attach":
+        assert lf.digest(extract(open_base(out))) == lf.digest(adapter)
+        detach(open_base(out), tmp_path / "again.onnx")
+        assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+def test_rows_of_gate_and_up_in_turns_are_told_by_values_only(tmp_path):
+    held = weights()
+    base = open_base(save(graph(held, swiglu_fusion=1), tmp_path / "base.onnx"))
+    found = base.resolve(pairs(held)[0], lf.Hints())
+    assert [(p.rule, p.where) for p in found.unresolved] == [("LF-604", "experts_up")]
+    assert set(base.resolve(pairs(held, bound=True)[0], lf.Hints()).require().targets) == set(held)
+
+
+@both_verbs
+def test_experts_in_few_bits_say_why_they_are_not_changed(verb, tmp_path):
+    made = model(f"""g (float[N,32] x, float[N,{E}] p) => (float[N,32] y)
+      <uint8[{E},64,16] u, float[{E},64] s, uint8[{E},32,32] d, float[{E},32] t>
+      {{ ["moe"] y = com.microsoft.QMoE <k = 1, expert_weight_bits = 4> (x, p, u, s, , d, t) }}""")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    update = lf.Update((lf.Lora(np.ones((E, 2, 32), np.float32), np.ones((E, 64, 2), np.float32), 1.0, "factor"),))
+    with pytest.raises(
+        lf.LoraFormatError, match=r"LF-608 .*QMoE sends rows to experts and multiplies them by codes itself"
+    ):
+        VERBS[verb](lf.Adapter({"u": update}), base, tmp_path / "out.onnx")
+
+
+def attention(tmp_path):
+    """(a quantised Attention, its weight [out, in])."""
+    draw = np.random.default_rng(3)
+    codes, step = draw.integers(-90, 90, (24, 72)).astype(np.int8), (0.01 + 0.01 * draw.random(72)).astype(np.float32)
+    made = model("""g (float[N,T,24] x) => (float[N,T,24] y) <float[72] b>
+      { a, xs, xz = DynamicQuantizeLinear(x)
+        ["attention"] y = com.microsoft.QAttention <num_heads = 4> (a, q, b, xs, s, , xz, z) }""")
+    held = {"q": codes, "s": step, "z": np.zeros(72, np.int8)}
+    made.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in held.items())
+    return save(made, tmp_path / "base.onnx"), (codes * step.astype(np.float64)).T
+
+
+def test_a_quantised_attention_says_why_nothing_runs_beside_it_and_takes_a_merge(tmp_path):
+    path, weight = attention(tmp_path)
+    place = lf.Placement((24, 24), (0,), (1,))
+    update = lora(24, 24, rank=3, seed=4)
+    size = 0.03 / float(np.std(update["lora"].lora_B @ update["lora"].lora_A))
+    key = lf.Update(
+        (replace(update["lora"], alpha=size, scale_rule="factor"),), place, sketch=sketch(weight[24:48], place)
+    )
+    base, ours, out = open_base(path), lf.Adapter({"m.k_proj.weight": key}), tmp_path / "out.onnx"
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*QAttention goes on with its product itself"):
+        prepare("attach", [("default", ours)], base, Options(out))
+    with pytest.raises(
+        lf.LoraFormatError, match=r"LF-608 .*goes on with its product itself[^@]*@ m\.k_proj\.weight\n +--requantize"
+    ):
+        merge(ours, base, out)
+    merge(ours, base, out, requantize=True)
+    codes, step = (numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer if t.name in "qs")
+    found, wanted = (codes * step.astype(np.float64)).T, weight.copy()
+    wanted[24:48] += key.matrix()
+    np.testing.assert_array_equal(found[:24], weight[:24])
+    assert (np.abs(found - wanted) <= 0.5005 * step[:, None]).mean() > 0.99
+    assert relative_error(run(out)["y"], run(path)["y"]) > 0.01

@@ -1,0 +1,79 @@
+"""Recurrent layers as torch exports them: ΔW on torch's own parameters, and the same on the graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+from graphs import session
+
+torch = pytest.importorskip("torch", reason="needs torch: the peers extra")
+pytest.importorskip("onnxscript", reason="needs onnxscript: the peers extra")
+
+import loraformat as lf  # noqa: E402
+from loraformat.registry import open_base  # noqa: E402
+from loraformat.sketch import sketch  # noqa: E402
+from loraformat.testing import relative_error  # noqa: E402
+from loraformat.verbs.merge import attach, merge  # noqa: E402
+
+pytestmark = pytest.mark.peer
+VERBS = {"merge": merge, "attach": attach}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, kind, layers, both):
+        super().__init__()
+        self.rnn = getattr(torch.nn, kind)(10, 6, layers, bidirectional=both, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+def exported(model, x, exporter, path):
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        how = {"dynamo": True} if exporter == "dynamo" else {"dynamo": False, "opset_version": 17}
+        torch.onnx.export(model, (x,), str(path), input_names=["x"], output_names=["y"], verbose=False, **how)
+
+
+CASES = {
+    "one layer by names": (1, False, False, "merge"),
+    "two layers by sketches": (2, False, True, "attach"),
+    "two directions by sketches": (1, True, True, "merge"),
+    "two layers by names": (2, False, False, "merge"),
+}
+"""layers, whether both ways, whether bound, the verb."""
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_a_change_of_torchs_parameters_is_the_same_in_the_graph(exporter, kind, case, tmp_path):
+    layers, both, bound, verb = CASES[case]
+    torch.manual_seed(3)
+    model, x = Model(kind, layers, both).eval(), torch.randn(2, 4, 10)
+    path, out, draw = tmp_path / "base.onnx", tmp_path / "out.onnx", np.random.default_rng(1)
+    with torch.no_grad():
+        exported(model, x, exporter, path)
+        base, targets = model(x).numpy(), {}
+        for name, weight in model.named_parameters():
+            if weight.ndim != 2:
+                continue
+            a, b = (draw.standard_normal(s).astype(np.float32) for s in ((2, weight.shape[1]), (weight.shape[0], 2)))
+            place, old = lf.Placement(tuple(weight.shape), (0,), (1,)), weight.numpy().copy()
+            drawn = sketch(old, place) if bound else None
+            targets[name] = lf.Update((lf.Lora(a, b, 0.2, "factor"),), place if bound else None, sketch=drawn)
+            weight += torch.from_numpy(np.float32(0.2) * (b @ a))
+        truth = model(x).numpy()
+    if exporter == "dynamo" and case == "two layers by names":  # it numbers no layers
+        with pytest.raises(lf.LoraFormatError, match=r"LF-603  name_scopes: rnn\.weight_ih_l0 means 2 weights"):
+            VERBS[verb](lf.Adapter(targets), open_base(path), out)
+        return
+    VERBS[verb](lf.Adapter(targets), open_base(path), out)
+    feeds = {"x": x.numpy()}
+    assert relative_error(session(path).run(None, feeds)[0], base) <= 1e-5
+    assert relative_error(session(out).run(None, feeds)[0], truth) <= 1e-5
+    assert relative_error(base, truth) > 0.05
