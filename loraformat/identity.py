@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loraformat import canonical, progress
-from loraformat.container import dtype_name
-from loraformat.mapped import read_ahead
+from loraformat.container import dtype_name, raw
 from loraformat.metadata import part_json
 from loraformat.parts import roles_of
 
@@ -63,9 +60,7 @@ def runs_sha256(runs: Iterable[npt.NDArray[Any]]) -> str:
     """SHA-256 of a tensor's row-major little-endian bytes, which come in runs of its rows."""
     total = hashlib.sha256()
     for run in runs:
-        little = run.astype(run.dtype.newbyteorder("<")) if run.dtype.byteorder == ">" else run
-        read_ahead(little)
-        total.update(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+        total.update(raw(run))
         progress.advance(run.nbytes)
     return total.hexdigest()
 
