@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import algebra, attach, extract, merge, startup, validate
+from bench import algebra, attach, convert, extract, merge, startup, validate
 
 print(f"{'what':28} {'median':>7}   {'(least–most)':16} {'processor':>9} {'peak':>7}       {'ratio':>5}")
-for benchmark in (startup, validate, attach, merge, algebra, extract):
+for benchmark in (startup, validate, attach, merge, convert, algebra, extract):
     benchmark.main()

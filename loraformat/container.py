@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.mapped import read_ahead
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,6 +264,7 @@ def raw(tensor: Array) -> memoryview:
     """The values as a file holds them: row-major, little-endian; a copy only where they do not lie so already."""
     import numpy as np
 
+    read_ahead(tensor)
     if tensor.dtype.byteorder == ">":
         tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
     # numpy moves values of a dtype that it does not know (bfloat16) one by one; as integers it moves runs of them.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loraformat import canonical, progress
-from loraformat.container import dtype_name
+from loraformat.container import dtype_name, raw
 from loraformat.metadata import part_json
 from loraformat.parts import roles_of
 
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
+    from loraformat.updates import Update
 
-__all__ = ["digest", "runs_sha256", "tensor_sha256"]
+__all__ = ["digest", "digesting", "runs_sha256", "tensor_sha256"]
 
 
 def digest(adapter: Adapter) -> str:
@@ -27,10 +27,27 @@ def digest(adapter: Adapter) -> str:
     A role counts as {dtype, shape, SHA-256 of its little-endian bytes}. Placement, sketches, base_sha256,
     base_model, about, provenance and extensions do not count: binding an adapter to a base keeps its digest.
     """
-    content = {
-        key: [part_json(part) | {"roles": {role: _role(t) for role, t in roles_of(part)}} for part in update.parts]
-        for key, update in adapter.items()
-    }
+    return _of({key: _content(update) for key, update in adapter.items()})
+
+
+@contextmanager
+def digesting(adapter: Adapter) -> Iterator[Callable[[], str]]:
+    """The digest, which is worked out in a thread of its own while something else is done inside."""
+    from concurrent.futures import ThreadPoolExecutor  # takes 10 ms to import
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        content = {key: pool.submit(_content, update) for key, update in adapter.items()}
+        yield lambda: _of({key: found.result() for key, found in content.items()})
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever was interrupted waits for one target at most
+
+
+def _content(update: Update) -> list[dict[str, Any]]:
+    return [part_json(part) | {"roles": {role: _role(t) for role, t in roles_of(part)}} for part in update.parts]
+
+
+def _of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.dumps(content).encode()).hexdigest()
 
 
@@ -43,8 +60,7 @@ def runs_sha256(runs: Iterable[npt.NDArray[Any]]) -> str:
     """SHA-256 of a tensor's row-major little-endian bytes, which come in runs of its rows."""
     total = hashlib.sha256()
     for run in runs:
-        little = run.astype(run.dtype.newbyteorder("<")) if run.dtype.byteorder == ">" else run
-        total.update(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+        total.update(raw(run))
         progress.advance(run.nbytes)
     return total.hexdigest()
 

@@ -45,7 +45,7 @@ _PATTERNS = {
 def finite_and_zero(tensor: Array) -> tuple[bool, bool]:
     """(every value is finite, in float32 too; every value is zero) of a float tensor."""
     width, infinite = _PATTERNS[dtype_name(tensor.dtype)]
-    flat = np.ascontiguousarray(tensor).reshape(-1)
+    flat = np.ascontiguousarray(tensor.T if tensor.flags.f_contiguous else tensor).reshape(-1)  # in any order
     flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
     unsigned, signed = flat.view(f"u{width}"), flat.view(f"i{width}")
     below_sign, step = (1 << (8 * width - 1)) - 1, _TILE // width

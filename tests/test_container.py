@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraformat import container
+from loraformat.mapped import read_ahead
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
 FLAVOURS = {
@@ -76,3 +77,38 @@ def test_a_tensor_of_the_other_byte_order_or_of_strides_is_written_as_its_values
     assert written({"a": values.astype(">f4")}, {}) == wanted
     assert written({"a": np.asfortranarray(values)}, {}) == wanted
     assert written({"a": np.repeat(values, 2, axis=1)[:, ::2]}, {}) == wanted
+
+
+def test_what_lies_otherwise_in_memory_is_written_as_its_values(tmp_path):
+    """Transposed, cut, big-endian, a view of a mapped file: the bytes are those of a plain copy."""
+    draw = np.random.default_rng(3)
+    wide = draw.standard_normal((300, 517)).astype(ml_dtypes.bfloat16)
+    tensors = {
+        "transposed": wide.T,
+        "cut": wide[7:290:3, 11:400:2],
+        "turned": wide[::-1, ::-1],
+        "cut and transposed": wide[5:, 131:].T,
+        "three axes": draw.standard_normal((3, 5, 7)).transpose(2, 0, 1),
+        "big": draw.standard_normal((40, 30)).astype(">f4").T,
+        "none": np.array(2.5, "f4"),
+    }
+    for _ in range(2):
+        with open(tmp_path / "a.safetensors", "wb") as file:
+            container.write(file, tensors, {})
+        found = container.Container(tmp_path / "a.safetensors")
+        for name, tensor in tensors.items():
+            assert found[name].tobytes() == np.ascontiguousarray(tensor.astype(found[name].dtype)).tobytes(), name
+        (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+        held = container.Container(tmp_path / "b.safetensors")
+        tensors = {name: held[name].T if held[name].ndim == 2 else held[name] for name in held}  # of mapped memory
+
+
+def test_pages_are_asked_for_of_mapped_files_alone(tmp_path):
+    large = np.ones((1 << 10, 1 << 9), np.float32)
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        container.write(file, {"a": large, "b": large[:3]}, {})
+    held = container.Container(tmp_path / "a.safetensors")
+    for tensor in (large, large.T, held["a"], held["a"].T, held["a"][5:], held["a"][::-1], held["b"], np.float32(1)):
+        before = np.asarray(tensor).tobytes()
+        read_ahead(np.asarray(tensor))
+        assert np.asarray(tensor).tobytes() == before

@@ -212,6 +212,9 @@ def test_what_some_readers_read_otherwise_is_said(tmp_path):
     assert len(said(Update((pair(), Magnitude(abs(normal(11)))), LINE))) == 2
     core = Lora(normal(3, 7), normal(11, 3), 1.0, "factor", normal(3, 3, 3, 3))
     assert ["lora_mid" in what for what in said(Update((core,), CONV))] == [True]
+    core = Lora(normal(3, 7), normal(11, 3), 1.0, "factor", normal(3, 3, 5))
+    line = Placement((11, 7, 5), (0,), (1, 2))
+    assert ["one-dimensional kernel" in what for what in said(Update((core,), line))] == [False, True]
     assert ["reads pairs alone" in what for what in said(Update((Delta(normal(11, 7)),), LINE))] == [True]
 
 

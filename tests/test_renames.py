@@ -1,7 +1,13 @@
 """The names that transformers gives a model in memory, and those of the file that it writes of it."""
 
+import importlib
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+from mutants import net
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
@@ -138,40 +144,105 @@ def test_a_merge_into_the_file_is_the_merge_in_memory(make, tmp_path):
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-# timm, without timm: the same rows under both names.
+# timm: its own model computed the goldens; transformers' model has the same weights under its names.
 
 
-def vit_in_timm(stored):
-    """The tensors of a ViT of transformers' older names as timm has them (convert_vit_timm_to_pytorch.py, backwards)."""
+timm_names = importlib.import_module("loraformat_converters.spaces.timm")  # the package has an object of this name
+
+TIMM = Path(__file__).parent / "golden/timm"
+NAMES = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj.": "vit.embeddings.patch_embeddings.projection.",
+    "norm.": "vit.layernorm.",
+    "head.": "classifier.",
+}
+BLOCK = {
+    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+
+
+def from_timm(tensors):
+    """A ViT of timm as a file of transformers (its convert_vit_timm_to_pytorch.py)."""
     made = {}
-    for i in range(VISION["num_hidden_layers"]):
-        block, layer = f"blocks.{i}.", f"vit.encoder.layer.{i}."
-        for leaf in ("weight", "bias"):
-            parts = [stored[f"{layer}attention.attention.{name}.{leaf}"] for name in ("query", "key", "value")]
-            made[f"{block}attn.qkv.{leaf}"] = np.concatenate(parts)
-            made[f"{block}attn.proj.{leaf}"] = stored[f"{layer}attention.output.dense.{leaf}"]
-            made[f"{block}mlp.fc1.{leaf}"] = stored[f"{layer}intermediate.dense.{leaf}"]
-            made[f"{block}mlp.fc2.{leaf}"] = stored[f"{layer}output.dense.{leaf}"]
-    made["head.weight"] = stored["classifier.weight"]
-    return made
+    for name, tensor in tensors.items():
+        if not name.startswith("blocks."):
+            start = next(start for start in NAMES if name.startswith(start))
+            made[NAMES[start] + name.removeprefix(start)] = tensor
+            continue
+        _, number, module, leaf = re.fullmatch(r"(blocks)\.(\d+)\.(.+)\.(\w+)", name).groups()
+        stem = f"vit.encoder.layer.{number}."
+        if module != "attn.qkv":
+            made[f"{stem}{BLOCK[module]}.{leaf}"] = tensor
+            continue
+        for part, third in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
+            made[f"{stem}attention.attention.{part}.{leaf}"] = third
+    return {name: np.ascontiguousarray(tensor) for name, tensor in made.items()}
+
+
+def vit_file(folder):
+    """The base of the golden in a folder of transformers, as an older version wrote it."""
+    config = VISION | {"model_type": "vit", "architectures": ["ViTForImageClassification"], "layer_norm_eps": 1e-6}
+    config |= {"hidden_act": "gelu", "num_labels": 5, "id2label": {str(i): str(i) for i in range(5)}, "qkv_bias": True}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(from_timm(load_file(TIMM / "base.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def check_timm(folder):
+    """What was trained in timm, merged under transformers' names, row for row; and led back."""
+    base = lf.open_base(vit_file(folder / "hf"))
+    adapter = lf.load(TIMM / "adapter.safetensors")
+    there = lf.retarget(adapter, base=base).adapter
+    assert len(there) == len(adapter) + 2 * 2
+    wanted = from_timm({name: update.matrix() for name, update in adapter.items()})
+    assert there.keys() == wanted.keys()
+    for name, update in there.items():
+        np.testing.assert_allclose(update.matrix(), wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    back = lf.retarget(there, base=lf.open_base(TIMM / "base.safetensors")).adapter
+    assert back.keys() == adapter.keys()
+    for name, update in adapter.items():
+        np.testing.assert_allclose(back[name].matrix(), update.matrix(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def key_before_query(patch):
+    patch.setattr(timm_names, "_QKV", [timm_names._QKV[i] for i in (1, 0, 2)])
+
+
+def halves_for_thirds(patch):
+    real = timm_names.Share
+    patch.setattr(timm_names, "Share", lambda start, stop, of: real(start % 2, start % 2 + 1, 2))
+
+
+test_the_golden_of_timm, test_a_mutant_turns_it_red = net(
+    {"timm": check_timm}, [(key_before_query, "timm"), (halves_for_thirds, "timm")]
+)
 
 
 @pytest.mark.peer
-def test_a_vit_of_transformers_and_one_of_timm_take_each_others_adapters(tmp_path):
+def test_an_adapter_of_timm_gives_transformers_model_timms_own_logits(tmp_path):
+    import torch
+    from transformers import ViTForImageClassification
+
+    base = lf.open_base(vit_file(tmp_path / "hf"))
+    truth = load_file(TIMM / "truth.safetensors")
+    lf.merge(lf.retarget(lf.load(TIMM / "adapter.safetensors"), base=base).adapter, base, tmp_path / "merged")
+    for folder, name in (("hf", "y"), ("merged", "merged")):
+        model = ViTForImageClassification.from_pretrained(tmp_path / folder).eval()
+        with torch.no_grad():
+            found = model(torch.from_numpy(truth["x"])).logits.numpy()
+        np.testing.assert_allclose(found, truth[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.peer
+def test_names_of_transformers_5_lead_to_timm_too():
     model = vit()
-    model.save_pretrained(tmp_path / "hf")
-    timm = vit_in_timm(load_file(tmp_path / "hf/model.safetensors"))
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in timm.items()}, tmp_path / "timm.safetensors")
-    memory = {n: p.detach().numpy() for n, p in model.named_parameters() if p.ndim == 2}
-    adapter = Adapter({name: pair_of(w.shape) for name, w in memory.items()})
-    there = lf.retarget(adapter, base=lf.open_base(tmp_path / "timm.safetensors")).adapter
-    assert there.keys() == {name for name in timm if name.endswith("weight")}
-    queries = next(adapter[name].matrix() for name in adapter if "layer.1." in name.replace("layers", "layer") and ("query" in name or "q_proj" in name))  # fmt: skip
-    np.testing.assert_allclose(there["blocks.1.attn.qkv.weight"].matrix()[:12], queries, rtol=1e-5)
-    back = lf.retarget(there, base=lf.open_base(tmp_path / "hf")).adapter
-    stored = load_file(tmp_path / "hf/model.safetensors")
-    assert back.keys() <= stored.keys()
-    again = lf.retarget(adapter, base=lf.open_base(tmp_path / "hf")).adapter
-    assert back.keys() == again.keys()
-    for key, update in again.items():
-        np.testing.assert_allclose(back[key].matrix(), update.matrix(), rtol=1e-5, atol=1e-6, err_msg=key)
+    memory = {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim == 2 and "classifier" not in n}
+    adapter = Adapter({name: pair_of(shape) for name, shape in memory.items()})
+    there = lf.retarget(adapter, base=lf.open_base(TIMM / "base.safetensors")).adapter
+    wanted = {
+        name for name in load_file(TIMM / "base.safetensors") if name.startswith("blocks") and ".norm" not in name
+    }
+    assert there.keys() == {name for name in wanted if name.endswith("weight")}

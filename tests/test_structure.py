@@ -37,7 +37,7 @@ ORDER = (
     ),
     *("naming", "naming.links", "naming.spaces", "naming.templates"),
     *("algebra", "algebra.sides", "algebra.lowrank", "algebra.svd", "algebra.factors"),
-    *("canonical", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
+    *("canonical", "mapped", "container", "progress", "shapes", "values", "metadata", "faults", "parse", "rules"),
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     "pickled.write",

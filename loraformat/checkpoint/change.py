@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.checkpoint.requantised import Grid, requantised
-from loraformat.container import DTYPES, numpy_dtype
+from loraformat.container import DTYPES, numpy_dtype, raw
 from loraformat.errors import LoraFormatError
 from loraformat.shapes import FLOATS
 from loraformat.tiles import Norms, Tensor, changed, created
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Change", "raw"]
+__all__ = ["Change"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,3 @@ class Change:
             yield from map(raw, arrays)
         except LoraFormatError as error:  # a tile does not know whose it is
             raise LoraFormatError(replace(problem, where=self.name) for problem in error.problems) from None
-
-
-def raw(array: Array) -> memoryview:
-    """The bytes of an array."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

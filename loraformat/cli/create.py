@@ -162,7 +162,8 @@ def convert(
     )
     what = " · ".join([f"{done.source.name} → {done.destination.name} ({why})", *_changed(done.adapted)])
     more = {"residuals": dict(done.adapted.residuals), "dropped": list(done.adapted.dropped)}
-    _proof(done.adapter, destination, what, as_json, command("info", destination), done.warnings, more)
+    told = command("info", destination)
+    _proof(done.adapter, destination, what, as_json, told, done.warnings, more, done.digest)
 
 
 def _changed(adapted: Adapted) -> Iterator[str]:
@@ -214,17 +215,19 @@ def _proof(
     following: str,
     warnings: Sequence[Problem] = (),
     more: Mapping[str, Any] | None = None,
+    known: str | None = None,
 ) -> None:
     """The last line of a success: what was written, in numbers, and what comes next; before it, what the reader warns of."""
     from loraformat.identity import digest
 
+    known = known or digest(adapter)
     placed = sum(update.placement is not None for update in adapter.values())
     scales = sorted({update.scale for update in adapter.values() if update.scale is not None})
     if as_json:
-        said = {"schema": 1, "out": out, "digest": digest(adapter), "targets": len(adapter), "placed": placed}
+        said = {"schema": 1, "out": out, "digest": known, "targets": len(adapter), "placed": placed}
         echo_json({**said, **(more or {}), "warnings": [problem.as_json() for problem in warnings]})
         return
     warn(warnings)
     span = f"{scales[0]:.4g}–{scales[-1]:.4g}" if len(scales) > 1 else "".join(f"{s:.4g}" for s in scales)
-    held = f"{counted(len(adapter), 'target')}, {placed} placed · scale {span} · digest {digest(adapter)[:12]}"
+    held = f"{counted(len(adapter), 'target')}, {placed} placed · scale {span} · digest {known[:12]}"
     click.echo(f"{out}: {what} · {held} · next: {following}", err=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loraformat import canonical, registry
 from loraformat.atomic import write_file, write_folder
 from loraformat.errors import Problem, fault
-from loraformat.layout import Layout, ReadOptions, WriteOptions
+from loraformat.identity import digesting
+from loraformat.layout import Layout, Output, ReadOptions, WriteOptions
 from loraformat.naming.spaces import TORCH, space_of
 from loraformat.resolve import Hints
 from loraformat.verbs.adapt import Adapted
@@ -28,7 +29,7 @@ __all__ = ["Converted", "convert", "save", "target_layout"]
 class Converted(NamedTuple):
     """What was converted: the adapter as written, what reader and writer warn of, and the layouts.
 
-    ``adapted``: what became of ΔW where another form was asked for.
+    ``adapted``: what became of ΔW where another form was asked for; ``digest``: of what was written.
     """
 
     adapter: Adapter
@@ -36,6 +37,7 @@ class Converted(NamedTuple):
     source: Layout
     destination: Layout
     adapted: Adapted
+    digest: str
 
 
 def convert(
@@ -85,8 +87,11 @@ def convert(
     adapted = replace(adapted, adapter=_named(adapted.adapter, to.names, opened, options.config))
     runs = registry.open_base(model) if model is not None else None
     told = WriteOptions(opened, options.config, model=runs)
-    said = save(adapted.adapter, destination, to, told, force=force)
-    return Converted(adapted.adapter, [*reading.warnings, *said], layout, to, adapted)
+    output = _output(adapted.adapter, destination, to, told)
+    with digesting(adapted.adapter) as digest:
+        _put(output, Path(destination), force=force)
+        warnings = [*reading.warnings, *output.warnings]
+        return Converted(adapted.adapter, warnings, layout, to, adapted, digest())
 
 
 def _named(adapter: Adapter, spaces: Collection[str], base: Base | None, config: Mapping[str, Any]) -> Adapter:
@@ -123,15 +128,23 @@ def save(
     Raises:
         LoraFormatError: LF-508 what the layout cannot carry; LF-7xx the output.
     """
+    output = _output(adapter, destination, layout, options or WriteOptions())
+    _put(output, Path(destination), force=force)
+    return output.warnings
+
+
+def _output(adapter: Adapter, destination: str | os.PathLike[str], layout: Layout, options: WriteOptions) -> Output:
+    """What is to be written, everything checked."""
     _check_kinds(adapter, layout)
-    path = Path(destination)
-    output = layout.write(adapter, replace(options or WriteOptions(), ending=path.suffix))
+    return layout.write(adapter, replace(options, ending=Path(destination).suffix))
+
+
+def _put(output: Output, path: Path, *, force: bool) -> None:
     if output.folder:
         write_folder(path, output.files, force=force)
     else:
         (writer,) = output.files.values()
         write_file(path, writer, force=force)
-    return output.warnings
 
 
 def _check_kinds(adapter: Adapter, layout: Layout) -> None:

@@ -6,9 +6,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
-from loraformat.container import dtype_name
+from loraformat.container import dtype_name, raw
 from loraformat_converters.gguf.cursor import ARRAY, SCALARS, STRING, Value
 from loraformat_converters.gguf.file import ALIGNMENT, MAGIC, TYPES, aligned
 
@@ -37,8 +35,7 @@ def write(file: BinaryIO, values: Mapping[str, Value], tensors: Mapping[str, Arr
         end += aligned(tensor.nbytes)
     file.write(head + b"\0" * (-len(head) % ALIGNMENT))
     for tensor in tensors.values():
-        little = tensor.astype(tensor.dtype.newbyteorder("<")) if tensor.dtype.byteorder == ">" else tensor
-        file.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+        file.write(raw(tensor))
         file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
 
 

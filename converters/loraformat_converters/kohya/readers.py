@@ -37,6 +37,10 @@ _SAID: tuple[tuple[Callable[[Update], bool], str], ...] = (
         lambda u: "lora" in u and u["lora"].mid is not None,
         "sd-scripts knows no lora_mid: LyCORIS and ComfyUI read the core",
     ),
+    (
+        lambda u: "lora" in u and u["lora"].mid is not None and u["lora"].mid.ndim == 3,
+        "ComfyUI 0.3.52 stops at a core of a one-dimensional kernel",
+    ),
     (lambda u: "lokr" in u and u["lokr"].t2 is not None, "LyCORIS 4.1.3 does not load a LoKr around a core"),
     (
         lambda u: not u.additive or u.additive[0].kind != "lora",

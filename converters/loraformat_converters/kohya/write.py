@@ -107,5 +107,5 @@ def _hash(tensors: Mapping[str, Array]) -> str:
     total = hashlib.sha256()
     dtypes = {name: container.dtype_name(tensor.dtype) for name, tensor in tensors.items()}
     for name in container.tensor_order(dtypes):
-        total.update(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+        total.update(container.raw(tensors[name]))
     return total.hexdigest()

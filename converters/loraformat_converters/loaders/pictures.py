@@ -33,17 +33,17 @@ class ComfyUI:
     """ComfyUI's LoraLoader."""
 
     name = "comfyui"
-    version = "2025–2026"
+    version = "0.3.52"
     describes = "ComfyUI, and what shares its loader"
     layouts = ("kohya", "diffusers")
 
     def reasons(self, adapter: Adapter) -> Iterator[Reason]:
         """It reads alpha from tensors alone, and normalises DoRA by W where training took W + ΔW."""
-        source = "ComfyUI comfy/weight_adapter/lora.py"
+        source = "ComfyUI 0.3.52 comfy/weight_adapter/lora.py"
         if "diffusers" in adapter.extensions:
             yield from findings.scale_of_all(adapter, f"{source}: without an .alpha tensor the scale is 1", 1.0)
         keys = [key for key, update in adapter.items() if "magnitude" in update]
         if keys:
             what = f"DoRA is normalised by ‖W‖, not by ‖W + ΔW‖: {len(keys)} of {len(adapter)} targets"
-            yield Reason("wrong", what, keys[0], findings.MERGE, "ComfyUI comfy/weight_adapter/base.py")
+            yield Reason("wrong", what, keys[0], findings.MERGE, "ComfyUI 0.3.52 comfy/weight_adapter/base.py")
         yield from findings.lacking(adapter, {"rows": source})

@@ -1,7 +1,8 @@
 """Goldens written by litgpt 0.5.13 itself, and what its own merge makes of its base.
 
-Run ``python make.py`` in an environment with litgpt, lightning and torch (the versions are in ``golden.json``). One
-folder a case, as ``litgpt finetune_lora`` leaves it:
+Run ``python make.py`` in an environment with litgpt, lightning and torch (the versions are in ``golden.json``);
+``python make.py loads``, where loraformat is too, has litgpt load what loraformat writes of each case, strictly, and
+compares its logits with those of the case. One folder a case, as ``litgpt finetune_lora`` leaves it:
 
 ``lit_model.pth.lora``     ``{"model": factors}``, by ``torch.save``
 ``hyperparameters.yaml``   the numbers that litgpt's own merge reads; ``model_config.yaml`` the model's
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import tempfile
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 import yaml
 from litgpt.lora import GPT, Config, LoRALinear, lora_filter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 SIZES: dict[str, Any] = {
@@ -77,7 +80,38 @@ def make(name: str) -> None:
     (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
+@torch.no_grad()
+def check_loads(name: str) -> float:
+    """The relative error of the logits, of a file that was written from Hugging Face's names; 2.9e-7 at most (measured)."""
+    import loraformat as lf
+    from loraformat.layout import WriteOptions
+    from loraformat.verbs.convert import save
+    from loraformat.verbs.retarget import retarget
+    from loraformat_converters.litgpt import NAMES, layout
+    from loraformat_converters.litgpt.files import scalars
+
+    groups = CASES[name]["n_query_groups"]
+    known = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": groups, "head_dim": 10}
+    known |= {"hidden_size": 24, "num_hidden_layers": 2}
+    adapter = retarget(lf.load(HERE / name), "torch", config=known).adapter
+    changed = {key: update for key, update in adapter.items() if update.matrix().any()}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        there = retarget(replace(adapter, targets=changed, extensions={}), NAMES, config=known).adapter
+        save(there, out, layout, WriteOptions(config=known))
+        state = torch.load(out / "lit_model.pth.lora", mmap=True, weights_only=True)["model"]
+        lora = {k: v for k, v in scalars((out / "hyperparameters.yaml").read_text()).items() if k.startswith("lora_")}
+        model = GPT(Config.from_file(HERE / name / "model_config.yaml", **lora)).eval()
+        for key, value in load_file(HERE / name / "base.safetensors").items():
+            module, _, leaf = key.rpartition(".")
+            inner = f"{module}.linear.{leaf}"
+            state[inner if inner in model.state_dict() else key] = value
+        model.load_state_dict(state, strict=True)
+    truth = load_file(HERE / name / "truth.safetensors")
+    return float((model(truth["x"]) - truth["y"]).norm() / truth["y"].norm())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in CASES:
-        make(case)
+        print(case, check_loads(case)) if sys.argv[1:] == ["loads"] else make(case)
