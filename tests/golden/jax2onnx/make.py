@@ -63,7 +63,9 @@ if __name__ == "__main__":
     jax2onnx.to_onnx(base, [("B", WIDTH)], return_mode="file", output_path=str(HERE / "model.onnx"))
     state = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
     (HERE / "lora.msgpack").write_bytes(serialization.to_bytes(state))
-    weights = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(base, nnx.Param))}
+    weights = {
+        "/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(base, nnx.Param))
+    }
     np.savez(HERE / "base.npz", **weights)
     np.savez(HERE / "expected.npz", x=x, y=np.asarray(model(x)), base=np.asarray(base(x)))
     versions = {name: importlib.metadata.version(name) for name in ("jax2onnx", "jax", "flax")}
