@@ -159,6 +159,38 @@ def test_maxtexts_scanned_kernels_are_the_layers_of_torch(case, tmp_path):
     assert sorted(there.adapter) == sorted(expected(MAXTEXT / case))
 
 
+def test_the_command_line_leads_from_maxtext_to_peft_and_back(run, tmp_path):
+    """The base is MaxText's checkpoint, with the model's config.json beside it."""
+    (tmp_path / "model").mkdir()
+    np.savez(tmp_path / "model" / "weights.npz", **{k: case["W"] for k, case in expected(MAXTEXT / "llama-1").items()})
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config_of("llama-1")))
+    base = ("--base", "model/weights.npz")
+    told = run("convert", MAXTEXT / "llama-1" / "lora.npz", "peft", "--to", "peft", "--alpha", "6", *base)
+    assert told.code == 0, told.err
+    factors = np.load(MAXTEXT / "llama-1" / "peft.npz")
+    for key, update in lf.load(tmp_path / "peft").items():
+        stem = f"base_model.model.{key.removesuffix('.weight')}"
+        wanted = 2.0 * factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+        assert relative_error(update.matrix(), wanted) < 1e-6, key
+    told = run("retarget", "peft", *base, "-o", "back.lora.safetensors")
+    assert told.code == 0, told.err
+    check_merged(lf.load(tmp_path / "back.lora.safetensors"), MAXTEXT / "llama-1")
+    told = run("merge", "back.lora.safetensors", "--into", "model/weights.npz", "-o", "merged.npz", "--verify")
+    assert told.code == 0, told.err
+
+
+def test_the_command_line_leads_from_gemma_to_peft_and_back(run, tmp_path):
+    base = ("--base", GEMMA / "gqa" / "base.npz")
+    told = run("convert", GEMMA / "gqa" / "lora.msgpack", "peft", "--to", "peft", *base)
+    assert told.code == 0, told.err
+    told = run("convert", "peft", "again.msgpack", "--to", "gemma", *base)
+    assert told.code == 0, told.err
+    one, other = (lf.load(path) for path in (GEMMA / "gqa" / "lora.msgpack", tmp_path / "again.msgpack"))
+    assert sorted(one) == sorted(other)
+    for key, update in one.items():
+        assert relative_error(other[key].matrix(), update.matrix()) < 1e-6, key
+
+
 def test_maxtexts_query_is_refused_where_the_model_is_not_known(tmp_path):
     base = base_of(MAXTEXT / "llama-1", tmp_path)
     adapter = scanned("llama-1", tmp_path, base)
