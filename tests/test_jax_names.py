@@ -262,6 +262,25 @@ def test_renamed_transposed_stacked_and_head_split_weights_are_found_by_value(tm
         assert relative_error(back[key].matrix(), wanted) < 1e-6, key
 
 
+def test_which_of_two_tied_weights_is_meant_the_names_tell(tmp_path):
+    draw = np.random.default_rng(41)
+    table, up = draw.standard_normal((17, 10)).astype(np.float32), draw.standard_normal((14, 10)).astype(np.float32)
+    save_file(
+        {"model.embed_tokens.weight": table, "lm_head.weight": table, "x.y.weight": up}, tmp_path / "t.safetensors"
+    )
+    np.savez(tmp_path / "f.npz", **{"embedder/input_embedding": table, "odd": up.T})
+    flax, torch = lf.open_base(tmp_path / "f.npz"), lf.open_base(tmp_path / "t.safetensors")
+    targets = {"embedder/input_embedding": Placement((17, 10), (1,), (0,)), "odd": Placement((10, 14), (1,), (0,))}
+    parts = {
+        key: Lora(normal(2, p.matrix_shape[1]), normal(p.matrix_shape[0], 2), 1.0, "factor")
+        for key, p in targets.items()
+    }
+    adapter = Adapter({key: Update((parts[key],), place) for key, place in targets.items()}, names="flax")
+    found = retarget(adapter, base=torch, origin=flax)
+    assert found.matched == {"embedder/input_embedding": ("model.embed_tokens.weight",), "odd": ("x.y.weight",)}
+    assert relative_error(found.adapter["x.y.weight"].delta(), adapter["odd"].delta().T) < 1e-6
+
+
 def test_a_weight_that_the_other_base_has_not_is_refused(tmp_path):
     weights, torch, flax = by_value(tmp_path)
     np.savez(
