@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from gguf_goldens import HERE as GGUF
 from gguf_goldens import truth_of
+from jax_goldens import GOLDEN
 from safetensors.numpy import load_file
 
 import loraformat as lf
 from loraformat import registry
 from loraformat.layout import ReadOptions, WriteOptions
 from loraformat.testing import relative_error
+from loraformat.verbs.bind import bind
 from loraformat.verbs.convert import save
 from loraformat.verbs.retarget import retarget
 
@@ -72,6 +74,33 @@ def test_llama_cpp_runs_what_tunix_trained(tmp_path):
     test_tunix_to_peft_to_gguf_is_the_same_change_at_every_step("qwen2", tmp_path)
     assert difference("qwen2", tmp_path / "a.gguf") <= 1e-5
     assert difference("qwen2") <= 1e-5
+
+
+JAX2ONNX = GOLDEN / "jax2onnx"
+
+
+def by_the_checkpoint(adapter, flax, graph):
+    """The graph's own names, by the values of both."""
+    return retarget(adapter, base=graph, origin=flax).adapter
+
+
+def by_sketches(adapter, flax, graph):
+    """Bound to the checkpoint, under torch's names: the graph is resolved without it."""
+    return retarget(bind(adapter, flax), "torch").adapter
+
+
+@pytest.mark.parametrize("found", [by_the_checkpoint, by_sketches])
+@pytest.mark.parametrize("verb", [lf.merge, lf.attach], ids=["merge", "attach"])
+def test_trained_in_nnx_and_put_into_what_jax2onnx_wrote(verb, found, tmp_path):
+    """No name is left in such a graph (const_0, …): its weights are found by the values of the JAX checkpoint."""
+    graph = lf.open_base(JAX2ONNX / "model.onnx")
+    adapter = found(lf.load(JAX2ONNX / "lora.msgpack"), lf.open_base(JAX2ONNX / "base.npz"), graph)
+    with np.load(JAX2ONNX / "expected.npz") as arrays:
+        x, wanted, base = arrays["x"], arrays["y"], arrays["base"]
+    assert np.abs(outputs(JAX2ONNX / "model.onnx", x) - base).max() <= 1e-5
+    verb(adapter, graph, tmp_path / "out.onnx")
+    assert np.abs(outputs(tmp_path / "out.onnx", x) - wanted).max() <= 1e-5
+    assert np.abs(base - wanted).max() > 0.1
 
 
 def outputs(path, x):

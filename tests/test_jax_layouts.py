@@ -7,6 +7,7 @@ import pytest
 from jax_goldens import (
     GEMMA,
     GEMMA_CASES,
+    GOLDEN,
     LORAX,
     MAXTEXT,
     SCANNED,
@@ -238,7 +239,19 @@ def test_layers_of_axis_1_may_be_an_einsums_until_a_base_tells():
     assert "--base" in refused("LF-504", MAXTEXT / "llama-1" / "lora.npz", "qwix", alpha=6.0)
 
 
-# All three
+# EasyDeL
+
+
+def test_what_easydel_splits_off_is_nnxs_and_merges_as_it_merged(tmp_path):
+    adapter = lf.load(GOLDEN / "easydel" / "lora.msgpack")
+    assert sorted(adapter) == sorted(expected(GOLDEN / "easydel"))
+    check_merged(adapter, GOLDEN / "easydel")
+    check_claimed_alone(registry.layout("nnx"), GOLDEN / "easydel" / "lora.msgpack")
+    again, before = leaves(written(adapter, "nnx", tmp_path / "a.msgpack")), leaves(GOLDEN / "easydel" / "lora.msgpack")
+    assert {k: v.tobytes() for k, v in again.items()} == {k: v.tobytes() for k, v in before.items()}
+
+
+# All of them
 
 
 @pytest.mark.parametrize(("layout", "path"), FILES, ids=[f"{layout}-{path.parent.name}" for layout, path in FILES])

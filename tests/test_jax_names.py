@@ -159,6 +159,38 @@ def test_maxtexts_scanned_kernels_are_the_layers_of_torch(case, tmp_path):
     assert sorted(there.adapter) == sorted(expected(MAXTEXT / case))
 
 
+def test_the_command_line_leads_from_maxtext_to_peft_and_back(run, tmp_path):
+    """The base is MaxText's checkpoint, with the model's config.json beside it."""
+    (tmp_path / "model").mkdir()
+    np.savez(tmp_path / "model" / "weights.npz", **{k: case["W"] for k, case in expected(MAXTEXT / "llama-1").items()})
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config_of("llama-1")))
+    base = ("--base", "model/weights.npz")
+    told = run("convert", MAXTEXT / "llama-1" / "lora.npz", "peft", "--to", "peft", "--alpha", "6", *base)
+    assert told.code == 0, told.err
+    factors = np.load(MAXTEXT / "llama-1" / "peft.npz")
+    for key, update in lf.load(tmp_path / "peft").items():
+        stem = f"base_model.model.{key.removesuffix('.weight')}"
+        wanted = 2.0 * factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+        assert relative_error(update.matrix(), wanted) < 1e-6, key
+    told = run("retarget", "peft", *base, "-o", "back.lora.safetensors")
+    assert told.code == 0, told.err
+    check_merged(lf.load(tmp_path / "back.lora.safetensors"), MAXTEXT / "llama-1")
+    told = run("merge", "back.lora.safetensors", "--into", "model/weights.npz", "-o", "merged.npz", "--verify")
+    assert told.code == 0, told.err
+
+
+def test_the_command_line_leads_from_gemma_to_peft_and_back(run, tmp_path):
+    base = ("--base", GEMMA / "gqa" / "base.npz")
+    told = run("convert", GEMMA / "gqa" / "lora.msgpack", "peft", "--to", "peft", *base)
+    assert told.code == 0, told.err
+    told = run("convert", "peft", "again.msgpack", "--to", "gemma", *base)
+    assert told.code == 0, told.err
+    one, other = (lf.load(path) for path in (GEMMA / "gqa" / "lora.msgpack", tmp_path / "again.msgpack"))
+    assert sorted(one) == sorted(other)
+    for key, update in one.items():
+        assert relative_error(other[key].matrix(), update.matrix()) < 1e-6, key
+
+
 def test_maxtexts_query_is_refused_where_the_model_is_not_known(tmp_path):
     base = base_of(MAXTEXT / "llama-1", tmp_path)
     adapter = scanned("llama-1", tmp_path, base)
@@ -228,6 +260,25 @@ def test_renamed_transposed_stacked_and_head_split_weights_are_found_by_value(tm
     assert sorted(back) == sorted(adapter)
     for key, wanted in delta.items():
         assert relative_error(back[key].matrix(), wanted) < 1e-6, key
+
+
+def test_which_of_two_tied_weights_is_meant_the_names_tell(tmp_path):
+    draw = np.random.default_rng(41)
+    table, up = draw.standard_normal((17, 10)).astype(np.float32), draw.standard_normal((14, 10)).astype(np.float32)
+    save_file(
+        {"model.embed_tokens.weight": table, "lm_head.weight": table, "x.y.weight": up}, tmp_path / "t.safetensors"
+    )
+    np.savez(tmp_path / "f.npz", **{"embedder/input_embedding": table, "odd": up.T})
+    flax, torch = lf.open_base(tmp_path / "f.npz"), lf.open_base(tmp_path / "t.safetensors")
+    targets = {"embedder/input_embedding": Placement((17, 10), (1,), (0,)), "odd": Placement((10, 14), (1,), (0,))}
+    parts = {
+        key: Lora(normal(2, p.matrix_shape[1]), normal(p.matrix_shape[0], 2), 1.0, "factor")
+        for key, p in targets.items()
+    }
+    adapter = Adapter({key: Update((parts[key],), place) for key, place in targets.items()}, names="flax")
+    found = retarget(adapter, base=torch, origin=flax)
+    assert found.matched == {"embedder/input_embedding": ("model.embed_tokens.weight",), "odd": ("x.y.weight",)}
+    assert relative_error(found.adapter["x.y.weight"].delta(), adapter["odd"].delta().T) < 1e-6
 
 
 def test_a_weight_that_the_other_base_has_not_is_refused(tmp_path):

@@ -194,3 +194,40 @@ def test_components_are_those_that_all_new_names_have():
         "text_encoder",
         "unet",
     )
+
+
+@pytest.mark.parametrize("kind", ["lora", "delta", "loha", "lokr"])
+def test_a_weight_that_is_kept_scaled_there_is_changed_by_as_much(kind):
+    update = made(kind, Placement.of((12, 8), "out,in"))
+    way = Link(Seat("a.weight"), Seat("b.weight"), "test: as said", 0.25)
+    there = moved(update, way)
+    np.testing.assert_allclose(there["b.weight"].matrix(), update.matrix() / 4, rtol=1e-6)
+    back = translate(Adapter({"b.weight": there["b.weight"]}), [way.reversed()], "torch").adapter["a.weight"]
+    np.testing.assert_array_equal(back.matrix(), update.matrix())
+
+
+@pytest.mark.parametrize("kind", ["dora", "replace", "rows"])
+def test_what_is_no_multiple_of_a_change_is_refused_where_the_weight_is_kept_scaled(kind):
+    update = made(kind, Placement.of((12, 8), "out,in"))
+    said = refused("LF-612", Link(Seat("a.weight"), Seat("b.weight"), "test: as said", 0.25), a=update)
+    assert "--drop" in said
+
+
+def test_pieces_fill_the_rows_of_a_tensor_whose_out_side_is_several_axes():
+    """As k and v fill [2, heads, in, size]; and each is there again on the way back."""
+    place, pieces = Placement.of((12, 5), "out,in"), {}
+    for seed, name in enumerate(("a.weight", "b.weight")):
+        pieces[name] = Update((Lora(normal(2, 5, seed=seed), normal(12, 2, seed=9 - seed), 3.0, "alpha/r"),), place)
+    there = {"axes": "out,out,in,out", "shape": (2, 3, 5, 4)}
+    here = {"axes": "out,in", "shape": (12, 5)}
+    ways = [
+        Link(Seat(name, **here), Seat("c.weight", Share(i, i + 1, 2), **there), "test: as said")
+        for i, name in enumerate(pieces)
+    ]
+    fused = translate(Adapter(pieces), ways, "org.example.x").adapter["c.weight"]
+    wanted = np.stack([update.matrix().reshape(3, 4, 5).transpose(0, 2, 1) for update in pieces.values()])
+    np.testing.assert_allclose(fused.delta(), wanted, rtol=1e-5, atol=1e-6)
+    back = translate(Adapter({"c.weight": fused}), [way.reversed() for way in ways], "torch").adapter
+    for name, update in pieces.items():
+        assert back[name].placement == Placement.of((12, 5), "out,in")
+        np.testing.assert_allclose(back[name].delta(), update.delta(), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ open is refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -102,9 +103,11 @@ class _Way:
         return self._by_names(adapter)
 
     def _by_values(self, adapter: Adapter, base: Base) -> Translated:
-        """By the values of both bases; by names what they do not tell."""
+        """By the values of both bases; by names what they do not tell, such as which of two tied tensors is meant."""
         links = list(recognised(adapter.targets, base, self.origin))
-        told = {link.here.name for link in links}
+        times = Counter((link.here.name, link.here.index) for link in links)
+        told = {name for name, _ in times} - {name for (name, _), count in times.items() if count > 1}
+        links = [link for link in links if link.here.name in told]
         first = translate(replace(adapter, targets={k: u for k, u in adapter.items() if k in told}), links, self.to)
         rest = replace(adapter, targets={key: update for key, update in adapter.items() if key not in told})
         return _together(first, self._by_names(rest)) if rest else first

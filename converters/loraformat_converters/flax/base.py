@@ -13,6 +13,7 @@ import numpy as np
 
 from loraformat.atomic import write_file, write_folder
 from loraformat.base import Options, Parameter
+from loraformat.checkpoint.folder import json_object
 from loraformat.container import dtype_name
 from loraformat.description import dtype_table
 from loraformat.errors import LoraFormatError, Problem, fault
@@ -56,7 +57,10 @@ kind = _Kind()
 
 
 class TreeBase:
-    """An opened tree. A Linen collection ``params`` around all of it is no part of the names."""
+    """An opened tree, with the model's ``config.json`` if there is one in it or beside it.
+
+    A Linen collection ``params`` around all of it is no part of the names.
+    """
 
     verbs = frozenset({"merge"})
     names = "flax"
@@ -67,6 +71,8 @@ class TreeBase:
         if tree is None:
             raise fault("LF-610", f"{path} holds no tree of arrays")
         self.tree = tree
+        places = (folder / "config.json" for folder in (path, path.parent))
+        self.config = next((json_object(file) for file in places if file.is_file()), {})
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every array by its path."""
