@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.parts import Delta, Loha, Lokr, Lora, Part, Replace, Rows
 from loraformat.resolve import matches
 
 if TYPE_CHECKING:
-    from loraformat.adapter import Adapter
     from loraformat.updates import Update
 
 __all__ = ["strengthen", "weighed"]
@@ -52,14 +52,16 @@ def strengthen(
     return replace(adapter, targets=targets)
 
 
-def weighed(adapters: Adapter | Sequence[tuple[Adapter, float]]) -> list[tuple[str, Adapter]]:
-    """One adapter, or several with their weights, by a name each and with the weight applied.
+def weighed(adapters: Adapter | Sequence[tuple[Adapter, float]] | Mapping[str, Adapter]) -> list[tuple[str, Adapter]]:
+    """One adapter, several with their weights, or several by their names; by a name each and with the weight applied.
 
     Raises:
         LoraFormatError: LF-612, LF-705, as ``strengthen`` does.
     """
-    if not isinstance(adapters, Sequence):
+    if isinstance(adapters, Adapter):
         return [("default", adapters)]
+    if isinstance(adapters, Mapping):
+        return list(cast("Mapping[str, Adapter]", adapters).items())  # which an adapter alone is too, of updates
     return [(f"default{i}", strengthen(adapter, weight)) for i, (adapter, weight) in enumerate(adapters, 1)]
 
 

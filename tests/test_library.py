@@ -33,6 +33,20 @@ def test_one_adapter_folded(run, files):
     assert (files / "done.onnx").read_bytes() == (files / "said.onnx").read_bytes()
 
 
+def test_every_mode_takes_its_keywords_and_adapters_their_names(run, files):
+    words = ("--mode", "swap", "--pad-rank", "7", "--targets", "*.proj", "--slots", "required")
+    assert (
+        run("attach", "one=1.safetensors", "two=2.safetensors", "--to", "m.onnx", "-o", "said.onnx", *words).code == 0
+    )
+    given = {name: lf.load(files / f"{n}.safetensors") for n, name in enumerate(("one", "two"), 1)}
+    how = {"mode": "swap", "pad_rank": 7, "targets": ["*.proj"], "slots": "required"}
+    lf.attach(given, lf.open_base(files / "m.onnx"), files / "done.onnx", **how)
+    for end in ("onnx", "one.onnx_adapter", "two.onnx_adapter"):
+        assert (files / f"done.{end}").read_bytes() == (files / f"said.{end}").read_bytes()
+    with pytest.raises(TypeError, match="topologie"):
+        lf.attach(given["one"], lf.open_base(files / "m.onnx"), files / "none.onnx", topologie="concat")
+
+
 def test_what_was_attached_comes_out_by_its_name(files):
     one = lf.load(files / "1.safetensors")
     lf.attach([(one, 1.0), (lf.load(files / "2.safetensors"), 1.0)], lf.open_base(files / "m.onnx"), files / "o.onnx")

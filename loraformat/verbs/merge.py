@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from loraformat.base import Base, Options
 from loraformat.bound import check_bound
@@ -15,13 +15,13 @@ from loraformat.strength import weighed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from loraformat.adapter import Adapter
     from loraformat.plan import Outcome, Plan
     from loraformat.resolve import Resolution
 
-__all__ = ["attach", "merge", "prepare"]
+__all__ = ["How", "attach", "merge", "prepare"]
 
 
 def prepare(
@@ -99,23 +99,41 @@ def merge(
     return base.apply(plan, force=force)
 
 
+class How(TypedDict, total=False):
+    """The ways to attach: see ``loraformat.base.Options``."""
+
+    mode: Literal["branch", "swap", "stack"]
+    prefold: bool
+    slots: Literal["optional", "required"]
+    pad_rank: int | None
+    slot_names: Literal["native", "olive", "genai"]
+    targets: Sequence[str]
+    rows: Sequence[str]
+    select: Literal["index", "weights"]
+    provider: Literal["cpu", "cuda"]
+    topology: Literal["auto", "separate", "concat", "folded"]
+    live_scale: bool
+
+
 def attach(
-    adapter: Adapter | Sequence[tuple[Adapter, float]],
+    adapter: Adapter | Sequence[tuple[Adapter, float]] | Mapping[str, Adapter],
     base: Base,
     out: str | os.PathLike[str],
     hints: Hints | None = None,
     *,
-    prefold: bool = False,
     any_base: bool = False,
     force: bool = False,
+    **how: Unpack[How],
 ) -> Outcome:
-    """Write ``base``, an ONNX model, with the branch s·B·A·x beside each target; its own weights are not touched.
+    """Write ``base``, an ONNX model, with adapters beside its weights, which are not touched: s·B·A·x for each target.
 
     Args:
-        prefold: store what a runtime that optimises would compute once, for one that does not.
+        adapter: as in ``merge``, or several by the names by which a swap and a stack know them.
+        how: ``mode="swap"``, ``topology="concat"``, …: those of ``loraformat.base.Options``.
 
-    The other arguments and the errors are those of ``merge``; LF-608 the base is no graph.
+    The other arguments and the errors are those of ``merge``; LF-608 the base is no graph; LF-705 what does not go together.
     """
-    options = Options(Path(out), prefold=prefold)
+    given: dict[str, Any] = {**how}
+    options = Options(Path(out), **given | {name: tuple(given[name]) for name in ("targets", "rows") if name in given})
     plan = prepare("attach", weighed(adapter), base, options, hints, any_base=any_base)
     return base.apply(plan, force=force)
