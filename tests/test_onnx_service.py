@@ -104,6 +104,8 @@ def test_a_mistake_is_its_callers_alone(served):
         {**good, "inputs": {"x": [[0.0] * 5]}},
         {**good, "inputs": {"x": "u", "ids": [1]}},
         {**good, "inputs": {"z": [1]}},
+        {**good, "inputs": {"x": [[0.0] * 4], "ids": [1]}},
+        {**good, "inputs": {"x": [[0.0] * 5], "ids": [99]}},
         [1],
     ]
 
@@ -116,6 +118,13 @@ def test_a_mistake_is_its_callers_alone(served):
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(client, [good, *wrong, good]))
     assert found[1:-1] == [400] * len(wrong)
-    assert found[0] == found[-1]
+    assert found[0] == found[-1] == client(good) != 400
     with urllib.request.urlopen(f"{address}/adapters", timeout=30) as answer:
         assert json.load(answer) == ["a", "b", "c"]
+
+
+def test_rows_with_the_adapter_of_another_client_are_red(served, stacked, monkeypatch):
+    whole = stacked.use
+    monkeypatch.setattr(stacked, "use", lambda choice: whole(choice[::-1]))
+    with pytest.raises(AssertionError):
+        test_every_client_has_the_row_of_its_own_adapter(served, stacked)

@@ -66,9 +66,13 @@ class Batches:
         self.runs += 1
         try:
             found = await asyncio.to_thread(chosen.run, feeds)
-        except Exception as error:  # whatever it is, its callers are told
-            for asked in rows:
-                asked.answer.cancelled() or asked.answer.set_exception(error)
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, without a common one
+            if len(rows) > 1:  # an index beyond a table, say: it is one row's mistake
+                for asked in rows:
+                    await self._answer([asked])
+            elif not rows[0].answer.cancelled():
+                rows[0].answer.set_exception(ValueError(str(error)))
             return
         for i, asked in enumerate(rows):
-            asked.answer.cancelled() or asked.answer.set_result({name: values[i] for name, values in found.items()})
+            if not asked.answer.cancelled():
+                asked.answer.set_result({name: values[i] for name, values in found.items()})
