@@ -183,6 +183,19 @@ def test_what_lies_between_two_models_is_taken_out(tmp_path):
     assert np.linalg.norm(found.adapter[key].matrix() - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
+def test_types_that_are_only_read_are_compared_by_their_values(tmp_path):
+    quantised(tmp_path / "m.gguf", "Q4_K")
+    base = lf.open_base(tmp_path / "m.gguf")
+    out, in_ = base.parameters()["blk.0.attn_q.weight"].shape
+    adapter = change(0.3, out=out, in_=in_)
+    key = "blk.0.attn_q.weight"
+    with open(tmp_path / "tuned.gguf", "wb") as file:
+        kept = {n: base.read(n) for n in base.parameters() if n != key}
+        store.write(file, {"general.architecture": Value("str", "llama")}, kept | {key: adapter[key].matrix()})
+    found = lf.extract(base, lf.open_base(tmp_path / "tuned.gguf"), rank=2)  # the blocks are all zero
+    assert np.allclose(found.adapter[key].matrix(), adapter[key].matrix(), atol=1e-5)
+
+
 def test_the_command_merges_and_verifies(run, tmp_path):
     quantised(tmp_path / "m.gguf", "Q8_0")
     lf.save(change(0.3), tmp_path / "a.lora.safetensors")
