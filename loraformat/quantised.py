@@ -82,6 +82,8 @@ def form_of(weight: str, names: Collection[str], config: Mapping[str, Any], dtyp
     module = weight.rpartition(".")[0]
     for name, present, absent in _BESIDES:
         if all(f"{module}.{end}" in names for end in present) and not any(f"{module}.{end}" in names for end in absent):
+            if name == "AWQ" and next(_methods(config), None) == "gptq":
+                name = "GPTQ"  # of files that leave out the index of groups
             return _form(name, f"{module}.{present[-1]} stands beside it")
     if {f"{weight}_blocks", f"{weight}_scales"} <= set(names):
         return _form("MXFP4", f"{weight}_blocks holds it")

@@ -183,6 +183,49 @@ def test_what_lies_between_two_models_is_taken_out(tmp_path):
     assert np.linalg.norm(found.adapter[key].matrix() - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
+def test_experts_embeddings_norms_and_biases(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="needs the peer gguf")
+    number = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, shape in (("blk.0.ffn_up_exps.weight", (3, 8, 64)), ("token_embd.weight", (11, 64))):
+        writer.add_tensor(name, gguf.quants.quantize(draw(*shape), number), raw_dtype=number)
+    for name, shape in (("output.weight", (11, 64)), ("blk.0.attn_norm.weight", (64,)), ("blk.0.attn_q.bias", (8,))):
+        writer.add_tensor(name, draw(*shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    experts = Update((Lora(draw(3, 2, 64, seed=1), draw(3, 8, 2, seed=2), 0.3, "factor"),))
+    embedding = Update((Lora(draw(2, 11, seed=1), draw(64, 2, seed=2), 0.3, "factor"),), op="embedding")
+    norm, bias = Update((lf.Delta(draw(64, seed=1)),)), Update((lf.Replace(draw(8, seed=1)),))
+    keys = ("blk.0.ffn_up_exps.weight", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.bias")
+    adapter = Adapter(dict(zip(keys, (experts, embedding, norm, bias), strict=True)), "gguf")
+    base = lf.open_base(tmp_path / "m.gguf")
+    lf.merge(adapter, base, tmp_path / "out.gguf", requantize=True)
+    merged = lf.open_base(tmp_path / "out.gguf")
+    moved = {key: merged.read(key).astype(np.float64) - base.read(key) for key in keys}
+    for key, delta in ((keys[0], experts.matrix()), (keys[1], embedding.matrix().T), (keys[2], draw(64, seed=1))):
+        assert np.linalg.norm(moved[key] - delta) < 0.03 * np.linalg.norm(delta), key
+    assert np.array_equal(merged.read(keys[3]), draw(8, seed=1))
+    assert lf.verify(base, adapter, merged).problems == []
+    new = Adapter({keys[1]: Update((lf.Replace(draw(11, 64, seed=5)),))}, "gguf")
+    (problem,) = problems_of(lf.merge, new, base, tmp_path / "new.gguf", requantize=True)
+    assert (problem.rule, "only a sum is rounded" in problem.what) == ("LF-608", True)
+
+
+def test_types_that_are_only_read_are_compared_by_their_values(tmp_path):
+    quantised(tmp_path / "m.gguf", "Q4_K")
+    base = lf.open_base(tmp_path / "m.gguf")
+    out, in_ = base.parameters()["blk.0.attn_q.weight"].shape
+    adapter = change(0.3, out=out, in_=in_)
+    key = "blk.0.attn_q.weight"
+    with open(tmp_path / "tuned.gguf", "wb") as file:
+        kept = {n: base.read(n) for n in base.parameters() if n != key}
+        store.write(file, {"general.architecture": Value("str", "llama")}, kept | {key: adapter[key].matrix()})
+    found = lf.extract(base, lf.open_base(tmp_path / "tuned.gguf"), rank=2)  # the blocks are all zero
+    assert np.allclose(found.adapter[key].matrix(), adapter[key].matrix(), atol=1e-5)
+
+
 def test_the_command_merges_and_verifies(run, tmp_path):
     quantised(tmp_path / "m.gguf", "Q8_0")
     lf.save(change(0.3), tmp_path / "a.lora.safetensors")

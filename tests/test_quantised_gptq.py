@@ -81,6 +81,7 @@ UNKNOWN = {
     "another form": (config("marlin"), {}),
     "a zero that ran over": (config(), {"q.qzeros": np.full((3, 8), -1, np.int32)}),
     "groups that are not there": (config(), {"q.g_idx": np.full(96, 7, np.int32)}),
+    "no index of groups": (config(), {"q.g_idx": None}),
     "three bits": (config(), {"q.qweight": np.zeros((9, 64), np.int32)}),
 }
 
@@ -89,7 +90,7 @@ UNKNOWN = {
 def test_what_is_not_known_is_refused_by_its_name(name, tmp_path):
     told, more = UNKNOWN[name]
     _, held, _ = golden("gptq_4", tmp_path)
-    write(tmp_path / "base", {**held, **more}, told)
+    write(tmp_path / "base", {key: value for key, value in {**held, **more}.items() if value is not None}, told)
     base = lf.open_base(tmp_path / "base")
     found, said = rules(lf.merge, change(64, 96, 0.2), base, tmp_path / "out", requantize=True)
     assert (found, "q.weight is stored as GPTQ" in said) == ({"LF-608"}, True)

@@ -122,6 +122,31 @@ def test_a_component_of_a_pipeline_may_be_in_few_bits(tmp_path):
     assert lf.verify(base, adapter, merged).problems == []
 
 
+MISTAKES = {
+    "the adapter was not applied": [],
+    "the adapter was applied twice": [1.0, 1.0],
+    "alpha was taken for the scale": [3.0],
+    "the scale was lost (ΔW = B·A)": [2.5],
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+@pytest.mark.parametrize("case", ["nf4", "gptq_4", "fp8"])
+def test_a_wrong_merge_is_named(case, words, tmp_path):
+    """The scale is 0.4, alpha 1.2."""
+    base, _, _ = opened(case, tmp_path)
+    out, in_ = SHAPES[case]
+    pair = lf.Lora(draw(3, in_, seed=1), draw(out, 3, seed=2) * np.float32(0.2), 1.2, "alpha/r")
+    adapter = lf.Adapter({"q.weight": lf.Update((pair,))})
+    merged = base
+    if MISTAKES[words]:
+        both = [(lf.Adapter({"q.weight": lf.Update((pair,))}), weight) for weight in MISTAKES[words]]
+        lf.merge(both, base, tmp_path / "out", requantize=True)
+        merged = lf.open_base(tmp_path / "out")
+    (problem,) = lf.verify(base, adapter, merged).problems
+    assert (problem.rule, problem.what.startswith(words)) == ("LF-611", True), problem.what
+
+
 def damaged(held, config, random):
     """One tensor, or one word of what describes them, is another."""
     held, name = dict(held), str(random.choice(sorted(held)))

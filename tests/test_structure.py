@@ -89,6 +89,7 @@ ORDER = (
         "verbs.diff",
         "verbs.anatomy",
         "verbs.cause",
+        "verbs.numbers",
         "verbs.verify",
         "verbs.adapt",
         "verbs.retarget",

@@ -71,7 +71,7 @@ def alpha_of_the_old_rank(patch):
 
 
 def roundings_not_told(patch):
-    patch.setattr(adapt, "_moved", lambda old, new, where: 0.0)
+    patch.setattr(adapt, "moved", lambda old, new, where: 0.0)
 
 
 def half_of_what_is_lost_is_told(patch):

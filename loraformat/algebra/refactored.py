@@ -1,4 +1,4 @@
-"""A pair under another scale: what one factor of it becomes where a layout has a single scale for all pairs."""
+"""A pair under another scale: what one factor of it becomes where a layout has a single scale for all pairs; and its rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["under_scale"]
+__all__ = ["moved", "under_scale"]
+
+
+def moved(old: Array, new: Array, where: str) -> float:
+    """‖new − old‖ / ‖old‖; LF-612 where a value went beyond the dtype."""
+    exact = np.asarray(old, np.float64)
+    if not np.isfinite(np.asarray(new, np.float64)).all():
+        raise fault("LF-612", f"a value up to {np.abs(exact).max():.3g} is beyond {new.dtype}", where=where)
+    length = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(np.asarray(new, np.float64) - exact)) / length if length else 0.0
 
 
 def under_scale(part: Lora, scale: float) -> tuple[Array, float]:
@@ -37,7 +46,4 @@ def under_scale(part: Lora, scale: float) -> tuple[Array, float]:
         own, single = exact.astype(part.lora_B.dtype), exact.astype(np.float32)
     if np.array_equal(np.asarray(own, np.float64), exact):
         return own, 0.0
-    if not np.isfinite(single).all():
-        raise fault("LF-612", f"B × {part.scale / scale:g} goes beyond single precision")
-    length = float(np.linalg.norm(exact))
-    return single, float(np.linalg.norm(single - exact)) / length if length else 0.0
+    return single, moved(exact, single, f"lora_B × {part.scale / scale:g}")

@@ -91,7 +91,7 @@ def weigh(adapter: Adapter, base: Base, found: Resolution) -> tuple[dict[str, No
 
 
 def _in_few_bits(base: Base, name: str) -> bool:
-    return isinstance(base, FewBits) and base.dequantised(name) is not None
+    return isinstance(base, FewBits) and base.requantised(name, ()) is not None
 
 
 def _norms(update: Update, base: Base, match: Match, name: str) -> Norms:

@@ -14,6 +14,7 @@ import numpy as np
 
 from loraformat.algebra.factors import lowrank
 from loraformat.algebra.lowrank import norm, total
+from loraformat.algebra.refactored import moved
 from loraformat.algebra.svd import svd
 from loraformat.errors import fault
 from loraformat.parts import KINDS, Additive, Delta, Loha, Lokr, Lora, Part, roles_of
@@ -155,22 +156,13 @@ def _cast(key: str, update: Update, dtype: np.dtype[Any]) -> tuple[Update, float
         with np.errstate(over="ignore"):
             new: dict[str, Any] = {role: tensor.astype(dtype) for role, tensor in roles_of(part) if _is_float(tensor)}
         for role, tensor in new.items():
-            total += _moved(getattr(part, role), tensor, f"{key}.{role}")
+            total += moved(getattr(part, role), tensor, f"{key}.{role}")
         made.append(replace(part, **new))
     return _with(update, made), total
 
 
 def _is_float(tensor: Array) -> bool:
     return tensor.dtype.kind not in "biu"
-
-
-def _moved(old: Array, new: Array, where: str) -> float:
-    """‖new − old‖ / ‖old‖; LF-612 where a value went beyond the dtype."""
-    exact = np.asarray(old, np.float64)
-    if not np.isfinite(np.asarray(new, np.float64)).all():
-        raise fault("LF-612", f"a value up to {np.abs(exact).max():.3g} is beyond {new.dtype}", where=where)
-    length = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(np.asarray(new, np.float64) - exact)) / length if length else 0.0
 
 
 def _folded(update: Update) -> tuple[Update, float | None]:
@@ -201,7 +193,7 @@ def _fold(part: Additive) -> tuple[Additive, float | None]:
     exact = np.asarray(old, np.float64) * part.scale
     with np.errstate(over="ignore"):
         new = exact.astype(old.dtype)
-    error = _moved(exact, new, f"{role} × {part.scale:g}")
+    error = moved(exact, new, f"{role} × {part.scale:g}")
     changed: dict[str, Any] = {role: new, "alpha": 1.0, "scale_rule": "factor"}
     return replace(part, **changed), error
 

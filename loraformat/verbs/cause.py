@@ -21,13 +21,13 @@ from loraformat.tiles import applied, read_runs
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat.base import Base, Parameter
+    from loraformat.base import Base, Parameter, Requantising
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
     F64 = npt.NDArray[np.float64]
 
-__all__ = ["NOT_APPLIED", "cause"]
+__all__ = ["NOT_APPLIED", "cause", "cause_in_few_bits"]
 
 NOT_APPLIED = "the adapter was not applied"
 _TWICE = "the adapter was applied twice"
@@ -200,6 +200,27 @@ def _guessed(base: Base, before: Parameter, merged: Base, after: Parameter, upda
             sums[words] += float(np.sum((widened(rounded(made, stored.dtype)) - got) ** 2))
     words = min(sums, key=sums.__getitem__)
     return words if _explains(sums[words], square, rounding) else ""
+
+
+# Weights in few bits.
+
+
+def cause_in_few_bits(base: Requantising, before: str, merged: Base, after: str, updates: Sequence[Update]) -> str:
+    """As ``cause``, of a weight in few bits: what each mistake would have stored is compared number by number."""
+    if len(updates) > 1:
+        return ""
+    turned = _turned(updates[0])
+    guesses = dict(_suspects(updates[0])) | ({"ΔW was added transposed": [turned]} if turned else {})
+    named = []
+    for words, wrong in guesses.items():
+        tiles = base.requantised(before, wrong) if wrong else None
+        if tiles is not None and all(_same(tile, merged.read(after, rows)) for rows, tile in tiles):
+            named.append(words)
+    return ", or ".join(named)
+
+
+def _same(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)
 
 
 def _suspects(update: Update) -> Iterator[tuple[str, list[Update]]]:

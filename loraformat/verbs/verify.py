@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.base import Requantising, Tying
+from loraformat.base import Tying
 from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
@@ -20,6 +20,7 @@ from loraformat.shapes import FLOATS
 from loraformat.strength import weighed
 from loraformat.tiles import applied, prepared, read_runs
 from loraformat.verbs.cause import NOT_APPLIED, cause
+from loraformat.verbs.numbers import Compared, bits, compare_numbers, square_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,7 +43,7 @@ class Verdict:
     """What was compared and what differs.
 
     Attributes:
-        touched: target → ‖found − expected‖ / ‖expected‖.
+        touched: target → ‖found − expected‖ / ‖expected‖; of a weight in few bits that of the numbers as they are stored.
         untouched: how many other tensors are equal bit for bit.
         problems: one LF-611 for each difference.
     """
@@ -64,15 +65,6 @@ class _Touched:
     keys: list[str] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     tie: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """The relative distance of one weight, what is wrong, and which mistake it was, as far as they are known."""
-
-    distance: float
-    wrong: str = ""
-    mistake: str = ""
 
 
 @one_blas_thread()
@@ -109,7 +101,7 @@ def verify(
     return Verdict(touched, len(same), problems)
 
 
-def _told(weights: Mapping[str, _Touched], compared: Mapping[str, _Compared]) -> Iterator[Problem]:
+def _told(weights: Mapping[str, _Touched], compared: Mapping[str, Compared]) -> Iterator[Problem]:
     """What is wrong with each weight; one that was left out among others that were not is called skipped."""
     applied_elsewhere = any(one.mistake != NOT_APPLIED for one in compared.values())
     for name, weight in weights.items():
@@ -189,51 +181,27 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
     return Verdict({key: 0.0 for one in adapters for key in one}, sum(not why for why in differ.values()), problems)
 
 
-def _compare(
-    base: Base, before: Parameter | None, merged: Base, after: Parameter | None, weight: _Touched
-) -> _Compared:
+def _compare(base: Base, before: Parameter | None, merged: Base, after: Parameter | None, weight: _Touched) -> Compared:
     updates = weight.updates
-    if tiles := _requantised(base, weight):
-        return _stored_alike(tiles, merged, weight.after)
+    if found := compare_numbers(base, weight.before, merged, weight.after, updates):
+        return found
     if after is None:
-        return _Compared(math.inf, f"{weight.after} is quantised: what W + ΔW is rounded to in it is not known")
+        return Compared(math.inf, f"{weight.after} is quantised: what W + ΔW is rounded to in it is not known")
     wrong, square, whole = 0, 0.0, 0.0
     for rows, wanted in _expected(base, before, after.shape, [prepared(update) for update in updates]):
         if rows is None and wanted.shape != after.shape:
-            return _Compared(math.inf, f"the tensor is {list(after.shape)}, expected {list(wanted.shape)}")
+            return Compared(math.inf, f"the tensor is {list(after.shape)}, expected {list(wanted.shape)}")
         got = merged.read(after.name, rows)
         wrong += _count_wrong(wanted, got)
-        square += _square((widened(got) if wanted.dtype == np.float32 else got.astype(np.float64)) - wanted)
-        whole += _square(wanted)
+        square += square_of((widened(got) if wanted.dtype == np.float32 else got.astype(np.float64)) - wanted)
+        whole += square_of(wanted)
     relative = math.sqrt(square / whole) if whole else math.sqrt(square)
     if not wrong:
-        return _Compared(relative)
+        return Compared(relative)
     told = f"{wrong} of {math.prod(after.shape)} values are not W + ΔW rounded once, relative distance {relative:.2g}"
     if before is None or before.shape != after.shape or not after.shape or not {before.dtype, after.dtype} <= FLOATS:
-        return _Compared(relative, told)
-    return _Compared(relative, told, cause(base, before, merged, after, updates, square))
-
-
-def _requantised(base: Base, weight: _Touched) -> Iterator[tuple[tuple[int, int], Array]] | None:
-    if not isinstance(base, Requantising) or all(update.replaces for update in weight.updates):
-        return None
-    return base.requantised(weight.before, weight.updates)
-
-
-def _stored_alike(tiles: Iterator[tuple[tuple[int, int], Array]], merged: Base, name: str) -> _Compared:
-    """Of a weight in few bits, whose stored values are what is compared: the scale beside them is another tensor."""
-    wrong, count, square, whole = 0, 0, 0.0, 0.0
-    for rows, wanted in tiles:
-        got = merged.read(name, rows)
-        count += wanted.size
-        if got.dtype != wanted.dtype or got.shape != wanted.shape:
-            return _Compared(math.inf, f"the tensor is {got.dtype.name} {list(got.shape)}")
-        wrong += int(np.count_nonzero(_bits(got) != _bits(wanted)))
-        square += _square(widened(got) - widened(wanted))
-        whole += _square(widened(wanted))
-    relative = math.sqrt(square / whole) if whole else math.sqrt(square)
-    told = f"{wrong} of {count} values are not W + ΔW rounded to the steps of their scale"
-    return _Compared(relative, told if wrong else "")
+        return Compared(relative, told)
+    return Compared(relative, told, cause(base, before, merged, after, updates, square))
 
 
 def _expected(
@@ -249,7 +217,7 @@ def _expected(
 
 def _count_wrong(wanted: Array, got: Array) -> int:
     """How many values are no rounding of the wanted ones, but for the noise of float32 sums."""
-    places = np.flatnonzero(_bits(rounded(wanted, got.dtype)) != _bits(got))
+    places = np.flatnonzero(bits(rounded(wanted, got.dtype)) != bits(got))
     if not places.size or dtype_name(got.dtype) not in FLOATS:
         return places.size
     expected, values = wanted.reshape(-1)[places].astype(np.float64), got.reshape(-1)[places].astype(np.float64)
@@ -259,22 +227,11 @@ def _count_wrong(wanted: Array, got: Array) -> int:
     return int((~((values >= least) & (values <= most))).sum())
 
 
-def _square(values: Array) -> float:
-    flat = np.ascontiguousarray(values, np.float32 if values.dtype == np.float32 else np.float64).reshape(-1)
-    return float(np.dot(flat, flat))
-
-
 def _difference(base: Base, before: Parameter, merged: Base, after: Parameter) -> str:
     """How a tensor that should be the same differs, or ""."""
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return f"{after.dtype} {list(after.shape)} instead of {before.dtype} {list(before.shape)}"
     for rows, tile in read_runs(base, before):
-        if not np.array_equal(_bits(tile), _bits(merged.read(after.name, rows))):
+        if not np.array_equal(bits(tile), bits(merged.read(after.name, rows))):
             return "changed"
     return ""
-
-
-def _bits(values: Array) -> Array:
-    """The values as unsigned integers of their own size."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    return flat.view(f"u{flat.itemsize}" if flat.itemsize <= 8 else np.uint8)

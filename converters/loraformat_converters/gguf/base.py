@@ -18,7 +18,7 @@ from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat_converters.gguf import keys
 from loraformat_converters.gguf.blocks import QUANTISED, Blocks
-from loraformat_converters.gguf.file import GgufFile
+from loraformat_converters.gguf.file import NUMPY, GgufFile
 from loraformat_converters.gguf.merging import Merge
 from loraformat_converters.gguf.read import EMBEDDING
 
@@ -98,19 +98,17 @@ class GgufModel:
         return self.file.read(name, rows)
 
     def dequantised(self, name: str) -> Values | None:
-        """The values of a tensor that a merge can round to; None of any other."""
-        return Values(Blocks(self.file, name)) if self._quantised(name) else None
+        """The values of a quantised tensor; None of any other."""
+        info = self.file.infos.get(name)
+        return Values(Blocks(self.file, name)) if info is not None and info.type not in NUMPY else None
 
     def requantised(
         self, name: str, updates: Sequence[Update], norms: Norms | None = None
     ) -> Iterator[tuple[tuple[int, int], Array]] | None:
-        """(rows, the values of what a merge stores in them) of such a tensor, in order; None of any other."""
-        if not self._quantised(name):
+        """(rows, the values of what a merge stores in them) of a tensor that it can round to, in order; None of any other."""
+        if name not in self.file.infos or self.file.infos[name].type not in QUANTISED:
             return None
         return self._requantised(Blocks(self.file, name), updates, norms or Norms())
-
-    def _quantised(self, name: str) -> bool:
-        return name in self.file.infos and self.file.infos[name].type in QUANTISED
 
     @staticmethod
     def _requantised(grid: Blocks, updates: Sequence[Update], norms: Norms) -> Iterator[tuple[tuple[int, int], Array]]:

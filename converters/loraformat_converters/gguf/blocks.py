@@ -30,7 +30,7 @@ _SIZES = {name: (values, width) for name, values, width in TYPES.values()}
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A ``loraformat.checkpoint.requantised.Grid`` of the tensor ``tensor``, whose type is one of ``QUANTISED``."""
+    """A ``loraformat.checkpoint.requantised.Grid`` of the tensor ``tensor``; only of ``QUANTISED`` there is a nearest."""
 
     file: GgufFile
     tensor: str

@@ -88,8 +88,10 @@ class Merge:
         if change.holds(update) if change.dtype in NUMPY else change.grid is not None and not absolute:
             return None
         what = f"{name} is quantised as {change.dtype}"
-        if change.dtype not in QUANTISED or absolute:
-            return "LF-608", f"{what}, to which {'what is trained anew' if absolute else 'only llama.cpp'} rounds", _FIX
+        if absolute:
+            return "LF-608", f"{what}: only a sum is rounded to that, and the update has values of its own", _FIX
+        if change.dtype not in QUANTISED:
+            return "LF-608", f"{what}, to which only llama.cpp rounds", _FIX
         return (
             "LF-608",
             f"{what}: a merge would round the change away",
