@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from loraformat.base import Requantising, Tying
+from loraformat.base import Recognising, Requantising, Tying
 from loraformat.blas import one_blas_thread
 from loraformat.container import dtype_name
 from loraformat.errors import Problem, fault
@@ -215,7 +215,9 @@ def _compare(
 
 
 def _requantised(base: Base, weight: _Touched) -> Iterator[tuple[tuple[int, int], Array]] | None:
-    if not isinstance(base, Requantising) or all(update.replaces for update in weight.updates):
+    # What replaces a checkpoint's tensor is stored as it comes; a graph rounds it to the codes that its operator takes.
+    as_it_comes = all(update.replaces for update in weight.updates) and not isinstance(base, Recognising)
+    if not isinstance(base, Requantising) or as_it_comes:
         return None
     return base.requantised(weight.before, weight.updates)
 
