@@ -8,11 +8,12 @@ from functools import partial
 import numpy as np
 import test_onnx_branched as theirs
 import test_onnx_experts as experts
+import test_onnx_exporters as exporters
 import test_onnx_recurrent as recurrent
 import test_onnx_requantised as codes
 from mutants import net
 
-from loraformat_converters.onnx import branched, operators, requantised, spots
+from loraformat_converters.onnx import branched, operators, requantised, rewriting, spots, trace
 from loraformat_converters.onnx import index as onnx_index
 from loraformat_converters.onnx.nodes import Nodes
 from loraformat_converters.onnx.values import Values
@@ -31,6 +32,15 @@ CHECKS = {
     "codes of 4 bits": partial(codes.check, "MatMulNBits 4, zero points"),
     "a turned weight": partial(codes.check, "Cast, Sub, Mul, Transpose"),
     "half of the range": codes.test_int8_of_half_the_range_stays_in_it,
+    "a change that is rounded away": partial(
+        codes.test_a_change_that_would_be_rounded_away_is_refused_before_a_byte_is_written, "MatMulNBits 4"
+    ),
+    "an Einsum taken apart": partial(
+        exporters.test_a_graph_computes_what_its_framework_does_with_the_change, "tf2onnx", "attach", "sketch"
+    ),
+    "a kernel of an image": partial(
+        exporters.test_a_graph_computes_what_its_framework_does_with_the_change, "keras-torch", "merge", "base"
+    ),
     "a Linear over a sequence": found("PEFT, a Linear over a sequence"),
     "a scale in B": found("the scale in B, a base that is multiplied"),
     "a convolution": found("a convolution"),
@@ -102,6 +112,23 @@ def every_code_is_in_use(patch):
     patch.setattr(requantised, "_in_use", lambda values, low, high: (low, high))
 
 
+def nothing_is_too_little(patch):
+    patch.setattr(rewriting, "too_little", lambda *args: None)
+
+
+def shapes_are_not_counted(patch):
+    patch.setattr(trace, "counted", lambda *args: None)
+
+
+def kernels_are_read_with_their_channels_first(patch):
+    whole = exporters.lf.Placement.to_matrix
+
+    def other(self, tensor):
+        return whole(replace(self, in_=tuple(sorted(self.in_))), tensor)
+
+    patch.setattr("loraformat.axes.Placement.to_matrix", other)
+
+
 def the_scale_is_lost(patch):
     whole = branched._Graph._unscaled
     patch.setattr(branched._Graph, "_unscaled", lambda self, value, scope: (whole(self, value, scope)[0], 1.0))
@@ -145,6 +172,9 @@ MUTANTS = [
     (high_bits_are_written_first, "codes of 4 bits"),
     (codes_are_stored_as_the_operator_reads_them, "a turned weight"),
     (every_code_is_in_use, "half of the range"),
+    (nothing_is_too_little, "a change that is rounded away"),
+    (shapes_are_not_counted, "an Einsum taken apart"),
+    (kernels_are_read_with_their_channels_first, "a kernel of an image"),
     (the_scale_is_lost, "a Linear over a sequence"),
     (the_bases_own_factor_is_forgotten, "a scale in B"),
     (any_x_will_do, "another x"),

@@ -23,6 +23,7 @@ from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import prepare
+from loraformat.verbs.verify import verify
 from loraformat_converters.onnx.inputs import generated
 
 pytestmark = [pytest.mark.slow, pytest.mark.strangers]
@@ -244,11 +245,12 @@ def test_every_weight_is_changed_alike_by_merge_and_attach(name, mixed, tmp_path
     assert (tmp_path / "detached.onnx").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name, stranger in STRANGERS.items() if stranger.beside])
-def test_quantised_weights_are_changed_beside_them(name, tmp_path):
-    stranger = STRANGERS[name]
-    path, targets, names = path_of(stranger), {}, {}
-    base, draw = open_base(path), np.random.default_rng(13)
+quantised = pytest.mark.parametrize("name", [name for name, stranger in STRANGERS.items() if stranger.beside])
+
+
+def adapter_beside(base):
+    """(adapter, map) of a pair for every quantised weight, 3 % of its size."""
+    targets, names, draw = {}, {}, np.random.default_rng(13)
     for number, (root, site) in enumerate(eligible(base, sealed=True).items()):
         out, in_ = site.placement.matrix_shape
         weight, place = base.values.read(site)
@@ -257,7 +259,15 @@ def test_quantised_weights_are_changed_beside_them(name, tmp_path):
         assert place.matrix_shape == (out, in_)
         targets[f"t{number}.weight"] = Update((pair,), op="embedding" if site.looks_up else None)
         names[f"t{number}.weight"] = root
-    adapter, hints = Adapter(targets), Hints(names=names)
+    return Adapter(targets), Hints(names=names)
+
+
+@quantised
+def test_quantised_weights_are_changed_beside_them(name, tmp_path):
+    stranger = STRANGERS[name]
+    path = path_of(stranger)
+    base = open_base(path)
+    adapter, hints = adapter_beside(base)
     with pytest.raises(LoraFormatError, match=r"LF-608.* quantised"):
         prepare("merge", [("default", adapter)], base, Options(tmp_path / "out.onnx"), hints)
     plan = prepare("attach", [("default", adapter)], base, Options(tmp_path / "out.onnx"), hints)
@@ -270,3 +280,19 @@ def test_quantised_weights_are_changed_beside_them(name, tmp_path):
     assert digest(extract(attached)) == digest(adapter)
     detach(attached, tmp_path / "detached.onnx")
     assert (tmp_path / "detached.onnx").read_bytes() == path.read_bytes()
+
+
+@quantised
+def test_quantised_weights_take_a_change_that_is_rounded_to_their_steps(name, tmp_path):
+    stranger = STRANGERS[name]
+    base = open_base(path_of(stranger))
+    adapter, hints = adapter_beside(base)
+    plan = prepare("merge", [("default", adapter)], base, Options(tmp_path / "out.onnx", requantize=True), hints)
+    outcome = base.apply(plan)
+    assert len(outcome.norms) == stranger.beside
+    assert min(1 - norms.loss for norms in outcome.norms.values()) > 0.5  # of 8 bits
+    assert not verify(base, adapter, open_base(tmp_path / "out.onnx"), hints).problems
+    np.savez(tmp_path / "inputs.npz", **feeds_of(stranger, base))
+    proof = prove(base, plan, tmp_path / "inputs.npz")
+    assert proof.error <= proof.limit == 1e-5
+    assert proof.moved > 1e-2

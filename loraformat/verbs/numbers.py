@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.base import Requantising
+from loraformat.base import Recognising, Requantising
 from loraformat.rounding import widened
 from loraformat.verbs.cause import NOT_APPLIED, cause_in_few_bits
 
@@ -39,7 +39,9 @@ def compare_numbers(base: Base, before: str, merged: Base, after: str, updates: 
     Args:
         before, after: the name of its tensor in the base, and in the result.
     """
-    if not isinstance(base, Requantising) or all(update.replaces for update in updates):
+    # What replaces a checkpoint's tensor is stored as it comes; a graph rounds it to the codes that its operator takes.
+    as_it_comes = all(update.replaces for update in updates) and not isinstance(base, Recognising)
+    if not isinstance(base, Requantising) or as_it_comes:
         return None
     tiles = base.requantised(before, updates)
     if tiles is None:

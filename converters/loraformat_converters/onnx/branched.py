@@ -171,7 +171,7 @@ class _Graph:
     def _sums(self, node: onnx.NodeProto, scope: Scope) -> Iterator[tuple[_Branch, str]]:
         """Of a sum: (what is a branch, the value that it is added to). ONNX Runtime makes one Gemm of B and its Add."""
         pairs: list[tuple[str, str]] = []
-        if node.op_type == "Add" and node.domain in STANDARD:
+        if _is_sum(node):
             pairs = [(node.input[0], node.input[1]), (node.input[1], node.input[0])]
         elif node.op_type == "Gemm" and len(node.input) > 2 and attribute(node, "beta", 1.0) == 1.0:
             pairs = [(node.output[0], node.input[2])]
@@ -221,7 +221,7 @@ class _Graph:
         if site is not None and site not in (branch.a, branch.b) and ("Conv" not in site.like or exact == value):
             return site if self._fits(site, branch) and _beside(site, branch, scope) else None
         node = _producer(value, scope)
-        if node is None or node.op_type != "Add" or node.domain not in STANDARD or depth > _DEPTH:
+        if node is None or not _is_sum(node) or depth > _DEPTH:
             return None
         for name, other in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
             if scope.home(other, "constant") is not None or self._branch(other, scope) is not None:
@@ -229,6 +229,10 @@ class _Graph:
                 if found is not None:
                     return found
         return None
+
+
+def _is_sum(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Add" and node.domain in STANDARD and len(node.input) == 2
 
 
 def _beside(site: Site, branch: _Branch, scope: Scope) -> bool:
@@ -251,7 +255,13 @@ def _plain(name: str, scope: Scope, through: frozenset[str] = _SAME) -> str:
     """The value that a value is, but for casts and copies."""
     for _ in range(_DEPTH):
         node = _producer(name, scope)
-        if node is None or node.op_type not in through or node.domain not in STANDARD or node.output[0] != name:
+        if (
+            node is None
+            or node.op_type not in through
+            or node.domain not in STANDARD
+            or node.output[0] != name
+            or not node.input
+        ):
             break
         name = node.input[0]
     return name

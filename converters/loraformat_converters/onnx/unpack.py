@@ -128,7 +128,7 @@ def _table(site: Site, read: Read) -> Codes | None:
     """GatherBlockQuantized: a scale for every run of ``block_size`` along one axis (onnxruntime 1.32)."""
     node = site.node
     bits, axis = int(attribute(node, "bits", 4)), int(attribute(node, "quantize_axis", 1)) % 2
-    block = int(attribute(node, "block_size", 128)) or site.operand.shape[axis]
+    block = min(int(attribute(node, "block_size", 128)) or site.operand.shape[axis], site.operand.shape[axis])
     codes, scales = _read(site, 0, read), _read(site, 2, read)
     if codes is None or scales is None:
         return None

@@ -131,27 +131,22 @@ def jax2onnx() -> None:
         for name, leaf in flat().items():
             leaf[...] = jax.numpy.asarray(arrays[name])
 
-    def compute(arrays: Mapping[str, Array]) -> Array:
-        put(arrays)
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(module(feeds["image"], feeds["ids"]))
-
     feeds, arrays = inputs(), drawn({name: np.asarray(leaf[...]) for name, leaf in flat().items()})
     put(arrays)
     specs = [jax.ShapeDtypeStruct(feed.shape, feed.dtype) for feed in feeds.values()]
     made = to_onnx(module, specs, model_name="model")
-    feeds = dict(zip([value.name for value in made.graph.input], feeds.values(), strict=True))
-    names = list(feeds)
 
-    def computed(held: Mapping[str, Array]) -> Array:
+    def compute(held: Mapping[str, Array]) -> Array:
         put(held)
         with jax.default_matmul_precision("highest"):
-            return np.asarray(module(feeds[names[0]], feeds[names[1]]))
+            return np.asarray(module(*feeds.values()))
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(made, path)
-        finish("jax2onnx", path, "flax", arrays, KERNELS, computed, feeds, ("jax2onnx", "jax", "flax", "onnx"))
+        finish(
+            "jax2onnx", path, "flax", arrays, KERNELS, compute, _named(path, feeds), ("jax2onnx", "jax", "flax", "onnx")
+        )
 
 
 def keras_by(backend: str) -> None:
