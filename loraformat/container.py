@@ -31,6 +31,7 @@ HEADER_CAP = 100_000_000
 """Bytes: the reference reader's own cap (safetensors 0.8 MAX_HEADER_SIZE)."""
 
 _BLOCK = 128  # values a side
+_SLAB = 1 << 20  # bytes
 
 _MOST_AXES = 32  # what every array library holds (numpy 1.x, torch exports)
 
@@ -257,7 +258,17 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, s
         end += tensors[name].nbytes
     file.write(header_bytes(infos, metadata))
     for name in order:
-        file.write(raw(tensors[name]))
+        for slab in _slabs(tensors[name]):
+            file.write(raw(slab))
+
+
+def _slabs(tensor: Array) -> Iterator[Array]:
+    """A transposed matrix some rows at a time: they are turned and written while they are in the cache."""
+    if not _is_turned(tensor):
+        yield tensor
+        return
+    rows = max(_BLOCK, _SLAB // (tensor.shape[1] * tensor.itemsize))
+    yield from (tensor[start : start + rows] for start in range(0, tensor.shape[0], rows))
 
 
 def raw(tensor: Array) -> memoryview:
@@ -280,7 +291,7 @@ def _row_major(tensor: Array) -> Array:
     """
     import numpy as np
 
-    if tensor.ndim != 2 or tensor.flags.c_contiguous or tensor.strides[1] == tensor.itemsize:
+    if not _is_turned(tensor):
         return np.ascontiguousarray(tensor)
     out = np.empty(tensor.shape, tensor.dtype)
     for i in range(0, tensor.shape[0], _BLOCK):
@@ -288,3 +299,10 @@ def _row_major(tensor: Array) -> Array:
             block = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
             out[block] = tensor[block].copy(order="K")
     return out
+
+
+def _is_turned(tensor: Array) -> bool:
+    """Whether the values of a row do not lie side by side."""
+    return (
+        tensor.ndim == 2 and tensor.size > 0 and not tensor.flags.c_contiguous and tensor.strides[1] != tensor.itemsize
+    )

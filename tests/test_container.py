@@ -79,8 +79,9 @@ def test_a_tensor_of_the_other_byte_order_or_of_strides_is_written_as_its_values
     assert written({"a": np.repeat(values, 2, axis=1)[:, ::2]}, {}) == wanted
 
 
-def test_what_lies_otherwise_in_memory_is_written_as_its_values(tmp_path):
+def test_what_lies_otherwise_in_memory_is_written_as_its_values(tmp_path, monkeypatch):
     """Transposed, cut, big-endian, a view of a mapped file: the bytes are those of a plain copy."""
+    monkeypatch.setattr(container, "_SLAB", 1000)  # several of a matrix
     draw = np.random.default_rng(3)
     wide = draw.standard_normal((300, 517)).astype(ml_dtypes.bfloat16)
     tensors = {
