@@ -107,6 +107,19 @@ def test_tunix_has_gemmas_einsums_and_an_mlp_of_its_own():
         assert relative_error(back[key].matrix(), update.matrix()) < 1e-6, key
 
 
+@pytest.mark.parametrize("home", ["model.language_model.", "language_model.model."])
+def test_the_language_model_of_a_gemma_with_pictures_is_where_transformers_has_it(home):
+    key = f"{home}layers.3.self_attn.q_proj.weight"
+    adapter, own = Adapter({key: pair(N * H, D)}), "layer_3/attn/q_einsum/w"
+    config = {"model_type": "gemma3", "text_config": SIZES | {"model_type": "gemma3_text"}}
+    there = retarget(adapter, base=Base({own: (N, D, H)}), config=config).adapter
+    assert list(there) == [own]
+    back = retarget(there, base=Base({key: (N * H, D)}, "torch"), config=config).adapter
+    assert relative_error(back[key].matrix(), adapter[key].matrix()) < 1e-6
+    alone = retarget(there, "torch", config=config).adapter
+    assert list(alone) == ["model.language_model.layers.3.self_attn.q_proj.weight"]
+
+
 def test_a_key_alone_is_half_of_gemmas_einsum():
     only = {f"{LAYER}.self_attn.k_proj.weight": pair(K * H, D)}
     base = Base({"layer_3/attn/kv_einsum/w": (2, K, D, H)})
