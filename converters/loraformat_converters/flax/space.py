@@ -109,6 +109,11 @@ def _places(key: str, update: Update, row: Row, known: Known) -> Iterator[tuple[
     match = _pattern(row.torch).fullmatch(_away(key)) if torch else _pattern(row.own).fullmatch(key)
     if match is None:
         return
+    if row.block:
+        if torch and row.own.replace("#", "0") not in known.there:
+            return
+        layers = number(known.config, ("num_hidden_layers",), key)
+        first = layers - layers % row.block
     if "#" not in row.torch:
         yield row.torch, row.own, None
     elif torch:
