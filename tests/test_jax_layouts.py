@@ -1,5 +1,6 @@
 """gemma, jax-lorax and MaxText: what they wrote changes their weights as they computed, and is written again alike."""
 
+import json
 import shutil
 
 import numpy as np
@@ -153,6 +154,10 @@ def test_what_maxtext_made_changes_its_kernels_as_it_computed(tmp_path):
     check_merged(adapter, MAXTEXT / "native")
     assert lf.digest(lf.load(MAXTEXT / "native" / "0" / "items")) == lf.digest(adapter)
     check_claimed_alone(registry.layout("maxtext"), MAXTEXT / "native")
+    shutil.copytree(MAXTEXT / "native", tmp_path / "configured")
+    config = json.loads((MAXTEXT / "native" / "adapter_config.json").read_text()) | {"peft_type": "LORA"}
+    (tmp_path / "configured" / "adapter_config.json").write_text(json.dumps(config))
+    check_claimed_alone(registry.layout("maxtext"), tmp_path / "configured")
     written(adapter, "maxtext", tmp_path / "again")
     assert lf.digest(lf.load(tmp_path / "again")) == lf.digest(adapter)
     shutil.copytree(MAXTEXT / "native", tmp_path / "bare")

@@ -107,6 +107,19 @@ def test_tunix_has_gemmas_einsums_and_an_mlp_of_its_own():
         assert relative_error(back[key].matrix(), update.matrix()) < 1e-6, key
 
 
+@pytest.mark.parametrize("home", ["model.language_model.", "language_model.model."])
+def test_the_language_model_of_a_gemma_with_pictures_is_where_transformers_has_it(home):
+    key = f"{home}layers.3.self_attn.q_proj.weight"
+    adapter, own = Adapter({key: pair(N * H, D)}), "layer_3/attn/q_einsum/w"
+    config = {"model_type": "gemma3", "text_config": SIZES | {"model_type": "gemma3_text"}}
+    there = retarget(adapter, base=Base({own: (N, D, H)}), config=config).adapter
+    assert list(there) == [own]
+    back = retarget(there, base=Base({key: (N * H, D)}, "torch"), config=config).adapter
+    assert relative_error(back[key].matrix(), adapter[key].matrix()) < 1e-6
+    alone = retarget(there, "torch", config=config).adapter
+    assert list(alone) == ["model.language_model.layers.3.self_attn.q_proj.weight"]
+
+
 def test_a_key_alone_is_half_of_gemmas_einsum():
     only = {f"{LAYER}.self_attn.k_proj.weight": pair(K * H, D)}
     base = Base({"layer_3/attn/kv_einsum/w": (2, K, D, H)})
@@ -208,6 +221,29 @@ def test_maxtexts_layers_apart(model, own, layers):
     assert relative_error(there[f"{own}/out/kernel"].delta(), adapter[key].matrix().T.reshape(N, H, D)) < 1e-6
     back = retarget(there, "torch", config={"model_type": model}).adapter
     assert relative_error(back[key].matrix(), adapter[key].matrix()) < 1e-6
+
+
+def test_a_gemma3_of_maxtext_is_scanned_in_blocks_of_six_and_what_is_left_over_is_apart():
+    """GEMMA3_MAXTEXT_TO_HF_PARAM_MAPPING: of 14 layers the blocks hold b and b + 6, the rest 12 and 13."""
+    config = SIZES | {"model_type": "gemma3_text", "num_hidden_layers": 14}
+    adapter = Adapter({f"model.layers.{n}.mlp.down_proj.weight": pair(D, F) for n in (3, 9, 13)})
+    own = {
+        "decoder/layers/layers_3/mlp/wo/kernel": (F, 2, D),
+        "decoder/layers_remainder/layers_0/mlp/wo/kernel": (F, D),
+    }
+    own["decoder/layers_remainder/layers_1/mlp/wo/kernel"] = (F, D)
+    there = retarget(adapter, base=Base(own), config=config).adapter
+    assert sorted(there) == ["decoder/layers/layers_3/mlp/wo/kernel", "decoder/layers_remainder/layers_1/mlp/wo/kernel"]
+    delta = {key.split(".")[2]: update.matrix().T for key, update in adapter.items()}
+    assert (
+        relative_error(there["decoder/layers/layers_3/mlp/wo/kernel"].delta(), np.stack([delta["3"], delta["9"]], 1))
+        < 1e-6
+    )
+    assert relative_error(there["decoder/layers_remainder/layers_1/mlp/wo/kernel"].delta(), delta["13"]) < 1e-6
+    back = retarget(there, "torch", config=config).adapter
+    assert sorted(back) == sorted(adapter)
+    for key, update in adapter.items():
+        assert relative_error(back[key].matrix(), update.matrix()) < 1e-6, key
 
 
 def test_a_mistral_of_maxtext_has_its_query_scaled_and_in_order():

@@ -30,6 +30,7 @@ class Row:
         share: the rows of the own tensor that torch's is.
         projection: ``q`` or ``k``, where rotary embeddings and scales matter.
         layers: (step, first): the own layer i is torch's layer step · i + first.
+        block: the own layers are those that a scan of blocks of so many leaves over; 0: not.
         shared: whether Linen's rule has the own name too.
     """
 
@@ -40,6 +41,7 @@ class Row:
     share: Share | None = None
     projection: str = ""
     layers: tuple[int, int] = (1, 0)
+    block: int = 0
     shared: bool = False
 
 
@@ -210,6 +212,7 @@ _MAXTEXT = (
                 for first in range(_LOCAL_GLOBAL)
                 for row in _maxtext(f"decoder/layers/layers_{first}", (_LOCAL_GLOBAL, first))
             ),
+            *(replace(row, block=_LOCAL_GLOBAL) for row in _maxtext("decoder/layers_remainder/layers_#")),
         ),
         by_base=True,
     ),

@@ -84,6 +84,7 @@ def _links(key: str, update: Update, row: Row, table: Table, known: Known) -> It
     """The links of one key by one row of a table."""
     torch = known.adapter.names == TORCH
     for name, own, index in _places(key, update, row, known):
+        name = key if torch else _at_home(name, known)
         if torch and (own not in known.there if known.there else table.by_base):
             continue
         if not torch and known.names and name not in known.names:
@@ -105,9 +106,14 @@ def _links(key: str, update: Update, row: Row, table: Table, known: Known) -> It
 def _places(key: str, update: Update, row: Row, known: Known) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
     """(torch name, own name, which of how many layers) that a key stands for by a row."""
     torch, (step, first) = known.adapter.names == TORCH, row.layers
-    match = _pattern(row.torch if torch else row.own).fullmatch(key)
+    match = _pattern(row.torch).fullmatch(_away(key)) if torch else _pattern(row.own).fullmatch(key)
     if match is None:
         return
+    if row.block:
+        if torch and row.own.replace("#", "0") not in known.there:
+            return
+        layers = number(known.config, ("num_hidden_layers",), key)
+        first = layers - layers % row.block
     if "#" not in row.torch:
         yield row.torch, row.own, None
     elif torch:
@@ -124,6 +130,26 @@ def _places(key: str, update: Update, row: Row, known: Known) -> Iterator[tuple[
         shape = update.matrix_shape() or ()
         for layer in range(shape[0] if len(shape) == 3 else 0):
             yield row.torch.replace("#", str(step * layer + first)), key, (layer, shape[0])
+
+
+# Where the language model of transformers' models of several kinds of input is: version 5, and their checkpoints before.
+_HOMES = ("model.", "model.language_model.", "language_model.model.")
+
+
+def _away(key: str) -> str:
+    """A torch key as the language model alone would have it."""
+    home = next((home for home in _HOMES[1:] if key.startswith(home)), None)
+    return key if home is None else f"{_HOMES[0]}{key.removeprefix(home)}"
+
+
+def _at_home(name: str, known: Known) -> str:
+    """What a parameter of the language model is called in the model at hand: by a base, else by its config.json."""
+    if not name.startswith(_HOMES[0]):
+        return name
+    forms = [f"{home}{name.removeprefix(_HOMES[0])}" for home in _HOMES]
+    if known.names:
+        return next((form for form in forms if form in known.names), name)
+    return forms["text_config" in known.config]
 
 
 @functools.cache

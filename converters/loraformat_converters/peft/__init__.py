@@ -82,7 +82,9 @@ def _is_anothers(source: Source) -> bool:
     tinker-cookbook 0.6.1: experts stacked under w1 … w3, another word for the head, and the same two files. torchtune
     0.6.1 puts its own ``adapter_model.pt`` beside the folder that it exports for PEFT.
     """
-    if source.file is None or not (source.torch or source.file.suffix == ".safetensors"):
+    if source.file is None:  # MaxText keeps PEFT's configuration beside its own arrays
+        return (source.folder / "0" / "items").is_dir()
+    if not (source.torch or source.file.suffix == ".safetensors"):
         return False
     own = (".experts.w", ".unembed_tokens.", ".lora_a.weight")
     return any(word in name for name in source.tensors for word in own)
