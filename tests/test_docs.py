@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from loraformat.cli.main import _VERBS
-from loraformat_converters.onnx import record
-from loraformat_converters.onnx.branches import FORMS
+from loraformat_converters.onnx.attaching.branches import FORMS
+from loraformat_converters.onnx.changing import record
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -10,11 +10,12 @@ import test_onnx_values as values
 from mutants import net
 
 import loraformat as lf
-from loraformat_converters.onnx import folder, part, together, witness
-from loraformat_converters.onnx.align import Alignment
-from loraformat_converters.onnx.doubt import Doubts
-from loraformat_converters.onnx.fingerprint import Finder
-from loraformat_converters.onnx.values import Values
+from loraformat_converters.onnx import folder
+from loraformat_converters.onnx.finding import part, together, witness
+from loraformat_converters.onnx.finding.align import Alignment
+from loraformat_converters.onnx.finding.doubt import Doubts
+from loraformat_converters.onnx.finding.fingerprint import Finder
+from loraformat_converters.onnx.graph.values import Values
 
 
 def exported(check, *words):

@@ -13,10 +13,11 @@ import test_onnx_recurrent as recurrent
 import test_onnx_requantised as codes
 from mutants import net
 
-from loraformat_converters.onnx import branched, operators, requantised, rewriting, spots, trace
-from loraformat_converters.onnx import index as onnx_index
-from loraformat_converters.onnx.nodes import Nodes
-from loraformat_converters.onnx.values import Values
+from loraformat_converters.onnx.changing import branched, requantised, rewriting, spots
+from loraformat_converters.onnx.graph import index as onnx_index
+from loraformat_converters.onnx.graph import operators, trace
+from loraformat_converters.onnx.graph.nodes import Nodes
+from loraformat_converters.onnx.graph.values import Values
 
 
 def found(form):

@@ -15,7 +15,7 @@ from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx import captured
+from loraformat_converters.onnx.running import captured
 from loraformat_converters.onnx.runtime import Session
 
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

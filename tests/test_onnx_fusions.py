@@ -10,7 +10,7 @@ from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.verbs.graph import prove
 from loraformat.verbs.merge import prepare
-from loraformat_converters.onnx.fusions import unfused
+from loraformat_converters.onnx.proving.fusions import unfused
 
 KEY = "m.q.weight"
 GELU = """g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b, float[7] v, float[7,7] u>

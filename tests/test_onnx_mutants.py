@@ -15,11 +15,12 @@ from test_mutants import alpha_is_the_scale
 
 import loraformat as lf
 from loraformat import axes, testing, updates
-from loraformat_converters.onnx import branches, einsum
-from loraformat_converters.onnx import index as onnx_index
-from loraformat_converters.onnx.attach import Attachment
-from loraformat_converters.onnx.ends import Ends
-from loraformat_converters.onnx.nodes import Nodes
+from loraformat_converters.onnx.attaching import branches
+from loraformat_converters.onnx.attaching.attach import Attachment
+from loraformat_converters.onnx.attaching.ends import Ends
+from loraformat_converters.onnx.graph import einsum
+from loraformat_converters.onnx.graph import index as onnx_index
+from loraformat_converters.onnx.graph.nodes import Nodes
 
 # Everything is square, the rank too: a mistake cannot hide behind a shape that does not fit.
 GRAPH = """<ir_version: 10, opset_import: ["": 20]>
@@ -193,13 +194,13 @@ def a_replacement_is_not_turned_by_merge(patch):
 
 
 def the_sum_comes_after_the_magnitude(patch):
-    from loraformat_converters.onnx import weight
+    from loraformat_converters.onnx.attaching import weight
 
     patch.setattr(weight._Step, "order", property(lambda self: -1, lambda self, value: None), raising=False)
 
 
 def the_base_keeps_our_names(patch):
-    from loraformat_converters.onnx.record import Record
+    from loraformat_converters.onnx.changing.record import Record
 
     whole = Record.of
     patch.setattr(Record, "of", classmethod(lambda cls, *a: replace(r := whole(*a), base={**r.base, "values": {}})))

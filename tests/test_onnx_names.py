@@ -13,7 +13,7 @@ from loraformat.parts import Delta
 from loraformat.registry import open_base
 from loraformat.verbs.init import init
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx.align import align
+from loraformat_converters.onnx.finding.align import align
 
 
 def chain(*nodes, square=6):

@@ -8,10 +8,11 @@ import test_onnx_packed as packed
 import test_onnx_quantised as quantised
 from mutants import net
 
-from loraformat_converters.onnx import index as onnx_index
-from loraformat_converters.onnx import quantised as onnx_quantised
-from loraformat_converters.onnx import spots, trace, unpack
-from loraformat_converters.onnx.nodes import Nodes
+from loraformat_converters.onnx.changing import spots
+from loraformat_converters.onnx.graph import index as onnx_index
+from loraformat_converters.onnx.graph import quantised as onnx_quantised
+from loraformat_converters.onnx.graph import trace, unpack
+from loraformat_converters.onnx.graph.nodes import Nodes
 
 READ = ("MatMulInteger", "ConvInteger", "a square QGemm", "GatherBlockQuantized 4")
 READ += ("MatMulNBits 4", "MatMulNBits 4, zero points")

@@ -23,8 +23,9 @@ from loraformat.sketch import sketch
 from loraformat.testing import relative_error
 from loraformat.verbs.convert import convert
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx import pooled, runtime
-from loraformat_converters.onnx.blend import blend
+from loraformat_converters.onnx import runtime
+from loraformat_converters.onnx.running import pooled
+from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.runtime import Session
 
 KEY, OTHER = "m.q.weight", "m.v.weight"

@@ -17,7 +17,7 @@ from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx import choice, stack
+from loraformat_converters.onnx.attaching import choice, stack
 
 KEY = "m.q.weight"
 

@@ -21,8 +21,9 @@ from loraformat.testing import relative_error
 from loraformat.verbs.convert import convert
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx import swap, tort
-from loraformat_converters.onnx.slots import Slots
+from loraformat_converters.onnx import tort
+from loraformat_converters.onnx.attaching import swap
+from loraformat_converters.onnx.attaching.slots import Slots
 
 KEY = "m.q.weight"
 MATMUL = """g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b>
@@ -408,7 +409,7 @@ def sides_exchanged(patch):
 
 
 def scale_lost(patch):
-    patch.setattr("loraformat_converters.onnx.slots.folded", lambda update: update)
+    patch.setattr("loraformat_converters.onnx.attaching.slots.folded", lambda update: update)
 
 
 def factor_lost(patch):

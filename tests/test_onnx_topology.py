@@ -16,7 +16,7 @@ from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx import attach, widen
+from loraformat_converters.onnx.attaching import attach, widen
 
 SHARED = """g (float[N,T,5] x) => (float[N,T,4] y) <float[5,7] q, float[5,7] k, float[6,5] v, float[7,6] o, float[6,4] p, float[6] b>
   { ["/m/q/MatMul"] a = MatMul(x, q)  ["/m/k/MatMul"] c = MatMul(x, k)  s = Mul(a, c)  ["/m/o/MatMul"] d = MatMul(s, o)

@@ -24,7 +24,7 @@ from loraformat.registry import open_base
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import prepare
 from loraformat.verbs.verify import verify
-from loraformat_converters.onnx.inputs import generated
+from loraformat_converters.onnx.proving.inputs import generated
 
 pytestmark = [pytest.mark.slow, pytest.mark.strangers]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraformat.errors import fault
-from loraformat_converters.onnx.pipeline import models_in
+from loraformat_converters.onnx.finding.pipeline import models_in
 
 if TYPE_CHECKING:
     from loraformat.base import Base

@@ -21,31 +21,31 @@ from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat.turned import turned
-from loraformat_converters.onnx.branched import branched
-from loraformat_converters.onnx.fusions import unfused
+from loraformat_converters.onnx.attaching.modes import cases, jobs_of
+from loraformat_converters.onnx.attaching.modes import notes as notes_of_mode
+from loraformat_converters.onnx.attaching.modes import obstacles as obstacles_of_mode
+from loraformat_converters.onnx.attaching.slot_names import file_of
+from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.changing.branched import branched
+from loraformat_converters.onnx.changing.merge import written_data
+from loraformat_converters.onnx.changing.record import Record, base_sha256
+from loraformat_converters.onnx.changing.refuse import obstacles
+from loraformat_converters.onnx.changing.requantised import kept
+from loraformat_converters.onnx.changing.rewriting import Rewriting, tag
+from loraformat_converters.onnx.changing.spots import by_tensor, every_change, gathered, spots
+from loraformat_converters.onnx.changing.told import notes, prefixes, step
+from loraformat_converters.onnx.finding.names import names_of
+from loraformat_converters.onnx.finding.part import Part
+from loraformat_converters.onnx.finding.resolving import resolved
+from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.model import FLOATS, array, load
+from loraformat_converters.onnx.graph.store import Storage
+from loraformat_converters.onnx.graph.values import Values
 from loraformat_converters.onnx.how import how
-from loraformat_converters.onnx.index import Index, Site
 from loraformat_converters.onnx.info import describe
-from loraformat_converters.onnx.inputs import generated, stated
-from loraformat_converters.onnx.merge import written_data
-from loraformat_converters.onnx.model import FLOATS, array, load
-from loraformat_converters.onnx.modes import cases, jobs_of
-from loraformat_converters.onnx.modes import notes as notes_of_mode
-from loraformat_converters.onnx.modes import obstacles as obstacles_of_mode
-from loraformat_converters.onnx.names import names_of
-from loraformat_converters.onnx.part import Part
-from loraformat_converters.onnx.prove import ROUNDED, compare, tolerance
-from loraformat_converters.onnx.record import Record, base_sha256
-from loraformat_converters.onnx.refuse import obstacles
-from loraformat_converters.onnx.requantised import kept
-from loraformat_converters.onnx.resolving import resolved
-from loraformat_converters.onnx.rewriting import Rewriting, tag
-from loraformat_converters.onnx.slot_names import file_of
-from loraformat_converters.onnx.slots import Slots
-from loraformat_converters.onnx.spots import by_tensor, every_change, gathered, spots
-from loraformat_converters.onnx.store import Storage
-from loraformat_converters.onnx.told import notes, prefixes, step
-from loraformat_converters.onnx.values import Values
+from loraformat_converters.onnx.proving.fusions import unfused
+from loraformat_converters.onnx.proving.inputs import generated, stated
+from loraformat_converters.onnx.proving.prove import ROUNDED, compare, tolerance
 
 if TYPE_CHECKING:
     import numpy.typing as npt

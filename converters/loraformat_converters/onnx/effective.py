@@ -34,22 +34,22 @@ from loraformat.strength import strengthen
 from loraformat.tiles import Norms, changed
 from loraformat.verbs.merge import prepare
 from loraformat_converters.onnx import tort
-from loraformat_converters.onnx.adding import Adding
 from loraformat_converters.onnx.base import OnnxBase
-from loraformat_converters.onnx.captured import Captured
-from loraformat_converters.onnx.model import array
-from loraformat_converters.onnx.opened import device_of, opened, runtime
-from loraformat_converters.onnx.pooled import Bound, Pooled
-from loraformat_converters.onnx.ways import Choice, weights_of
+from loraformat_converters.onnx.graph.model import array
+from loraformat_converters.onnx.running.adding import Adding
+from loraformat_converters.onnx.running.captured import Captured
+from loraformat_converters.onnx.running.opened import device_of, opened, runtime
+from loraformat_converters.onnx.running.pooled import Bound, Pooled
+from loraformat_converters.onnx.running.ways import Choice, weights_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.axes import Placement
     from loraformat.updates import Update
-    from loraformat_converters.onnx.scopes import Scope
-    from loraformat_converters.onnx.site import Site
-    from loraformat_converters.onnx.spots import Spot
+    from loraformat_converters.onnx.changing.spots import Spot
+    from loraformat_converters.onnx.graph.scopes import Scope
+    from loraformat_converters.onnx.graph.site import Site
 
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]

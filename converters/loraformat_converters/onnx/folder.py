@@ -23,15 +23,15 @@ from loraformat.names import join
 from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
-from loraformat_converters.onnx.branched import branched
-from loraformat_converters.onnx.doubt import Model
-from loraformat_converters.onnx.model import external
-from loraformat_converters.onnx.part import parts
-from loraformat_converters.onnx.pipeline import components_of
-from loraformat_converters.onnx.scopes import tensors
-from loraformat_converters.onnx.shares import share, whole
-from loraformat_converters.onnx.store import Storage
-from loraformat_converters.onnx.together import together
+from loraformat_converters.onnx.changing.branched import branched
+from loraformat_converters.onnx.finding.doubt import Model
+from loraformat_converters.onnx.finding.part import parts
+from loraformat_converters.onnx.finding.pipeline import components_of
+from loraformat_converters.onnx.finding.shares import share, whole
+from loraformat_converters.onnx.finding.together import together
+from loraformat_converters.onnx.graph.model import external
+from loraformat_converters.onnx.graph.scopes import tensors
+from loraformat_converters.onnx.graph.store import Storage
 
 if TYPE_CHECKING:
     import numpy.typing as npt

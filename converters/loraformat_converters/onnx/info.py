@@ -10,10 +10,10 @@ import onnx
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError
-from loraformat_converters.onnx.index import Index
-from loraformat_converters.onnx.model import FLOATS, external
-from loraformat_converters.onnx.record import ATTACHED
-from loraformat_converters.onnx.scopes import tensors
+from loraformat_converters.onnx.changing.record import ATTACHED
+from loraformat_converters.onnx.graph.index import Index
+from loraformat_converters.onnx.graph.model import FLOATS, external
+from loraformat_converters.onnx.graph.scopes import tensors
 
 __all__ = ["describe", "values_of"]
 

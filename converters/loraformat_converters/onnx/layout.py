@@ -12,9 +12,9 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, Reading
 from loraformat.updates import Update
 from loraformat_converters.onnx import tort
-from loraformat_converters.onnx.pairs import laid, pair_of
-from loraformat_converters.onnx.slot_names import inputs_of, key_of
-from loraformat_converters.onnx.slots import Slots
+from loraformat_converters.onnx.attaching.pairs import laid, pair_of
+from loraformat_converters.onnx.attaching.slot_names import inputs_of, key_of
+from loraformat_converters.onnx.attaching.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

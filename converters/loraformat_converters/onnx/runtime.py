@@ -25,12 +25,12 @@ from loraformat.adapter import Adapter
 from loraformat.errors import fault
 from loraformat.source import existing, open_source
 from loraformat_converters.onnx import tort
-from loraformat_converters.onnx.blend import blend
-from loraformat_converters.onnx.captured import Captured
-from loraformat_converters.onnx.opened import device_of, opened, runtime
-from loraformat_converters.onnx.pooled import Pooled
-from loraformat_converters.onnx.slots import Slots
-from loraformat_converters.onnx.ways import Choice, Ways, known, weights_of
+from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.running.blend import blend
+from loraformat_converters.onnx.running.captured import Captured
+from loraformat_converters.onnx.running.opened import device_of, opened, runtime
+from loraformat_converters.onnx.running.pooled import Pooled
+from loraformat_converters.onnx.running.ways import Choice, Ways, known, weights_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import fault
-from loraformat_converters.onnx.slot_names import file_of
+from loraformat_converters.onnx.attaching.slot_names import file_of
 
 __all__ = ["Call", "Feed", "quoted"]
 

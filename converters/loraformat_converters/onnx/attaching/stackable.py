@@ -1,0 +1,83 @@
+"""What keeps a weight from being changed row by row: every reason, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import onnx
+
+from loraformat.errors import Problem
+from loraformat_converters.onnx.attaching.branches import LINEAR
+from loraformat_converters.onnx.attaching.choice import INDEX, WEIGHTS
+from loraformat_converters.onnx.attaching.rows import RowsOf, starts
+from loraformat_converters.onnx.changing.spots import Change, Spot
+from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.operators import attribute
+
+if TYPE_CHECKING:
+    from loraformat.base import Options
+
+__all__ = ["obstacles"]
+
+_FIRST_OPSET = 11
+"""The first whose Pad and Slice take their numbers as inputs."""
+
+
+def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx.ModelProto) -> Iterator[Problem]:
+    """Why a weight cannot be changed row by row, every one of them."""
+    name = INDEX if options.select == "index" else WEIGHTS
+    if name in index.taken:
+        yield Problem("LF-608", f"the model has a value {name} already", fix="rename it first")
+    if index.opset < _FIRST_OPSET:
+        yield Problem(
+            "LF-608",
+            f"a stack is written for opset {_FIRST_OPSET} or newer, and this is {index.opset}",
+            fix="convert its opset first",
+        )
+        return
+    rows = RowsOf(model, starts(model, options.rows))
+    for spot in spots:
+        if why := next(filter(None, (_refusal(site, rows) for site in spot.sites)), ""):
+            yield Problem(
+                "LF-608", why, spot.key, "--only for the other targets, --rows for other inputs, or --mode swap"
+            )
+            continue
+        if any(change.rows is not None for change in spot.changes):
+            what = "its weight holds several parameters, of which a row could choose each its own"
+            yield Problem("LF-608", what, spot.key, "--mode branch, or put it into the model as it was before")
+            continue
+        for change in spot.changes:
+            if change.update.kind == "dora" and all(_rescaled(site, change, options) for site in spot.sites):
+                continue
+            if change.update.kind != "lora" or change.update["lora"].mid is not None:
+                what = f"a {change.update.kind} update is no pair A, B, of which a row could choose one"
+                ways = (
+                    "--to-lora R when it is converted, whose residual is printed"
+                    if change.update.linear
+                    else "merge it, or --mode branch"
+                )
+                yield Problem("LF-608", what, change.key, ways)
+
+
+def _rescaled(site: Site, change: Change, options: Options) -> bool:
+    """Whether a row can choose g = m/‖V‖ of a DoRA too: mixed by weights, it would be linear in them, as PEFT's is not."""
+    plain = site.like in LINEAR and site.product is None and change.update["lora"].mid is None
+    return plain and options.select == "index" and change.update["magnitude"].magnitude_axes is None
+
+
+def _refusal(site: Site, rows: RowsOf) -> str:
+    if site.like not in (*LINEAR, "Gather", "Conv", "ConvTranspose") or site.vector or site.operand.batch:
+        return f"{site.like} has no form in which a row could choose its weight"
+    if site.like in LINEAR and site.side == 0:
+        return f"{site.like} has its weight on the left, and the rows beside each other on the right"
+    state = rows.of(site)
+    if isinstance(state, str):
+        return state
+    if state.axis != 0 or attribute(site.node, "transA", 0):
+        return (
+            f"{site.node.name or site.like} reads the rows along axis {state.axis}; along axis 0 they can be told apart"
+        )
+    if site.like in ("Conv", "ConvTranspose") and state.per != 1:
+        return f"{site.node.name or site.like} reads several entries for a row"
+    return ""

@@ -1,0 +1,255 @@
+"""What ``attach`` did to a model, written into it; and the way back: the adapters, and the model as it was.
+
+The record says below which names the adapters' tensors lie and which values of the base gave up their names. The
+SHA-256 of the graph as it was tells whether somebody changed the model since.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from loraformat import canonical, metadata
+from loraformat.container import dtype_name, numpy_dtype
+from loraformat.errors import LoraFormatError, fault
+from loraformat.file import tensors_of
+from loraformat.identity import digest
+from loraformat.names import split_role
+from loraformat.parse import parse
+from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.graph.scopes import Scope, scopes, tensors
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from loraformat.adapter import Adapter
+    from loraformat.plan import Job
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["ATTACHED", "Attached", "Record", "base_sha256"]
+
+ATTACHED = "loraformat.attached"
+"""metadata_props key: a list of what was attached, so that it can be told, checked and taken out again."""
+
+BASE = "loraformat.base"
+"""metadata_props key: what the model was before."""
+
+_FIX = "it was changed after attach, by another tool perhaps: attach to the original model again"
+
+
+class Attached(Protocol):
+    """What was put into a graph, whichever way."""
+
+    @property
+    def mode(self) -> str:
+        """branch, swap or stack."""
+
+    @property
+    def prefold(self) -> bool:
+        """Whether the adapters' own tensors are not kept."""
+
+    @property
+    def stems(self) -> Mapping[tuple[int, str], str]:
+        """(job, key) → below what the adapter's tensors and our nodes are named."""
+
+    @property
+    def values(self) -> Mapping[str, str]:
+        """A value of ours → the value of the base in whose place it stands."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What else the way back, or a host, must know."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of an attached model.
+
+    Attributes:
+        attached: of each adapter: name, mode, digest, targets (key → below what its tensors are named), the dtypes of
+            those tensors, and the metadata that its file would hold.
+        base: ``sha256`` of the model before, and ``values``: those that stand in the place of a value of the model;
+            ``slots``: what a swap made inputs; ``inputs``: what else attach made one, by name;
+            ``stems``: below what nodes lie that are no adapter's own; ``stack``: what a row is, and how it chooses.
+    """
+
+    attached: Sequence[Mapping[str, Any]]
+    base: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], attachment: Attached, sha256: str) -> Record:
+        """What to write: the adapters without their tensors, which are in the graph."""
+        stems: list[dict[str, str]] = [{} for _ in jobs]
+        for (job, key), stem in attachment.stems.items():
+            stems[job][key] = stem
+        entries = [_entry(job, names, attachment) for job, names in zip(jobs, stems, strict=True) if job.name]
+        return cls(entries, {"sha256": sha256, "values": attachment.values, **attachment.record})
+
+    @classmethod
+    def read(cls, model: onnx.ModelProto) -> Record | None:
+        """The record in a model; LF-613 if it cannot be read."""
+        texts = {p.key: p.value for p in model.metadata_props if p.key in (ATTACHED, BASE)}
+        if not texts:
+            return None
+        try:
+            record = cls(canonical.loads(texts[ATTACHED]), canonical.loads(texts[BASE]))
+            names = [entry[name] for entry in record.attached for name in ("name", "mode", "digest")]
+            names += [*record.stems, *record.base["values"].values(), record.base["sha256"], *record.inputs]
+            _ = record.slots
+            known = (
+                isinstance(record.attached, list)
+                and (record.attached or record.slots)
+                and all(e["version"] == 1 for e in record.attached)
+            )
+            if known and all(isinstance(name, str) for name in names):
+                return record
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return _unread()
+
+    @classmethod
+    def of_file(cls, path: Path) -> Record:
+        """The record in a file; LF-613 where it has none."""
+        model = onnx.load(str(path), load_external_data=False)
+        return cls.read(model) or _unread()
+
+    def write(self, model: onnx.ModelProto) -> None:
+        """Put the record into a model."""
+        model.metadata_props.add(key=ATTACHED, value=canonical.dumps(list(self.attached)))
+        model.metadata_props.add(key=BASE, value=canonical.dumps(dict(self.base)))
+
+    @property
+    def slots(self) -> Slots | None:
+        """What is fed to a model that ``attach --mode swap`` wrote."""
+        return Slots.from_json(self.base["slots"], self.base["sha256"]) if "slots" in self.base else None
+
+    @property
+    def inputs(self) -> list[str]:
+        """Every input that the base has not."""
+        slots = self.slots.slots.values() if self.slots else ()
+        return [*self.base.get("inputs", ()), *(name for slot in slots for name in (slot.a, slot.b))]
+
+    @property
+    def stems(self) -> list[str]:
+        """Below what everything that is attached is named."""
+        return [*self.base.get("stems", ()), *(stem for entry in self.attached for stem in entry["targets"].values())]
+
+    def adapters(self, model: onnx.ModelProto) -> list[tuple[str, Adapter]]:
+        """(name, adapter) of everything that is attached, bit for bit."""
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        return [(entry["name"], _adapter(entry, stored)) for entry in self.attached]
+
+    def detach(self, model: onnx.ModelProto) -> None:
+        """Take everything out of ``model``: then it is what it was, or LF-613."""
+        stems = tuple(f"{stem}/" for stem in self.stems)
+        values = self.base["values"]
+        for scope in scopes(model):
+            if scope.graph is not None:
+                _remove(scope, stems, values, frozenset(self.inputs))
+        for i in reversed(range(len(model.metadata_props))):
+            if model.metadata_props[i].key in (ATTACHED, BASE):
+                del model.metadata_props[i]
+        if base_sha256(model) != self.base["sha256"]:
+            raise fault("LF-613", "without what is attached, the model is not what it was before", fix=_FIX)
+
+
+def _unread() -> Record:
+    raise fault("LF-613", "the record of what is attached cannot be read", where=ATTACHED, fix=_FIX)
+
+
+def base_sha256(model: onnx.ModelProto) -> str:
+    """SHA-256 of a model, whatever its external data files are called."""
+    places = [e for t in tensors(model) for e in t.external_data if e.key == "location"]
+    names = [place.value for place in places]
+    for place in places:
+        place.value = ""
+    sha256 = hashlib.sha256()
+    for piece in _pieces(model):
+        sha256.update(len(piece).to_bytes(8, "little"))
+        sha256.update(piece)
+    for place, name in zip(places, names, strict=True):
+        place.value = name
+    return sha256.hexdigest()
+
+
+def _pieces(model: onnx.ModelProto) -> Iterator[bytes]:
+    """The model's bytes, field by field: a whole may be over 2 GiB."""
+    for message in (model, model.graph):
+        for field, value in message.ListFields():
+            yield field.name.encode()
+            if field.name == "graph":
+                continue
+            if field.type != field.TYPE_MESSAGE:
+                yield repr(value).encode()
+            elif hasattr(value, "SerializeToString"):
+                yield value.SerializeToString(deterministic=True)
+            else:
+                yield from (item.SerializeToString(deterministic=True) for item in value)
+
+
+def _entry(job: Job, stems: Mapping[str, str], attachment: Attached) -> dict[str, Any]:
+    """One adapter: what its file would say, where its tensors are, and what the graph cannot hold of it."""
+    entry: dict[str, Any] = {"version": 1, "name": job.name, "mode": attachment.mode, "digest": digest(job.adapter)}
+    entry["targets"] = dict(stems)
+    if job.components:
+        entry["components"] = list(job.components)
+    if attachment.mode == "swap":
+        return entry
+    if attachment.prefold:
+        return entry | {"prefolded": True}
+    named = dict(tensors_of(job.adapter))
+    entry["dtypes"] = {name: dtype_name(t.dtype) for name, t in named.items()}
+    entry["metadata"] = canonical.loads(metadata.render(job.adapter))
+    sketches = {name: base64.b64encode(t.tobytes()).decode() for name, t in named.items() if name.endswith(".sketch")}
+    return entry | ({"sketches": sketches} if sketches else {})
+
+
+def _adapter(entry: Mapping[str, Any], stored: Mapping[str, onnx.TensorProto]) -> Adapter:
+    if entry.get("prefolded"):
+        fix = "keep the adapter's own file, or attach without --prefold"
+        raise fault("LF-613", "the adapter was folded into constants: its own tensors are not kept", fix=fix)
+    if entry["mode"] == "swap":
+        fix = "convert the .onnx_adapter file beside the model, or keep the adapter's own"
+        raise fault("LF-613", f"{entry['name']} is fed to the model, which does not hold it", fix=fix)
+    held: dict[str, Array] = {}
+    try:
+        for name, dtype in entry["dtypes"].items():
+            key, role = split_role(name)
+            if role == "sketch":
+                held[name] = np.frombuffer(base64.b64decode(entry["sketches"][name]), np.float32)
+            else:  # a type that the opset cannot cast was widened, which loses nothing
+                held[name] = numpy_helper.to_array(stored[f"{entry['targets'][key]}/{role}"]).astype(numpy_dtype(dtype))
+        adapter, _ = parse(canonical.dumps(entry["metadata"]), held)
+    except (KeyError, ValueError, TypeError, LoraFormatError) as error:
+        raise fault(
+            "LF-613", f"a part of the adapter is gone: {error}", where=entry.get("name", ""), fix=_FIX
+        ) from None
+    if digest(adapter) != entry["digest"]:
+        raise fault(
+            "LF-613", "the adapter in the graph is not the one that was attached", where=entry["name"], fix=_FIX
+        )
+    return adapter
+
+
+def _remove(scope: Scope, stems: tuple[str, ...], values: Mapping[str, str], inputs: Container[str]) -> None:
+    """Take our nodes and constants out of one graph, and give the base's values their names back."""
+    graph = scope.graph
+    assert graph is not None
+    for held in (graph.node, graph.initializer, graph.input):
+        for i in reversed(range(len(held))):
+            if held[i].name.startswith(stems) or (held is not graph.node and held[i].name in inputs):
+                del held[i]
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name in values:
+                    names[i] = values[name]

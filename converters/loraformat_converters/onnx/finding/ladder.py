@@ -1,0 +1,126 @@
+"""Targets → sites. Every witness is asked, names first, then values; those that speak must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.resolve import Hints
+from loraformat_converters.onnx.finding.fingerprint import Finder
+from loraformat_converters.onnx.finding.names import modules_of, same_module
+from loraformat_converters.onnx.finding.part import Part
+from loraformat_converters.onnx.finding.witness import Names, Witness, map_stub
+from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.values import Values
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+
+__all__ = ["PREFIX", "Found", "climb"]
+
+PREFIX = "prefix: the graph's names are the adapter's"
+"""How evidence begins that tells of a prefix which only one side has."""
+
+_OF_TENSORS = frozenset({"initializer", "fingerprint", "sketch"})
+"""The rungs that know the tensor only, and not which of the modules that share it is meant."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The sites of one target, all uses of one stored weight by one module, and what says so.
+
+    ``confidence`` is 1.0, or the cosine where nothing but a sketch speaks; ``rows`` are those of the target, where the
+    weight holds several.
+    """
+
+    sites: tuple[Site, ...]
+    evidence: tuple[str, ...]
+    confidence: float = 1.0
+    rows: tuple[int, int] | None = None
+
+
+def climb(
+    index: Index, adapter: Adapter, hints: Hints, values: Values, part: Part | None = None
+) -> tuple[dict[str, Found], list[Problem], list[Problem]]:
+    """(target → sites, unresolved, ambiguous).
+
+    Args:
+        part: where the graph is one of several that are one model, what its file's name says.
+    """
+    names, finder = Names(index, adapter, hints, part), Finder(index.sites, values, adapter, hints)
+    found: dict[str, Found] = {}
+    unresolved: list[Problem] = []
+    ambiguous: list[Problem] = []
+    for key, update in adapter.items():
+        try:
+            said = names.of(key, embedding=update.op == "embedding")
+            seen = finder.look(key, [site for witness in said for site in witness.sites])
+            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows) for s in seen]
+            if not said:
+                raise names.silence(key, finder.silence(key))
+            found[key] = _agree(index, key, said)
+        except LoraFormatError as error:
+            into = ambiguous if error.problems[0].rule in ("LF-603", "LF-609") else unresolved
+            into += error.problems
+    _one_target_each(found, ambiguous)
+    return found, unresolved, ambiguous
+
+
+def _agree(index: Index, key: str, said: Sequence[Witness]) -> Found:
+    """The sites that every witness means. A tensor's name means all its uses; a module's name only its own."""
+    common = [site for site in said[0].sites if all(site in witness.sites for witness in said)]
+    roots = sorted({site.root_name for site in common})
+    if not common:
+        told = "; ".join(f"{witness} → {witness.sites[0].node.name} ({witness.sites[0].root_name})" for witness in said)
+        raise fault("LF-603", f"two witnesses disagree: {told}", where=key, fix=map_stub(key))
+    if len(roots) > 1:
+        what = f"{'; '.join(map(str, said))} means {len(roots)} weights: {', '.join(roots)}"
+        raise fault("LF-603", what, where=key, fix=map_stub(key))
+    if all(witness.rung in _OF_TENSORS and witness.by != "user" for witness in said):
+        _require_one_module(key, common)
+    rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
+    sites = tuple(_calls(index.uses(common[0].root_name), common))
+    rows = next((witness.rows for witness in said if witness.rows), None)
+    return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows)
+
+
+def _require_one_module(key: str, sites: Sequence[Site]) -> None:
+    """Only the tensor's name speaks: LF-609 unless all its uses are one, or known to be calls of one module."""
+    if len(sites) == 1:
+        return
+    modules = sorted({name for site in sites for name in modules_of(site)}, key=lambda name: (len(name), name))
+    nameless = sum(not modules_of(site) for site in sites)
+    if nameless or any(not same_module(modules[0], other) for other in modules):
+        names = ", ".join([*modules[:3], *[f"{nameless} without a module's name"][: bool(nameless)]])
+        what = (
+            f"{sites[0].root_name} is used {len(sites)} times ({names}): which of them the target means, nothing says"
+        )
+        fix = f'if it means all: --names map.json with {{"{key}": "{sites[0].root_name}"}}; else name the node'
+        raise fault("LF-609", what, where=key, fix=fix)
+
+
+def _calls(uses: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
+    """The named sites, and the further calls of the same module with the same weight."""
+    names = {name for site in sites for name in modules_of(site)}
+
+    def belongs(site: Site) -> bool:
+        return any(same_module(name, other) for other in modules_of(site) for name in names)
+
+    return [site for site in uses if site in sites or belongs(site)]
+
+
+def _one_target_each(found: Mapping[str, Found], ambiguous: list[Problem]) -> None:
+    owners: dict[int, list[str]] = {}
+    for key, place in found.items():
+        for site in place.sites:
+            mine = owners.setdefault(site.number, [])
+            both = [other for other in mine if _meet(place.rows, found[other].rows)]
+            ambiguous += [Problem("LF-603", f"{other} means the node {site.node.name} too", key) for other in both]
+            mine.append(key)
+
+
+def _meet(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    """Whether two targets of one weight have rows in common."""
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])

@@ -1,0 +1,89 @@
+"""Targets → places in one graph: the sites that the witnesses mean, how the update lies there, and what is tied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.naming.spaces import TORCH
+from loraformat.resolve import Hints, Match, Resolution
+from loraformat_converters.onnx.finding.ladder import Found, climb
+from loraformat_converters.onnx.finding.orient import parameter_of
+from loraformat_converters.onnx.finding.part import Part
+from loraformat_converters.onnx.finding.tied import moves_along, partners
+from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.values import Values
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+
+__all__ = ["resolved"]
+
+_OF_VALUES = ("fingerprint:", "sketch:")
+
+
+def resolved(
+    path: Path,
+    index: Index,
+    values: Values,
+    adapter: Adapter,
+    hints: Hints,
+    part: Part | None,
+    problems: Sequence[Problem] = (),
+) -> Resolution:
+    """Where every target lies.
+
+    Args:
+        part: where the graph is one of several that are one model, what its file's name says.
+        problems: what is wrong already.
+    """
+    found, unresolved, ambiguous = climb(index, adapter, hints, values, part)
+    unresolved = [*problems, *unresolved]
+    targets: dict[str, tuple[Match, ...]] = {}
+    meant = {site.number for place in found.values() for site in place.sites}
+    for key, place in found.items():
+        target = _Target(path.name, key, adapter, place)
+        try:
+            targets[key] = tuple(target.match(site, hints) for site in place.sites)
+            if moves_along(adapter[key]):
+                targets[key] += partners(targets[key][0], index, meant, path.parent)
+        except LoraFormatError as error:
+            unresolved += error.problems
+    return Resolution(targets, tuple(unresolved), tuple(ambiguous))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One target, and what was found of it in a file."""
+
+    file: str
+    key: str
+    adapter: Adapter
+    found: Found
+
+    def match(self, site: Site, hints: Hints) -> Match:
+        """One use of its weight.
+
+        Raises:
+            LoraFormatError: LF-604 … LF-606 its orientation; LF-604 the order of its rows, which no name tells.
+        """
+        key, found = self.key, self.found
+        self._check_order(site)
+        evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
+        whole = site.refusal or found.rows or site.permute
+        parameter = None if whole else parameter_of(key, self.adapter[key], site, hints.spec(key))
+        where = (self.file, site.node.name, site.root_name, site.placement)
+        said = (evidence, found.confidence, parameter, site)
+        return Match(*where, *said, rows=found.rows, permute=site.permute)
+
+    def _check_order(self, site: Site) -> None:
+        """Gates are torch's where the names are torch's; what else lies in some order is told by values only."""
+        gates = "its gates may lie in another order" if site.permute and self.adapter.names != TORCH else None
+        order = site.doubt or gates
+        if order and not any(said.startswith(_OF_VALUES) for said in self.found.evidence):
+            what = f"{site.node.name}: {order}, and no name says how the target's do"
+            fix = "its values tell: --base CHECKPOINT, or an adapter bound to one (loraformat bind)"
+            raise fault("LF-604", what, where=self.key, fix=fix)

@@ -1,0 +1,154 @@
+"""What names say of a target: the user's map, the exporter's metadata, the stored tensors' and the nodes' own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loraformat.errors import LoraFormatError, fault
+from loraformat.names import nearest
+from loraformat.naming.spaces import TORCH
+from loraformat.resolve import Hints
+from loraformat_converters.onnx.finding.align import Alignment, align, under
+from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of
+from loraformat_converters.onnx.finding.part import Part
+from loraformat_converters.onnx.graph.index import Index, Site
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+
+__all__ = ["Names", "Witness", "map_stub"]
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What one rung says about one target: in words, and the sites that it means.
+
+    ``by`` the user, where he said it; ``rule`` says how the graph's names differ from the adapter's; ``cosine`` how
+    sure a sketch is, ``rows`` which rows of the matrix it means, where that holds several parameters.
+    """
+
+    rung: str
+    name: str
+    sites: tuple[Site, ...]
+    by: str = ""
+    rule: str = ""
+    cosine: float = 1.0
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.by or self.rung}: {self.name}"
+
+
+class Names:
+    """The names of a graph, by rung, and which of them the adapter's targets are."""
+
+    def __init__(self, index: Index, adapter: Adapter, hints: Hints, part: Part | None = None) -> None:
+        self.index, self.hints = index, hints
+        self.tables = {rung: _table(index.sites, rung) for rung in RUNGS}
+        spoken = adapter.names == TORCH  # in another name space the same words may mean something else
+        self.aligned = {
+            rung: _aligned(adapter, table, part) if spoken else Alignment() for rung, table in self.tables.items()
+        }
+        known = {a.prefix for a in self.aligned.values() if a.prefix is not None}
+        if len(known) == 1 and part is None:  # a model that lies under a prefix does so for every witness
+            (prefix,) = known
+            for rung, silent in self.aligned.items():
+                if silent.prefix is None:
+                    self.aligned[rung] = under(prefix, adapter, self.tables[rung])
+
+    def of(self, key: str, *, embedding: bool) -> list[Witness]:
+        """What each witness says; nothing where none speaks."""
+        said = self._by_user(key)
+        for rung in RUNGS:
+            name = self.aligned[rung].names.get(key)
+            if name is not None:
+                said.append(self._witness(rung, name, rule=self.aligned[rung].rule))
+        return _of_kind(said, embedding)
+
+    def silence(self, key: str, seen: str) -> LoraFormatError:
+        """Why no witness speaks: LF-603 where names fit in several ways, else LF-602 with the nearest names."""
+        for rung in RUNGS:
+            if rivals := self.aligned[rung].rivals:
+                what = f"{rung} fits in {len(rivals)} ways: {', '.join(rivals)}"
+                return fault("LF-603", what, where=key, fix=map_stub(key))
+        spoken = ", ".join(f"{len(table)} {rung}s" for rung, table in self.tables.items() if table)
+        close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
+        what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
+        if self.index.compiled:
+            what += f"; {len(self.index.compiled)} parts of it are compiled (EPContext): attach before compiling"
+        if close:
+            return fault("LF-602", f"{what}; nearest: {', '.join(close)}", where=key, fix=map_stub(key))
+        fix = f"{map_stub(key)}; or find it by its values: --base CHECKPOINT, or an adapter bound to one (loraformat bind)"
+        return fault("LF-602", f"{what}; nothing is like it", where=key, fix=fix)
+
+    def _by_user(self, key: str) -> list[Witness]:
+        """What the user named: a node, or what any rung calls a tensor or module; an error if nothing goes by that name."""
+        name = self.hints.mapped(key)
+        if name is None:
+            return []
+        nodes = tuple(site for site in self.index.sites if site.node.name == name)
+        if nodes:
+            return [Witness("node", name, nodes, "user")]
+        module = f"{name}.{key.rpartition('.')[2]}"
+        # A prefix map tells how names are spelled; only a name stated by itself means every use of a tensor.
+        spelled = [(rung, next((n for n in (name, module) if n in self.tables[rung]), None)) for rung in RUNGS]
+        said = [
+            self._witness(rung, found, by="user" if key in self.hints.names else f"user, {rung}")
+            for rung, found in spelled
+            if found is not None
+        ]
+        if not said:
+            known = [site.node.name for site in self.index.sites] + list(self.tables["initializer"])
+            close = ", ".join(nearest(name, known)) or "none"
+            what = f"--names says {name}, which no weight or node of the graph is called; nearest: {close}"
+            raise fault("LF-602", what, where=key)
+        return said
+
+    def _witness(self, rung: str, name: str, *, by: str = "", rule: str = "") -> Witness:
+        return Witness(rung, self._shown(rung, name), tuple(self.tables[rung][name]), by, rule)
+
+    @staticmethod
+    def _shown(rung: str, name: str) -> str:
+        """A module's weight is told as the module, which is what the witness named."""
+        return name.removesuffix(".weight") if rung in MODULES else name
+
+
+def map_stub(key: str) -> str:
+    """What to do about a target that names do not find."""
+    return f'say which: --names map.json with {{"{key}": "NODE OR WEIGHT"}}'
+
+
+def _table(sites: Sequence[Site], rung: str) -> dict[str, list[Site]]:
+    """Name → sites. The copy that a merge made for a target is its weight, whatever else goes by the old name."""
+    stored: dict[str, list[Site]] = {}
+    copied: dict[str, list[Site]] = {}
+    for site in sites:
+        name = parameter_of(site, rung)
+        if name is not None:
+            own = rung == "initializer" and own_copy(site.root_name)
+            (copied if own else stored).setdefault(name, []).append(site)
+    return {**stored, **copied}
+
+
+def _aligned(adapter: Adapter, table: Mapping[str, Sequence[Site]], part: Part | None) -> Alignment:
+    """The rule is that of the weights, which every witness knows; biases and others follow it."""
+    if part is not None:
+        return part.align(list(adapter), table)
+    weights = [key for key in adapter if key.endswith(".weight")]
+    found = align(weights or list(adapter), table)
+    return found if found.prefix is None else under(found.prefix, adapter, table)
+
+
+def _of_kind(said: Sequence[Witness], embedding: bool) -> list[Witness]:
+    """Without the look-ups where the target multiplies, and the other way round: a tied weight is used by both.
+
+    A tensor's name that is left without a site says nothing, unless nobody else speaks.
+    """
+    left = []
+    for witness in said:
+        right = tuple(s for s in witness.sites if s.looks_up == embedding)
+        if right or witness.rung != "initializer":
+            left.append(replace(witness, sites=right or witness.sites))
+    return left or list(said)

@@ -1,0 +1,166 @@
+"""Writing a changed model: the graph, and those external data files that it changes or takes along."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import onnx
+
+from loraformat.atomic import check_free, write_file
+from loraformat.errors import fault
+from loraformat.patch import Patch as FilePatch
+from loraformat.patch import write_patched
+from loraformat_converters.onnx.graph.model import External, external
+from loraformat_converters.onnx.graph.scopes import tensors
+
+if TYPE_CHECKING:
+    from loraformat.atomic import Writer
+
+__all__ = ["Addition", "Patch", "Storage"]
+
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Patch:
+    """New bytes for the external range of one tensor."""
+
+    place: External
+    tiles: Callable[[], Iterator[memoryview]]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that is new in the model and whose bytes go to a file of their own."""
+
+    tensor: onnx.TensorProto
+    length: int
+    tiles: Callable[[], Iterator[memoryview]]
+
+
+class Storage:
+    """What it takes to write ``model``, read from ``source``, as ``out``.
+
+    Attributes:
+        copied: data files that are taken along unchanged.
+        beside: other files that belong to the model.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        source: Path,
+        out: Path,
+        data: Sequence[Patch | Addition],
+        tag: str,
+        beside: Mapping[str, Writer] | None = None,
+    ) -> None:
+        self.model, self.out = model, out
+        self.beside: Mapping[str, Writer] = beside or {}
+        self.patches = [item for item in data if isinstance(item, Patch)]
+        self.additions = [item for item in data if isinstance(item, Addition)]
+        self.places: dict[str, Path] = {}
+        self.tensors: dict[str, list[onnx.TensorProto]] = {}
+        for tensor in tensors(model):
+            if (place := external(tensor, source.parent)) is not None:
+                self.places[place.location] = place.path
+                self.tensors.setdefault(place.location, []).append(tensor)
+        touched = {patch.place.location for patch in self.patches}
+        here = out.parent.resolve() == source.parent.resolve()
+        self.copied = [] if here else sorted(self.places.keys() - touched)
+        # A written data file has a name of the output's own: it is nobody else's, and an older output is whole
+        # until the model itself is renamed.
+        self.renamed = {name: f"{out.name}.{tag}.{i}.data" for i, name in enumerate(sorted({*touched, *self.copied}))}
+        self.added = f"{out.name}.{tag}.new.data"
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of external data that will be written."""
+        files = sum(self.places[name].stat().st_size for name in self.renamed)
+        return files + sum(_aligned(item.length) for item in self.additions)
+
+    def writers(self) -> dict[str, Writer]:
+        """Name of a file beside ``out`` → what writes it: data files first, the model last."""
+        self._relocate()
+        graph = _serialized(self.model)
+        writers: dict[str, Writer] = {new: self._copier(name) for name, new in self.renamed.items()}
+        if self.additions:
+            writers[self.added] = self._add
+        return {**writers, **self.beside, self.out.name: lambda file: _write_all(file, graph)}
+
+    def write(self, force: bool) -> int:
+        """Data files first, the model last, or nothing at all; the bytes written."""
+        for name in self.beside:
+            check_free(self.out.parent / name, force)
+        writers = self.writers()
+        new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
+        try:
+            for name, writer in writers.items():
+                write_file(self.out.parent / name, writer, force=force or name != self.out.name)
+        except BaseException:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
+        self._clear(writers.keys())
+        return self.out.stat().st_size + self.data_bytes
+
+    def _clear(self, keep: Collection[str]) -> None:
+        """Delete the data files of an older output of this name, which nothing refers to any more."""
+        own = re.compile(rf"{re.escape(self.out.name)}\.[0-9a-f]{{8}}\.(\d+|new)\.data")
+        used = {place.name for place in self.places.values()} | set(keep)
+        for path in self.out.parent.glob(f"{glob.escape(self.out.name)}.*.data"):
+            if own.fullmatch(path.name) and path.name not in used:
+                path.unlink()
+
+    def _relocate(self) -> None:
+        for name, new in self.renamed.items():
+            for tensor in self.tensors[name]:
+                next(e for e in tensor.external_data if e.key == "location").value = new
+        offset = 0
+        for item in self.additions:
+            item.tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", self.added), ("offset", offset), ("length", item.length)):
+                item.tensor.external_data.add(key=key, value=str(value))
+            offset += _aligned(item.length)
+
+    def _copier(self, name: str) -> Writer:
+        patches = [
+            FilePatch(p.place.offset, p.place.end, p.place.length, p.tiles)
+            for p in self.patches
+            if p.place.location == name
+        ]
+
+        def write(file: BinaryIO) -> None:
+            with open(self.places[name], "rb") as source:
+                write_patched(file, source, patches)
+
+        return write
+
+    def _add(self, file: BinaryIO) -> None:
+        for item in self.additions:
+            for tile in item.tiles():
+                file.write(tile)
+            file.write(bytes(_aligned(item.length) - item.length))
+
+
+def _aligned(length: int) -> int:
+    """Whole pages, so that the next tensor can be mapped."""
+    return -(-length // _PAGE) * _PAGE
+
+
+def _serialized(model: onnx.ModelProto) -> bytes:
+    try:
+        return bytes(model.SerializeToString())
+    except Exception as error:  # protobuf raises EncodeError or ValueError, by implementation
+        fix = "save the base with external data first (onnx.save_model(..., save_as_external_data=True))"
+        raise fault("LF-703", f"a model file holds less than 2 GiB: {error}", fix=fix) from None
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    file.write(data)

@@ -1,0 +1,123 @@
+"""Proof: a written model computes what base and adapter make, got by the other path, in ONNX Runtime.
+
+An attached model is held against merged weights, a merged one against an attached branch. Optimisations are off, so
+that only the two paths differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from loraformat.errors import fault
+from loraformat.plan import Proof
+from loraformat_converters.onnx.graph.scopes import scopes, tensors
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["ROUNDED", "compare", "tolerance"]
+
+_TOLERANCES: Mapping[int, float] = {
+    onnx.TensorProto.FLOAT16: 5e-3,
+    onnx.TensorProto.BFLOAT16: 2e-2,
+}
+"""Largest relative difference (L2) of a whole model's output, by the type of its weights; 1e-5 for wider ones."""
+
+ROUNDED = 5e-2
+"""The same where products are rounded to 8 bits: a difference of one bit in a float becomes one of a whole step."""
+
+_BFLOAT16, _FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+
+
+def tolerance(dtypes: set[int]) -> float:
+    """What two ways of computing with weights of these types may differ by."""
+    return max((_TOLERANCES.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+
+
+def compare(written: Path, other: Path, base: Path, feeds: Mapping[str, Array], limit: float) -> Proof:
+    """How far the outputs of ``written`` and ``other`` are from each other, and from those of ``base``.
+
+    Raises:
+        LoraFormatError: LF-611 the written model is not valid; LF-704 ONNX Runtime is not installed; LF-705 it cannot
+            run the model on these inputs.
+    """
+    try:
+        onnx.checker.check_model(str(written), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise fault("LF-611", f"onnx.checker refuses the written model: {error}", where=str(written)) from None
+    found, wanted, before = (_run(path, feeds) for path in (written, other, base))
+    errors = {name: _distance(found[name], wanted[name]) for name in wanted}
+    worst = max(errors, key=lambda name: errors[name])
+    moved = max(_distance(found[name], before[name]) for name in before)
+    return Proof(errors[worst], limit, moved, worst)
+
+
+def _run(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Output → values, on the CPU, without optimisation; bfloat16, which has no kernels there, as float32."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        fix = "pip install 'loraformat[onnx]'"
+        raise fault("LF-704", f"--verify needs onnxruntime: {error}", fix=fix) from None
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    model = onnx.load(str(path), load_external_data=False)
+    if any(t.data_type == _BFLOAT16 for t in tensors(model)):
+        source: Any = _widened(onnx.load(str(path))).SerializeToString()
+        feeds = {name: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for name, v in feeds.items()}
+    else:
+        source = str(path)
+    try:
+        running = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in running.get_outputs()]
+        wanted = {i.name: feeds[i.name] for i in running.get_inputs()}
+        wanted |= {i.name: feeds[i.name] for i in running.get_overridable_initializers() if i.name in feeds}
+        values = running.run(names, wanted)
+    except KeyError as error:
+        raise fault("LF-705", f"no values for the input {error}", where=str(path), fix="--inputs FILE.npz") from None
+    except Exception as error:  # onnxruntime raises a dozen classes of its own, without a common one
+        first = str(error).splitlines()[0]
+        fix = "inputs that it takes: --inputs FILE.npz"
+        raise fault("LF-705", f"ONNX Runtime cannot run the model: {first}", where=str(path), fix=fix) from None
+    return {n: np.asarray(v) for n, v in zip(names, values, strict=True) if getattr(v, "dtype", None) is not None}
+
+
+def _distance(found: Array, wanted: Array) -> float:
+    """‖found − wanted‖ / ‖wanted‖ in float64; of integers, the share that differs."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    if not np.issubdtype(wanted.dtype, np.floating):
+        return float(np.mean(found != wanted)) if wanted.size else 0.0
+    one, other = found.astype(np.float64), wanted.astype(np.float64)
+    odd = ~(np.isfinite(one) & np.isfinite(other))
+    if not np.array_equal(one[odd], other[odd], equal_nan=True):
+        return float("inf")
+    one, other = np.where(odd, 0, one), np.where(odd, 0, other)
+    size = float(np.linalg.norm(other))
+    return float(np.linalg.norm(one - other)) / size if size else float(np.abs(one).max(initial=0.0))
+
+
+def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with float32 in the place of bfloat16 everywhere."""
+    for tensor in tensors(model):
+        if tensor.data_type == _BFLOAT16:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for scope in scopes(model):
+        graph = scope.graph
+        for value in (*graph.input, *graph.output, *graph.value_info) if graph else ():
+            if value.type.tensor_type.elem_type == _BFLOAT16:
+                value.type.tensor_type.elem_type = _FLOAT
+        for node in scope.nodes:
+            for attribute in node.attribute:
+                if attribute.name in ("to", "dtype") and attribute.i == _BFLOAT16:
+                    attribute.i = _FLOAT
+    return model
