@@ -7,6 +7,7 @@ and offsets must be seen at all, and because a tensor must be a view of the file
 from __future__ import annotations
 
 import functools
+import io
 import mmap
 import os
 import stat
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.mapped import read_ahead
+from loraformat.mapped import place, read_ahead, remember
+from loraformat.ranges import copy_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +78,8 @@ class Container(Mapping[str, "Array"]):
                     raise fault("LF-701", f"{self.path} is not a regular file")
                 self.size = info.st_size
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+                if isinstance(self._map, mmap.mmap):
+                    remember(self._map, file.fileno())
         except OSError as error:
             raise fault("LF-701", f"cannot read {self.path}: {error.strerror or error}") from None
         self.infos, self.metadata, self.data_start = parse_header(self._map, self.size)
@@ -258,8 +262,22 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, s
         end += tensors[name].nbytes
     file.write(header_bytes(infos, metadata))
     for name in order:
-        for slab in _slabs(tensors[name]):
-            file.write(raw(slab))
+        if not _copied(file, tensors[name]):
+            for slab in _slabs(tensors[name]):
+                file.write(raw(slab))
+
+
+def _copied(file: BinaryIO, tensor: Array) -> bool:
+    """Whether the kernel has copied the bytes, out of the file that the tensor is a view of."""
+    found = place(tensor) if tensor.dtype.byteorder != ">" else None
+    if found is None or not isinstance(file, (io.BufferedRandom, io.BufferedWriter)):
+        return False
+    file.flush()
+    at = file.tell()
+    with open(found[0], "rb", buffering=0, closefd=False) as source:
+        copy_range(source, found[1], file, at, tensor.nbytes)
+    file.seek(at + tensor.nbytes)
+    return True
 
 
 def _slabs(tensor: Array) -> Iterator[Array]:
