@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.mapped import place, read_ahead, remember
-from loraformat.ranges import copy_range
+from loraformat.ranges import append, append_copy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -264,7 +264,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, s
     for name in order:
         if not _copied(file, tensors[name]):
             for slab in _slabs(tensors[name]):
-                file.write(raw(slab))
+                append(file, raw(slab))
 
 
 def _copied(file: BinaryIO, tensor: Array) -> bool:
@@ -272,11 +272,8 @@ def _copied(file: BinaryIO, tensor: Array) -> bool:
     found = place(tensor) if tensor.dtype.byteorder != ">" else None
     if found is None or not isinstance(file, (io.BufferedRandom, io.BufferedWriter)):
         return False
-    file.flush()
-    at = file.tell()
     with open(found[0], "rb", buffering=0, closefd=False) as source:
-        copy_range(source, found[1], file, at, tensor.nbytes)
-    file.seek(at + tensor.nbytes)
+        append_copy(file, source, found[1], tensor.nbytes)
     return True
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat.container import dtype_name, raw
+from loraformat.ranges import append
 from loraformat_converters.gguf.cursor import ARRAY, SCALARS, STRING, Value
 from loraformat_converters.gguf.file import ALIGNMENT, MAGIC, TYPES, aligned
 
@@ -35,7 +36,7 @@ def write(file: BinaryIO, values: Mapping[str, Value], tensors: Mapping[str, Arr
         end += aligned(tensor.nbytes)
     file.write(head + b"\0" * (-len(head) % ALIGNMENT))
     for tensor in tensors.values():
-        file.write(raw(tensor))
+        append(file, raw(tensor))
         file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
 
 

@@ -16,6 +16,7 @@ from loraformat.atomic import check_free, write_file
 from loraformat.errors import fault
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
+from loraformat.ranges import append
 from loraformat_converters.onnx.graph.model import External, external
 from loraformat_converters.onnx.graph.scopes import tensors
 
@@ -145,7 +146,7 @@ class Storage:
     def _add(self, file: BinaryIO) -> None:
         for item in self.additions:
             for tile in item.tiles():
-                file.write(tile)
+                append(file, tile)
             file.write(bytes(_aligned(item.length) - item.length))
 
 
