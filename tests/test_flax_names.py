@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+import loraformat as lf
 from loraformat import Adapter, Lora, LoraFormatError, Magnitude, Replace, Update
 from loraformat.axes import Placement
 from loraformat.base import Parameter
@@ -127,3 +129,19 @@ def test_a_layer_that_both_know_is_refused_until_something_tells():
 def test_a_name_that_nobody_knows_is_refused():
     with pytest.raises(LoraFormatError, match="LF-602"):
         retarget(Adapter({"odd/w": Update((Lora(normal(2, 5), normal(7, 2), 1.0, "factor"),))}, names="flax"), "torch")
+
+
+@pytest.mark.parametrize(
+    ("own", "torch"),
+    [("bert/embeddings/word_embeddings/embedding", "bert.embeddings.word_embeddings.weight"),
+     ("embedder/input_embedding", "model.embed_tokens.weight")],
+)  # fmt: skip
+def test_what_is_looked_up_is_an_embedding_to_peft_too(own, torch, tmp_path):
+    table = Update((Lora(normal(2, 17), normal(EMBED, 2), 3.0, "alpha/r"),), Placement((17, EMBED), (1,), (0,)))
+    made = retarget(Adapter({own: table}, names="flax"), "torch", config={**CONFIG, "model_type": "gemma2"}).adapter
+    assert {key: update.op for key, update in made.items()} == {torch: "embedding"}
+    assert relative_error(made[torch].matrix(), table.matrix()) <= 1e-6
+    lf.save(made, tmp_path / "a.safetensors")
+    lf.convert(tmp_path / "a.safetensors", tmp_path / "peft", to_layout="peft")
+    with safe_open(tmp_path / "peft/adapter_model.safetensors", "numpy") as file:
+        assert {key.rpartition(".")[2] for key in file.keys()} == {"lora_embedding_A", "lora_embedding_B"}  # noqa: SIM118

@@ -90,16 +90,18 @@ class Link:
     Attributes:
         evidence: what says so, as ``source: detail``: ``table: sdxl``, ``base: its names``, ``config: n_head 32``.
         scale: what the numbers are multiplied by, where the other framework keeps W so.
+        op: ``embedding`` of a table, where that is known.
     """
 
     here: Seat
     there: Seat
     evidence: str
     scale: float = 1.0
+    op: str | None = None
 
     def reversed(self) -> Link:
         """The way back."""
-        return Link(self.there, self.here, self.evidence, 1.0 if self.scale == 1.0 else 1.0 / self.scale)
+        return Link(self.there, self.here, self.evidence, 1.0 if self.scale == 1.0 else 1.0 / self.scale, self.op)
 
     def same(self, other: Link) -> bool:
         """Whether both say the same, whatever says so."""

@@ -237,6 +237,8 @@ def _made(name: str, held: Sequence[tuple[Link, Update]]) -> Update:
     seat = held[0][0].there
     if update.placement is None and seat.shape is not None and seat.axes is not None and neutral(update):
         update = update.placed(Placement.of(seat.shape, seat.axes))
+    if update.op is None and (op := next((link.op for link, _ in held if link.op), None)):
+        update = replace(update, op=op)  # layouts have places of their own for what is looked up
     if problems := shape_problems(name, update):
         raise LoraFormatError(problems)
     return update

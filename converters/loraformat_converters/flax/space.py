@@ -61,9 +61,9 @@ def _by_rule(known: Known) -> Iterator[Link]:
         for torch, own in pairs:
             axes, own_axes = linen.axes(own, update)
             shape = None if adapter.names == TORCH else _flat(update, axes)
-            yield Link(
-                Seat(torch, axes=axes, shape=shape), Seat(own, axes=own_axes), f"rule: a {linen.leaf_of(own)} of flax"
-            )
+            here, leaf = Seat(torch, axes=axes, shape=shape), linen.leaf_of(own)
+            op = "embedding" if leaf == "embedding" else None
+            yield Link(here, Seat(own, axes=own_axes), f"rule: a {leaf} of flax", op=op)
 
 
 def _by_tables(known: Known) -> Iterator[tuple[Row, Link]]:
@@ -97,10 +97,12 @@ def _links(key: str, update: Update, row: Row, table: Table, known: Known) -> It
         if row.projection:
             rows, scale, said = maxtext_order.of(row.projection, known.config, key)
             evidence = f"{evidence}, {said}"
-        here = {"out": "out"}.get(row.axes, "in,out" if "embed" in row.own else "out,in")
+        looked_up = "embed" in row.own
+        here = {"out": "out"}.get(row.axes, "in,out" if looked_up else "out,in")
         flat = None if torch else _flat(update, here, row.share, stacked=index is not None)
         there = Seat(own, rows=rows, index=index, axes=axes, shape=shape)
-        yield Link(Seat(name, axes=here, shape=flat), there, evidence, scale)
+        op = "embedding" if looked_up else None
+        yield Link(Seat(name, axes=here, shape=flat), there, evidence, scale, op)
 
 
 def _places(key: str, update: Update, row: Row, known: Known) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
