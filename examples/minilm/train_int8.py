@@ -47,6 +47,7 @@ def main(folder: Path) -> None:
     pairs = stdlib_pairs()
     held_out = {p.query for p in pairs if p.digest % 100 < train.HELD_OUT_PERCENT and not p.is_method}
     model = get_peft_model(BertModel.from_pretrained(folder, add_pooling_layer=False).eval(), LORA)
+    model.peft_config["default"].base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
     train.EPOCHS = EPOCHS
     train.train(model, tokenizer, [p for p in pairs if p.query not in held_out])
 
