@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["device_of", "opened", "runtime"]
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
-"""Where a model that is given as bytes has its data (onnxruntime_session_options_config_keys.h, from 1.19 on)."""
+"""Where a model that is given as bytes has its data (onnxruntime_session_options_config_keys.h, from 1.21 on)."""
 
 
 def runtime() -> Any:
@@ -33,7 +33,7 @@ def opened(model: Path | onnx.ModelProto, folder: Path, providers: Sequence[Any]
     """An ``InferenceSession``; LF-705 where ONNX Runtime cannot open the model.
 
     Args:
-        model: a file, or a model whose external data lies in ``folder``.
+        model: a file, or a model whose external data lies in ``folder``, where onnxruntime 1.21 or newer finds it.
         options: onnxruntime's own; else without a warning for each input that has a default.
         captured: by CUDA graphs, where the first provider is CUDA.
     """
