@@ -14,11 +14,26 @@ MODULES = [
 ]
 
 
+FRAMEWORKS = {"torch", "jax", "transformers"}
+
+
+def imported(name):
+    """The module; None where it is of a framework that is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in FRAMEWORKS:
+            raise
+        return None
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_give_what_they_show(name):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    if (module := imported(name)) is None:
+        pytest.skip("needs a framework")
+    assert doctest.testmod(module).failed == 0
 
 
 def test_there_are_examples():
-    tests = (t for name in MODULES for t in doctest.DocTestFinder().find(importlib.import_module(name)))
+    tests = (t for module in filter(None, map(imported, MODULES)) for t in doctest.DocTestFinder().find(module))
     assert sum(bool(test.examples) for test in tests) >= 15
