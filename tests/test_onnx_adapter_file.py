@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +16,8 @@ from graphs import adapter, lora
 
 import loraformat as lf
 from loraformat import Adapter, LoraFormatError, Placement, Update, testing
-from loraformat.registry import detect, layout, load
+from loraformat.layout import ReadOptions
+from loraformat.registry import detect, layout, load, read
 from loraformat.source import open_source
 from loraformat.testing import relative_error
 from loraformat.verbs.convert import convert, save
@@ -53,9 +56,31 @@ def test_a_file_of_onnxruntime_is_read_by_the_names_of_each_style(style, tmp_pat
     a, b = normal(5, 3), normal(3, 7)
     path = written(tmp_path / "a.onnx_adapter", {name.format("A"): a, name.format("B"): b})
     testing.check_claimed_alone(LAYOUT, path)
-    (found,) = load(path).items()
+    told = ReadOptions(alpha=1.0, scale_rule="factor") if "olive" in style else ReadOptions()
+    (found,) = read(path, options=told)[0].adapter.items()
     assert (found[0], found[1].scale, found[1].rank, found[1].kind) == (key, 1.0, 3, "lora")
     assert relative_error(found[1].matrix(), (a @ b).T) <= 1e-6
+
+
+OLIVE = Path(__file__).parent / "golden/olive"
+
+
+@pytest.mark.parametrize("made_by", ["converted", "extracted"])
+def test_what_olive_wrote_is_read_with_the_scale_that_is_stated(made_by):
+    """Its two commands give the same names, one with the scale in B and one without: which it was, no file says."""
+    path, golden = OLIVE / f"{made_by}.onnx_adapter", json.loads((OLIVE / "golden.json").read_text())
+    testing.check_claimed_alone(LAYOUT, path)
+    with pytest.raises(LoraFormatError, match=r"LF-509.*convert-adapters has the scale in B"):
+        load(path)
+    told = ReadOptions(alpha=1.0, scale_rule="factor")
+    if made_by == "extracted":
+        told = ReadOptions(alpha=float(golden["alpha"]), scale_rule="alpha/r")
+    found = {key.removeprefix("m."): update for key, update in read(path, options=told)[0].adapter.items()}
+    with np.load(OLIVE / "deltas.npz") as wanted:
+        names = {key.removeprefix("m.").removeprefix("base_model.model."): key for key in wanted.files}
+        assert found.keys() == names.keys()
+        for key, update in found.items():
+            assert relative_error(update.matrix(), wanted[names[key]]) <= 1e-6
 
 
 def test_kernels_and_batches_are_read_where_their_shapes_tell_them(tmp_path):
@@ -75,9 +100,9 @@ BAD = {
     "a strange name": ({"lora/x/A": normal(5, 2), "lora/x/B": normal(2, 7), "norm.bias": normal(3)}, "LF-506"),
     "a factor alone": ({"lora/x/A": normal(5, 2)}, "LF-303"),
     "ranks that differ": ({"lora/x/A": normal(5, 2), "lora/x/B": normal(3, 7)}, "LF-506"),
-    "PEFT's own axes": ({"x.lora_A.weight": normal(2, 5), "x.lora_B.weight": normal(7, 2)}, "LF-506"),
+    "PEFT's own axes": ({"lora/x/A": normal(2, 5), "lora/x/B": normal(7, 2)}, "LF-506"),
     "one target twice": (
-        {f"{p}x.lora_{s}.weight": normal(4, 4) for p in ("", "base_model.model.") for s in "AB"},
+        {f"{p}x.lora_{s}.MatMul.weight": normal(4, 4) for p in ("", "base_model.model.") for s in "AB"},
         "LF-507",
     ),
     "nothing but rank 0": ({"lora/x/A": normal(5, 0), "lora/x/B": normal(0, 7)}, "LF-304"),

@@ -13,7 +13,7 @@ from loraformat.layout import Output, Reading
 from loraformat.updates import Update
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching.pairs import laid, pair_of
-from loraformat_converters.onnx.attaching.slot_names import inputs_of, key_of
+from loraformat_converters.onnx.attaching.slot_names import inputs_of, is_olives, key_of
 from loraformat_converters.onnx.attaching.slots import Slots
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from loraformat.base import Base
     from loraformat.layout import ReadOptions, WriteOptions
+    from loraformat.scale import ScaleRule
     from loraformat.source import Source
 
     Array = npt.NDArray[Any]
@@ -48,15 +49,24 @@ class OnnxAdapter:
         return "bytes 4 to 8 are TORT" if source.head[4:8] == tort.MAGIC else None
 
     def read(self, source: Source, options: ReadOptions) -> Reading:
-        """By the names of our slots, of Olive's and of ONNX Runtime GenAI's; LF-506 of any other tensor."""
+        """By the names of our slots, of Olive's and of ONNX Runtime GenAI's.
+
+        Raises:
+            LoraFormatError: LF-506 another tensor; LF-509 a file of Olive's, and no scale is stated.
+        """
         assert source.file is not None
         contents = tort.read(source.file)
         pairs, problems = _pairs(contents.tensors)
+        scale = _OF_B
+        if _is_olives(contents):
+            if options.alpha is None or options.scale_rule is None:
+                raise _unstated(source)
+            scale = options.alpha, options.scale_rule
         targets: dict[str, Update] = {}
         for key, (a, b) in pairs.items():
             try:
                 if a.any() or b.any():  # rank 0, or zeros, is what required slots take where the adapter has no target
-                    targets[key] = Update((pair_of(key, a, b),))
+                    targets[key] = Update((replace(pair_of(key, a, b), alpha=scale[0], scale_rule=scale[1]),))
             except LoraFormatError as error:
                 problems += error.problems
         if options.rank is not None:
@@ -66,7 +76,7 @@ class OnnxAdapter:
                 if u.rank != options.rank
             ]
         stated = {"alpha": options.alpha, "scale-rule": options.scale_rule}
-        if given := [f"--{flag}" for flag, value in stated.items() if value is not None]:
+        if scale is _OF_B and (given := [f"--{flag}" for flag, value in stated.items() if value is not None]):
             problems.append(
                 Problem("LF-507", f"B holds the scale already, and {given[0]} states another", str(source.path))
             )
@@ -94,6 +104,22 @@ class OnnxAdapter:
 
 
 layout = OnnxAdapter()
+
+
+_OF_B: tuple[float, ScaleRule] = (1.0, "factor")
+
+
+def _is_olives(contents: tort.Contents) -> bool:
+    """Whether Olive may have written it: its names, and no version of ours, which our files for such slots have."""
+    return not contents.stated and any(map(is_olives, contents.tensors))
+
+
+def _unstated(source: Source) -> LoraFormatError:
+    # olive-ai 0.13.0: cli/convert_adapters.py multiplies B by the scale; passes/onnx/extract_adapters.py leaves that to a
+    # Mul of the graph.
+    what = "Olive's convert-adapters has the scale in B, and its ExtractAdapters leaves it in the graph: the file is silent"
+    fix = "--alpha 1 --scale-rule factor of the first; of the second as it was trained, --alpha A --scale-rule alpha/r"
+    return fault("LF-509", what, where=str(source.path), fix=fix)
 
 
 def _slots_of(model: Base) -> Slots:

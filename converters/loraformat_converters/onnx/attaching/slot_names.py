@@ -12,7 +12,7 @@ from typing import Literal
 
 from loraformat.errors import fault
 
-__all__ = ["STYLES", "Style", "file_of", "inputs_of", "key_of"]
+__all__ = ["STYLES", "Style", "file_of", "inputs_of", "is_olives", "key_of"]
 
 Style = Literal["native", "olive", "genai"]
 STYLES: tuple[Style, ...] = ("native", "olive", "genai")
@@ -49,6 +49,16 @@ def key_of(name: str) -> tuple[str, str] | None:
     if found := _LISTED.fullmatch(name):
         return f"{found['key']}.weight", found["side"]
     return None
+
+
+def is_olives(name: str) -> bool:
+    """Whether a tensor goes by Olive's style: that of PEFT's modules, which is no slot of ours by itself.
+
+    >>> is_olives("h.0.q.lora_A.weight"), is_olives("h.0.q.lora_A.MatMul.weight"), is_olives("lora/h.0.q.weight/A")
+    (True, False, False)
+    """
+    found = _LISTED.fullmatch(name)
+    return found is not None and not name.endswith(".MatMul.weight") and not _NATIVE.fullmatch(name)
 
 
 def file_of(model: str, name: str) -> str:
