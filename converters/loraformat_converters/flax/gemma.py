@@ -24,7 +24,7 @@ from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat_converters.flax import open_tree, output
 from loraformat_converters.flax.factors import as_arrays, as_matrices, ways
-from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form, unscaled
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, unscaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,17 +58,12 @@ _EQUATIONS = {
 }
 
 
-class Gemma:
+class Gemma(OfTrees):
     """The ``lora`` branches of a gemma model's parameters, in any container."""
 
     name = "gemma"
-    carries = frozenset({"lora"})
-    writes = True
     describes = "DeepMind's gemma: the lora branches of peft.split_params, as Orbax, msgpack, npz or safetensors"
     scale = "there is none: it has to be in the factors"
-    markers = frozenset({"_METADATA"})
-    endings: tuple[str, ...] = ()
-    names = frozenset({"flax"})
 
     def detect(self, source: Source) -> str | None:
         """Paths that end with lora/a and lora/b."""

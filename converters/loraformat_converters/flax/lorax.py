@@ -16,7 +16,7 @@ from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat_converters.flax import open_tree, output
 from loraformat_converters.flax.factors import as_arrays, as_matrices
-from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form, one_scale, scale_stated
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, one_scale, scale_stated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,17 +35,12 @@ __all__ = ["Lorax", "layout"]
 _ROLES = ("b", "a")  # the input side first, as in the other layouts
 
 
-class Lorax:
+class Lorax(OfTrees):
     """The factors of ``lorax.LoraWeight``, in any container."""
 
     name = "lorax"
-    carries = frozenset({"lora"})
-    writes = True
     describes = "jax-lorax: a and b of LoraWeight in the place of a weight, as Orbax, msgpack, npz or safetensors"
     scale = "nowhere: alpha / rank of the program (its default is 1 / rank), to be stated"
-    markers = frozenset({"_METADATA"})
-    endings: tuple[str, ...] = ()
-    names = frozenset({"flax"})
 
     def detect(self, source: Source) -> str | None:
         """Two leaves a and b of one parameter, whose shapes are those of b·a."""

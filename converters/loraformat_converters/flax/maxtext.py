@@ -25,7 +25,7 @@ from loraformat.parts import Lora
 from loraformat.source import Source
 from loraformat_converters.flax import Tree, open_tree, orbax, output
 from loraformat_converters.flax.factors import as_arrays, as_matrices, layers_first, layers_second
-from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form, scale_stated
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, scale_stated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -51,17 +51,12 @@ _PLAIN, _SCANNED = {(2, 3), (3, 2)}, {(3, 4), (4, 3)}  # axes of a and b
 _SPECS = ("in,out,out", "in,in,out")
 
 
-class MaxText:
+class MaxText(OfTrees):
     """MaxText's folder of an adapter, or the tree alone in any container."""
 
     name = "maxtext"
-    carries = frozenset({"lora"})
-    writes = True
     describes = "MaxText's own LoRA of attention: adapter_config.json and 0/items (Orbax); the tree alone, too"
     scale = "lora_alpha / r, in adapter_config.json"
-    markers = frozenset({"_METADATA"})
-    endings: tuple[str, ...] = ()
-    names = frozenset({"flax"})
 
     def detect(self, source: Source) -> str | None:
         """Paths that end with lora_a.kernel and lora_b.kernel."""

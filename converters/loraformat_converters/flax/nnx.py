@@ -17,7 +17,7 @@ from loraformat.errors import LoraFormatError, Problem
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat_converters.flax import open_tree, output
-from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,17 +35,12 @@ _ROLES = ("lora_a", "lora_b")
 _INNER = "/lora"
 
 
-class Nnx:
+class Nnx(OfTrees):
     """The state of NNX's LoRA modules, in any container."""
 
     name = "nnx"
-    carries = frozenset({"lora"})
-    writes = True
     describes = "Flax NNX: the state of nnx.LoRA, as Orbax, msgpack, npz or safetensors"
     scale = "there is none: it has to be in the factors"
-    markers = frozenset({"_METADATA"})
-    endings: tuple[str, ...] = ()
-    names = frozenset({"flax"})
 
     def detect(self, source: Source) -> str | None:
         """Paths that end with lora_a and lora_b."""

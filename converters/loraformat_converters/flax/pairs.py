@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Draft", "form_of", "grouped", "kept_form", "one_scale", "scale_stated", "unscaled"]
+__all__ = ["Draft", "OfTrees", "form_of", "grouped", "kept_form", "one_scale", "scale_stated", "unscaled"]
+
+
+class OfTrees:
+    """What the layouts have in common whose pairs are leaves of a tree, in any container: see ``loraformat.layout``."""
+
+    carries = frozenset({"lora"})
+    writes = True
+    markers = frozenset({"_METADATA"})
+    endings: tuple[str, ...] = ()
+    names = frozenset({"flax"})
 
 
 def grouped(

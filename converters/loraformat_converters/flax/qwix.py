@@ -25,7 +25,7 @@ from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat_converters.flax import open_tree, output
 from loraformat_converters.flax.factors import as_arrays, as_matrices, layers_first, layers_second, ways
-from loraformat_converters.flax.pairs import Draft, form_of, grouped, kept_form, one_scale, scale_stated
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, one_scale, scale_stated
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,17 +44,12 @@ __all__ = ["Qwix", "layout"]
 _ROLES = ("_lora_a", "_lora_b")
 
 
-class Qwix:
+class Qwix(OfTrees):
     """The factors that qwix.apply_lora_to_model adds, in any container."""
 
     name = "qwix"
-    carries = frozenset({"lora"})
-    writes = True
     describes = "Qwix and Tunix: <weight>_lora_a, <weight>_lora_b, as Orbax, msgpack, npz or safetensors"
     scale = "nowhere: alpha / rank of the rule, to be stated"
-    markers = frozenset({"_METADATA"})
-    endings: tuple[str, ...] = ()
-    names = frozenset({"flax"})
 
     def detect(self, source: Source) -> str | None:
         """Paths that end with _lora_a and _lora_b, behind the name of a weight."""
