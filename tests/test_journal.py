@@ -12,8 +12,11 @@ from safetensors.numpy import save_file
 
 import loraformat as lf
 from loraformat.atomic import write_folder
+from loraformat.base import Options
+from loraformat.checkpoint import pipeline, task
 from loraformat.checkpoint.safetensors import SafetensorsShard
 from loraformat.journal import NAME
+from loraformat.verbs.merge import prepare
 
 
 def everything(folder):
@@ -172,3 +175,47 @@ def test_a_merge_that_was_killed_goes_on_and_knows_the_norms_of_what_was_finishe
         p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "whole"]
+
+
+# What a merge is made of.
+
+
+def made_of(adapter, base, out, **options):
+    opened = lf.open_base(base)
+    plan = prepare("merge", [("default", adapter)], opened, Options(out, **options))
+    return task.identity(plan, opened.files)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    home = tmp_path / "base"
+    home.mkdir()
+    save_file({"a.weight": np.ones((7, 5), np.float32)}, home / "model.safetensors")
+    (home / "config.json").write_text("{}")
+    return home
+
+
+def pair(value=1.0, alpha=3.0):
+    a, b = np.full((2, 5), value, np.float32), np.ones((7, 2), np.float32)
+    return lf.Adapter({"a.weight": lf.Update((lf.Lora(a, b, alpha, "alpha/r"),))})
+
+
+def test_a_merge_of_anything_else_is_another_task(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    first = made_of(pair(), checkpoint, out)()
+    assert made_of(pair(), checkpoint, tmp_path / "elsewhere")() == first
+    others = [made_of(pair(2.0), checkpoint, out), made_of(pair(alpha=4.0), checkpoint, out)]
+    others.append(made_of(pair(), checkpoint, out, requantize=True))
+    assert len({first, *(other() for other in others)}) == 4
+    for name in ("model.safetensors", "config.json"):
+        before = made_of(pair(), checkpoint, out)
+        os.utime(checkpoint / name, ns=(1, 1))
+        assert made_of(pair(), checkpoint, out)() != before()  # the files count as they lay when it was planned
+        first = before()
+    assert made_of(pair(), checkpoint, out)() != first
+
+
+def test_a_pipelines_other_files_count_too():
+    own = {"unet": type("Own", (), {"identity": lambda self: "x"})()}
+    found = {pipeline._Together(own, rest).identity() for rest in ([], [["vae/a", 1, 2, 3]], [["vae/a", 1, 9, 3]])}
+    assert len(found) == 3

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraformat import canonical
 from loraformat.atomic import Writer, check_free, check_room, write_folder
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint.base import Checkpoint
 from loraformat.checkpoint.folder import is_weights, json_object
 from loraformat.checkpoint.output import Output, copy_file
-from loraformat.checkpoint.task import Merging, identity
+from loraformat.checkpoint.task import Merging, identity, seen
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.folders import files_in
 from loraformat.names import join, split
@@ -183,8 +184,10 @@ class Pipeline:
         check_free(out, force)
         check_room(out, plan.writes)
         outputs: dict[str, Output] = {name: own.state for name, own in plans.items()}
-        task = _Together({name: outputs[name].task(identity(plans[name], outputs[name].merge.files)) for name in plans})
-        writers: dict[str, Writer] = {name: partial(copy_file, self.path / name) for name in self._rest(plans)}
+        rest = {name: self.path / name for name in self._rest(plans)}
+        tasks = {name: outputs[name].task(identity(plans[name], outputs[name].merge.files)) for name in plans}
+        task = _Together(tasks, seen(rest.values()))
+        writers: dict[str, Writer] = {name: partial(copy_file, path) for name, path in rest.items()}
         for name, output in outputs.items():
             writers |= {f"{name}/{file}": writer for file, writer in output.writers().items()}
         write_folder(out, writers, force=force, task=task)
@@ -206,11 +209,12 @@ class _Together:
     """The merges of several components as one task: files by their paths in the pipeline."""
 
     tasks: Mapping[str, Merging]
+    rest: Sequence[Sequence[str | int]]
 
     def identity(self) -> str:
-        """SHA-256 of those of all of them."""
-        own = "".join(f"{name} {task.identity()}\n" for name, task in self.tasks.items())
-        return hashlib.sha256(own.encode()).hexdigest()
+        """SHA-256 of those of all of them, and of the files that are taken along."""
+        own = {name: task.identity() for name, task in self.tasks.items()}
+        return hashlib.sha256(canonical.dumps([own, self.rest]).encode()).hexdigest()
 
     @property
     def names(self) -> list[str]:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ from loraformat.errors import LoraFormatError
 from loraformat.identity import digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loraformat.checkpoint.folder import Files
     from loraformat.plan import Plan
 
-__all__ = ["Merging", "identity"]
+__all__ = ["Merging", "identity", "seen"]
 
 
 def identity(plan: Plan, files: Files) -> Callable[[], str]:
@@ -28,8 +30,7 @@ def identity(plan: Plan, files: Files) -> Callable[[], str]:
 
     The adapters are read when it is asked for the first time: a merge of a moment never asks.
     """
-    paths = [*(shard.path for shard in files.shards.values()), *files.others.values()]
-    stats = [[str(path), found.st_size, found.st_mtime_ns, found.st_ino] for path in paths for found in [path.stat()]]
+    stats = seen([*(shard.path for shard in files.shards.values()), *files.others.values()])
     how = [importlib.metadata.version("loraformat"), plan.options.requantize]
 
     @functools.cache
@@ -39,6 +40,11 @@ def identity(plan: Plan, files: Files) -> Callable[[], str]:
         return hashlib.sha256(json.dumps([how, jobs, stats], sort_keys=True).encode()).hexdigest()
 
     return found
+
+
+def seen(paths: Iterable[Path]) -> list[list[str | int]]:
+    """The files as they lie on the disk now: path, size, time of the last change, inode."""
+    return [[str(path), found.st_size, found.st_mtime_ns, found.st_ino] for path in paths for found in [path.stat()]]
 
 
 @dataclass(slots=True)
