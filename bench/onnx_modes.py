@@ -62,11 +62,13 @@ def write_model(path: Path, sizes: Sizes, dtype: str, *, packed: bool = False, i
     nodes, tensors, x = [], [], "x"
     shapes = sizes.weights()
 
-    def product(name: str, source: str) -> str:
-        (rows, columns), node = shapes[name], f"/{name.replace('.', '/')}/MatMul"
+    def product(name: str, source: str, *parts: str) -> str:
+        """x · W; of several ``parts`` side by side where they are given."""
+        node, widths = f"/{name.replace('.', '/')}/MatMul", [shapes[part][1] for part in parts or (name,)]
+        rows, columns = shapes[(parts or (name,))[0]][0], sum(widths)
         if not int4:
-            values = draw.standard_normal((rows, columns), np.float32) * np.float32(0.3 / rows**0.5)
-            tensors.append(onnx.numpy_helper.from_array(values.astype(numpy), f"{name}.w"))
+            drawn = [draw.standard_normal((rows, n), np.float32) * np.float32(0.3 / rows**0.5) for n in widths]
+            tensors.append(onnx.numpy_helper.from_array(np.concatenate(drawn, 1).astype(numpy), f"{name}.w"))
             nodes.append(helper.make_node("MatMul", [source, f"{name}.w"], [name], node))
             return name
         codes = draw.integers(0, 256, (columns, rows // BLOCK, BLOCK // 2), np.uint8)
@@ -82,11 +84,9 @@ def write_model(path: Path, sizes: Sizes, dtype: str, *, packed: bool = False, i
         names = [f"layers.{layer}.{name}" for name in PACKED[group]]
         if not packed:
             return [product(name, source) for name in names]
-        widths = [shapes[name][1] for name in names]
         whole, ends = f"layers.{layer}.{group}", f"l{layer}.{group}.ends"
-        shapes[whole] = (sizes.hidden, sum(widths))
-        tensors.append(onnx.numpy_helper.from_array(np.array(widths, np.int64), ends))
-        nodes.append(helper.make_node("Split", [product(whole, source), ends], names, axis=-1))
+        tensors.append(onnx.numpy_helper.from_array(np.array([shapes[name][1] for name in names], np.int64), ends))
+        nodes.append(helper.make_node("Split", [product(whole, source, *names), ends], names, axis=-1))
         return names
 
     def node(op: str, inputs: list[str], output: str) -> str:

@@ -7,17 +7,19 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from graphs import inputs, lora, model, run, save
+from graphs import inputs, lora, model, run, save, session
 from onnx import numpy_helper
 from quantised_graphs import packed as packed_bits
 
 import loraformat as lf
+from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.sketch import sketch, sketches
 from loraformat.testing import relative_error
-from loraformat.verbs.graph import detach, extract
-from loraformat.verbs.merge import attach, merge
+from loraformat.verbs.graph import detach, extract, prove
+from loraformat.verbs.merge import attach, merge, prepare
 from loraformat.verbs.verify import verify
+from loraformat_converters.onnx.attaching import stack
 
 IN = 20
 ROWS = {"q": (0, 24), "k": (24, 36), "v": (36, 48)}
@@ -179,3 +181,42 @@ def test_the_sketch_of_a_run_is_that_of_the_rows_by_themselves():
     for start, found in drawn.items():
         alone = sketch(w[start : start + 12], lf.Placement((12, IN), (0,), (1,)))
         np.testing.assert_allclose(found, alone, atol=1e-6)
+
+
+def rows_choose(form, provider, select, tmp_path):
+    """A stack beside a weight that holds q, k and v: of two adapters one has all three, the other two of them."""
+    w = weight()
+    path, out = save(product(form, w), tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    given = {"whole": ours(w), "part": ours(w, ("v", "q"))}
+    base, x = open_base(path), inputs(path)["x"].astype(np.float32)
+    plan = prepare(
+        "attach", list(given.items()), base, Options(out, "stack", rows=("x",), provider=provider, select=select)
+    )
+    base.apply(plan)
+    assert prove(base, plan).holds
+    index = np.arange(x.shape[0]) % 3
+    fed = {"lora.index": index} if select == "index" else {"lora.weights": np.eye(3, 2, -1, dtype=np.float32)[index]}
+    before, found = session(path).run(None, {"x": x})[0], session(out).run(None, {"x": x, **fed})[0]
+    for n, adapter in enumerate(given.values(), 1):
+        wanted = before[index == n] + x[index == n].astype(np.float64) @ spread(adapter).T
+        assert relative_error(found[index == n], wanted) <= 2e-6
+        assert relative_error(found[index == n], before[index == n]) > 1e-3
+    assert relative_error(found[index == 0], before[index == 0]) <= 1e-6
+    for name, adapter in given.items():
+        assert lf.digest(extract(open_base(out), name=name)) == lf.digest(adapter)
+    detach(open_base(out), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["MatMul", "Gemm", "MatMulNBits"])
+@pytest.mark.parametrize(("provider", "select"), [("cpu", "index"), ("cuda", "index"), ("cpu", "weights")])
+def test_rows_choose_among_adapters_of_a_packed_weight(form, provider, select, tmp_path):
+    rows_choose(form, provider, select, tmp_path)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_choice_is_red_where_a_part_is_lost(lost, monkeypatch, tmp_path):
+    whole = stack.joined
+    monkeypatch.setattr(stack, "joined", lambda make, pairs: whole(make, [p for n, p in enumerate(pairs) if n != lost]))
+    with pytest.raises(AssertionError):
+        rows_choose("MatMul", "cpu", "index", tmp_path)

@@ -17,6 +17,7 @@ from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
 from loraformat_converters.onnx.attaching import attach, widen
+from loraformat_converters.onnx.graph.nodes import Nodes
 
 SHARED = """g (float[N,T,5] x) => (float[N,T,4] y) <float[5,7] q, float[5,7] k, float[6,5] v, float[7,6] o, float[6,4] p, float[6] b>
   { ["/m/q/MatMul"] a = MatMul(x, q)  ["/m/k/MatMul"] c = MatMul(x, k)  s = Mul(a, c)  ["/m/o/MatMul"] d = MatMul(s, o)
@@ -77,6 +78,37 @@ def test_what_reads_one_value_has_one_product_more(tmp_path):
     found = products(tmp_path / "concat.onnx")
     # x is read by three, s and f by one each: three products and three Concats more, and W is in no Concat.
     assert (found.count("Concat"), len(found)) == (3, 11)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_where_zeros_would_cost_more_than_kernels_each_weight_has_its_own_concat(opset, monkeypatch, tmp_path):
+    base, given = open_base(save(model(SHARED, opset=opset), tmp_path / "base.onnx")), Adapter(PAIRS["siblings"][1])
+    put(base, tmp_path / "together.onnx", [("a", given)], "concat")
+    monkeypatch.setattr(widen, "_KERNEL", 0)
+    plan = put(base, tmp_path / "apart.onnx", [("a", given)], "concat")
+    split = next(node for node in onnx.load(tmp_path / "apart.onnx").graph.node if node.op_type == "Split")
+    assert len(split.output) == 3
+    assert products(tmp_path / "apart.onnx").count("Concat") == 5
+    for optimise in (True, False):
+        found, together = (run(tmp_path / f"{name}.onnx", optimise=optimise)["y"] for name in ("apart", "together"))
+        assert relative_error(found, together) <= 1e-6
+    assert prove(base, plan).holds
+    assert lf.digest(extract(open_base(tmp_path / "apart.onnx"))) == lf.digest(given)
+    detach(open_base(tmp_path / "apart.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
+
+
+def test_zeros_are_weighed_by_the_rows_that_they_fill(tmp_path):
+    """q, k and v of a model as large as a real one: at rank 16 they share u, at rank 256 they do not."""
+    text = """g (float16[N,64] x) => (float16[N,4096] y) <float16[64,4096] q, float16[64,4096] k, float16[64,4096] v>
+      { ["/m/q/MatMul"] a = MatMul(x, q)  ["/m/k/MatMul"] b = MatMul(x, k)  ["/m/v/MatMul"] c = MatMul(x, v)
+        d = Mul(a, b)  y = Add(d, c) }"""
+    base = open_base(save(model(text), tmp_path / "base.onnx"))
+    for rank, splits in ((16, 0), (384, 1)):
+        given = Adapter({f"m.{n}.weight": lora(4096, 64, rank=rank, seed=i) for i, n in enumerate("qkv")})
+        put(base, tmp_path / f"{rank}.onnx", [("a", given)], "concat")
+        nodes = onnx.load(tmp_path / f"{rank}.onnx").graph.node
+        assert sum(node.op_type == "Split" for node in nodes) == splits
 
 
 def test_several_adapters_and_live_strengths_stand_in_one_product(tmp_path):
@@ -196,7 +228,13 @@ def scale_lost(patch):
 
 def every_weight_has_the_rows_of_the_first(patch):
     whole = widen._below
-    patch.setattr(widen, "_below", lambda make, uses, total: whole(make, uses, total)[:1] * len(uses))
+    patch.setattr(widen, "_below", lambda make, uses, apart: whole(make, uses, apart)[:1] * len(uses))
+
+
+def every_weight_has_the_part_of_the_first(patch):
+    patch.setattr(widen, "_KERNEL", 0)
+    whole = Nodes.split
+    patch.setattr(Nodes, "split", lambda self, value, sizes, role: whole(self, value, sizes, role)[:1] * len(sizes))
 
 
 def strengths_of_the_first(patch):
@@ -207,7 +245,10 @@ SQUARE = """g (float[N,6] x) => (float[N,6] y) <float[6,6] q, float[6,6] k>
   { ["/m/q/MatMul"] a = MatMul(x, q)  ["/m/k/MatMul"] b = MatMul(x, k)  y = Mul(a, b) }"""
 
 
-@pytest.mark.parametrize("mutant", [columns_not_shifted, scale_lost, every_weight_has_the_rows_of_the_first])
+@pytest.mark.parametrize(
+    "mutant",
+    [columns_not_shifted, scale_lost, every_weight_has_the_rows_of_the_first, every_weight_has_the_part_of_the_first],
+)
 def test_a_proof_is_red_on_a_mutant(mutant, monkeypatch, tmp_path):
     """All square, the rank too: nothing is caught by a shape."""
     base = open_base(save(model(SQUARE), tmp_path / "base.onnx"))

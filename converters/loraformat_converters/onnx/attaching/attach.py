@@ -24,10 +24,11 @@ from onnx import helper, numpy_helper
 from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.branches import FORMS, Form, Pair, unchanged
 from loraformat_converters.onnx.attaching.ends import Ends
+from loraformat_converters.onnx.attaching.factors import Factors, factors, owners
 from loraformat_converters.onnx.attaching.magnitude import Rescaling
 from loraformat_converters.onnx.attaching.topology import Place, Topology, place_of
 from loraformat_converters.onnx.attaching.weight import Weight, wide
-from loraformat_converters.onnx.attaching.widen import Factors, factors, owners, together, widen
+from loraformat_converters.onnx.attaching.widen import together, widen
 from loraformat_converters.onnx.changing.rounding import balance
 from loraformat_converters.onnx.changing.spots import Change, Spot
 from loraformat_converters.onnx.graph.index import Index, Site

@@ -24,10 +24,11 @@ from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.branches import FORMS, LINEAR, Pair
 from loraformat_converters.onnx.attaching.choice import Choice
 from loraformat_converters.onnx.attaching.ends import Ends
+from loraformat_converters.onnx.attaching.factors import Factors, factors, joined, owners, padded
 from loraformat_converters.onnx.attaching.rescaled import rescaled, table
 from loraformat_converters.onnx.attaching.rows import Rows, RowsOf, starts
 from loraformat_converters.onnx.attaching.weight import wide
-from loraformat_converters.onnx.attaching.widen import Factors, factors, owners, padded, together, widen, widens
+from loraformat_converters.onnx.attaching.widen import together, widen, widens
 from loraformat_converters.onnx.changing.spots import Spot
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.nodes import Editor, Nodes
@@ -102,13 +103,13 @@ class Stack:
 
     def _gathered(self, spot: Spot) -> None:
         """A[i] and B[i] of each row."""
-        site, rank = spot.sites[0], max(update["lora"].r for update in spot.updates)
-        make = Nodes(self.index, self.index.stem(spot.key))
+        site, make = spot.sites[0], Nodes(self.index, self.index.stem(spot.key))
         self.shared.append(make.stem)
         out, in_ = site.operand.matrix_shape
         blocks: dict[str, list[str]] = {"A": [], "B": []}
         pairs, ratios = self._factors(spot, site.factor)
-        every, found = table(make, site, ratios, self.count), {pair.job: pair for pair in pairs}
+        every, found = table(make, site, ratios, self.count), joined(make, pairs)
+        rank = max(pair.r for pair in found.values())
         for number in range(-1, self.count):  # slot 0 is the base
             pair = found.get(number)
             more = 0 if pair is None else rank - pair.r

@@ -43,10 +43,6 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
                 "LF-608", why, spot.key, "--only for the other targets, --rows for other inputs, or --mode swap"
             )
             continue
-        if any(change.rows is not None for change in spot.changes):
-            what = "its weight holds several parameters, of which a row could choose each its own"
-            yield Problem("LF-608", what, spot.key, "--mode branch, or put it into the model as it was before")
-            continue
         for change in spot.changes:
             if change.update.kind == "dora" and all(_rescaled(site, change, options) for site in spot.sites):
                 continue

@@ -83,6 +83,16 @@ class Nodes:
         shape = self.store(f"{role}/shape", np.array(want, np.int64))
         return self.node("Reshape", [value, shape], role)
 
+    def split(self, value: str, sizes: Sequence[int], role: str) -> list[str]:
+        """``value`` cut along its last axis."""
+        outputs = [self.index.fresh(f"{self.stem}/{role}/{n}") for n in range(len(sizes))]
+        inputs: list[str] = [value]
+        how: dict[str, Any] = {"split": list(sizes)}
+        if self.index.opset >= 13:  # since which the sizes are an input
+            inputs, how = [value, self.store(f"{role}/sizes", np.array(sizes, np.int64))], {}
+        self.list.append(helper.make_node("Split", inputs, outputs, outputs[0], axis=-1, **how))
+        return outputs
+
     def spread(
         self, value: str, shape: Sequence[int], rows: tuple[int, int] | None, out: int, role: str = "rows"
     ) -> tuple[str, tuple[int, ...]]:
