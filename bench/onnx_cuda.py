@@ -1,8 +1,10 @@
 """The layers of a Llama 8B on a GPU: every way to attach, with and without CUDA graphs, beside PEFT on the same card.
 
-``python -m bench.onnx_cuda [--form plain|int4] [--tokens 1 8 128 1024]``, with onnxruntime-gpu; PEFT's rows need torch
-and peft. ``--draw`` takes the tables that it has printed, and makes docs/onnx_cuda.svg. Inputs and outputs stay on the device at fixed addresses. All variants run interleaved; times are medians of
-the wall, and a ratio is to the dense layers as exported: those of ONNX Runtime to the ONNX model's, PEFT's to torch's.
+``python -m bench.onnx_cuda [--form plain|int4] [--dtype float16|float32] [--tokens 1 8 128 1024]``, with
+onnxruntime-gpu; PEFT's rows need torch and peft. ``--draw`` takes the tables that it has printed, and makes
+docs/onnx_cuda.svg. Inputs and outputs stay on the device at fixed addresses. All variants run interleaved; times are
+medians of the wall, and a ratio is to the dense layers as exported: those of ONNX Runtime to the ONNX model's, PEFT's to
+torch's. Products of float32 are in TF32, as both have it by default or are told to.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from bench.chart import ratios
 from bench.onnx_modes import Sizes, adapter, variants, write_model
-from loraformat import merge, open_base
+from loraformat import Placement, merge, open_base
+from loraformat.sketch import sketch
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.effective import Effective
 
@@ -66,7 +70,7 @@ def onnx_runs(models: Mapping[str, tuple[Path, Any]], x: np.ndarray, graph: bool
 
 def effective_run(path: Path, sizes: Sizes, x: np.ndarray, graph: bool) -> tuple[Run, Callable[[], float]]:
     """A run with W + ΔW in the weights, and the milliseconds of a change from one of two adapters to the other."""
-    given = {name: adapter(sizes, seed, "float16") for seed, name in enumerate("ab")}
+    given = {name: adapter(sizes, seed, x.dtype.name) for seed, name in enumerate("ab")}
     running = Effective(path, given, ["CUDAExecutionProvider"], captured=graph)
     names = iter("ab" * 1000)
 
@@ -91,7 +95,7 @@ def effective_run(path: Path, sizes: Sizes, x: np.ndarray, graph: bool) -> tuple
     return run, change
 
 
-def torch_layers(sizes: Sizes) -> Any:
+def torch_layers(sizes: Sizes, dtype: str) -> Any:
     """The layers of ``write_model`` as a module."""
     import torch
 
@@ -108,7 +112,9 @@ def torch_layers(sizes: Sizes) -> Any:
             return y + self.down(torch.sigmoid(self.gate(y)) * self.up(y))
 
     with torch.device("cuda"):
-        return torch.nn.Sequential(*(Layer() for _ in range(sizes.layers))).half().requires_grad_(False)
+        return (
+            torch.nn.Sequential(*(Layer() for _ in range(sizes.layers))).to(getattr(torch, dtype)).requires_grad_(False)
+        )
 
 
 def torch_runs(sizes: Sizes, x: np.ndarray, graph: bool) -> dict[str, Run]:
@@ -116,13 +122,14 @@ def torch_runs(sizes: Sizes, x: np.ndarray, graph: bool) -> dict[str, Run]:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    torch.backends.cuda.matmul.allow_tf32 = True
     given, found = torch.from_numpy(x).cuda(), {}
     for what in ("torch, dense", "torch, PEFT"):
-        model = torch_layers(sizes)
+        model = torch_layers(sizes, x.dtype.name)
         if what == "torch, PEFT":
             names = [name.rpartition(".")[2] for name in sizes.weights()]
             config = LoraConfig(r=sizes.rank, lora_alpha=sizes.rank, target_modules=sorted(set(names)))
-            model = get_peft_model(model, config, autocast_adapter_dtype=False).half().eval()
+            model = get_peft_model(model, config, autocast_adapter_dtype=False).to(given.dtype).eval()
         call = torch.compile(model, mode="reduce-overhead") if graph else model
 
         def run(call: Any = call) -> None:
@@ -155,23 +162,34 @@ def show(label: str, taken: Mapping[str, list[float]]) -> None:
         print(f"{label}  {what:36} {middle:8.3f} ms ({low:.3f}–{high:.3f})  {middle / dense:5.2f} ×", flush=True)
 
 
-def written(folder: Path, sizes: Sizes, form: str, stacks: list[int]) -> dict[str, tuple[Path, Any]]:
+def written(folder: Path, sizes: Sizes, form: str, dtype: str, stacks: list[int]) -> dict[str, tuple[Path, Any]]:
     """Every model, by what it is."""
-    write_model(folder / "base.onnx", sizes, "float16", int4=form == "int4")
-    models = variants(folder, sizes, "float16", stacks)
-    needless = (
-        ("gathered",) if form == "plain" else ("gathered", "branch, concat", "branch, folded")
-    )  # which need W as floats
+    write_model(folder / "base.onnx", sizes, dtype, int4=form == "int4")
+    models = variants(folder, sizes, dtype, stacks)
+    # gathered is for the CPU; the others need W as floats
+    needless = ("gathered",) if form == "plain" else ("gathered", "branch, concat", "branch, folded")
     models = {what: model for what, model in models.items() if not any(word in what for word in needless)}
     if form == "plain":
-        (folder / "packed").mkdir()
-        write_model(folder / "packed" / "base.onnx", sizes, "float16", packed=True)
         (folder / "merged").mkdir()
-        merge(adapter(sizes, 0, "float16"), open_base(folder / "base.onnx"), folder / "merged" / "model.onnx")
-        nothing = models["dense"][1]
-        models["dense, packed"] = (folder / "packed" / "base.onnx", nothing)
-        models["merged"] = (folder / "merged" / "model.onnx", nothing)
+        merge(adapter(sizes, 0, dtype), open_base(folder / "base.onnx"), folder / "merged" / "model.onnx")
+        models["merged"] = (folder / "merged" / "model.onnx", models["dense"][1])
+        models |= packed(folder, sizes, dtype, stacks)
     return models
+
+
+def packed(folder: Path, sizes: Sizes, dtype: str, stacks: list[int]) -> dict[str, tuple[Path, Any]]:
+    """The same layers with q, k and v in one product, and gate and up; the adapters find their rows by sketches."""
+    held = onnx.load(folder / "base.onnx").graph.initializer
+    weights = {t.name.removesuffix(".w"): onnx.numpy_helper.to_array(t).T for t in held}
+    places = {name: Placement(w.shape, (0,), (1,)) for name, w in weights.items()}
+    bound = {
+        f"{name}.weight": {"placement": places[name], "sketch": sketch(w, places[name])} for name, w in weights.items()
+    }
+    (folder / "packed").mkdir()
+    write_model(folder / "packed" / "base.onnx", sizes, dtype, packed=True)
+    models = variants(folder / "packed", sizes, dtype, stacks, bound)
+    wanted = ("dense", "branch, concat", *(what for what in models if "widened" in what))
+    return {f"{what}, packed": models[what] for what in wanted}
 
 
 _ROW = re.compile(r" *(\d+) tokens(, CUDA graph)? +(\S.*?)  +.* (\d+\.\d+) ×")
@@ -182,7 +200,7 @@ def draw(lines: Iterable[str]) -> None:
     panels: dict[str, dict[str, dict[int, float]]] = {"without CUDA graphs": {}, "with CUDA graphs": {}}
     for row in filter(None, map(_ROW.match, lines)):
         tokens, graph, what, ratio = row.groups()
-        if not what.endswith(("dense", "packed", "merged")):
+        if not what.endswith(("dense", "packed", "merged")):  # the two models that have no adapter, and other weights
             panel = panels["with CUDA graphs" if graph else "without CUDA graphs"]
             panel.setdefault(what.partition(", widened")[0], {})[int(tokens)] = float(ratio)
     ratios("onnx_cuda", "tokens", panels)
@@ -191,7 +209,8 @@ def draw(lines: Iterable[str]) -> None:
 def main() -> None:
     """A table for each number of tokens, without and with CUDA graphs."""
     asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--form", choices=["plain", "int4"], default="plain", help="of the base: float16, or 4 bits")
+    asked.add_argument("--form", choices=["plain", "int4"], default="plain", help="of the base: floats, or 4 bits")
+    asked.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     asked.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 128, 1024])
     asked.add_argument("--stacks", nargs="+", type=int, default=[8])
     asked.add_argument("--sizes", nargs=5, type=int, default=LLAMA, help="layers, hidden, wide, small, rank")
@@ -202,13 +221,13 @@ def main() -> None:
         draw(sys.stdin)
         return
     sizes = Sizes(*given.sizes)
-    print(f"onnxruntime {onnxruntime.__version__}, {sizes}, {given.form}")
+    print(f"onnxruntime {onnxruntime.__version__}, {sizes}, {given.form}, {given.dtype}")
     onnxruntime.preload_dlls()
     peft = importlib.util.find_spec("peft") is not None and given.form == "plain"
     with tempfile.TemporaryDirectory() as name:
-        models = written(Path(name), sizes, given.form, given.stacks)
+        models = written(Path(name), sizes, given.form, given.dtype, given.stacks)
         for tokens in given.tokens:
-            x = np.random.default_rng(3).standard_normal((1, tokens, sizes.hidden)).astype(np.float16)
+            x = np.random.default_rng(3).standard_normal((1, tokens, sizes.hidden)).astype(given.dtype)
             for graph in (False, True):
                 label = f"{tokens:5} tokens{', CUDA graph' if graph else '            '}"
                 runs = onnx_runs(models, x, graph)

@@ -12,9 +12,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -110,13 +111,18 @@ def write_model(path: Path, sizes: Sizes, dtype: str, *, packed: bool = False, i
     onnx.save_model(model, str(path), save_as_external_data=True, location="base.data", size_threshold=1024)
 
 
-def adapter(sizes: Sizes, seed: int, dtype: str) -> Adapter:
+Bound = Mapping[str, Mapping[str, Any]]
+"""Key → what of an update says which weight is meant, whatever the model calls it."""
+
+
+def adapter(sizes: Sizes, seed: int, dtype: str, bound: Bound | None = None) -> Adapter:
     """A pair for every weight."""
     draw, targets = np.random.default_rng(seed), {}
     for name, (rows, columns) in sizes.weights().items():
         a, b = draw.standard_normal((sizes.rank, rows)), draw.standard_normal((columns, sizes.rank))
         kind = np.float16 if dtype == "float16" else np.float32
-        targets[f"{name}.weight"] = Update((Lora((a * 0.02).astype(kind), (b * 0.02).astype(kind), 1.0, "factor"),))
+        pair, key = Lora((a * 0.02).astype(kind), (b * 0.02).astype(kind), 1.0, "factor"), f"{name}.weight"
+        targets[key] = Update((pair,), **(bound[key] if bound else {}))
     return Adapter(targets)
 
 
@@ -124,10 +130,12 @@ Fed = Callable[[int, int], dict[str, np.ndarray]]
 """(rows, tokens) → what is fed besides x."""
 
 
-def variants(folder: Path, sizes: Sizes, dtype: str, counts: list[int]) -> dict[str, tuple[Path, Fed]]:
+def variants(
+    folder: Path, sizes: Sizes, dtype: str, counts: list[int], bound: Bound | None = None
+) -> dict[str, tuple[Path, Fed]]:
     """Name → (model, what it is fed)."""
     base = open_base(folder / "base.onnx")
-    adapters = [(f"a{n}", adapter(sizes, n, dtype)) for n in range(max(counts))]
+    adapters = [(f"a{n}", adapter(sizes, n, dtype, bound)) for n in range(max(counts))]
 
     def made(name: str, given: list[tuple[str, Adapter]], mode: str, **options: object) -> Path:
         out = folder / f"{name}.onnx"
