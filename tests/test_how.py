@@ -245,8 +245,8 @@ def test_a_size_without_a_name_gets_one_of_its_own():
 
 
 def test_factors_that_are_fed_at_run_time_are_zero():
-    call = call_of(entry("x", 2), entry("lora/q/A", "rank", 3))
-    assert [feed.fill for feed in call.feeds] == [1, 0]
+    named = ("x", "lora/q/A", "lora/q/gain", "q.lora_A.weight", "q.lora_B.MatMul.weight", "lora.index")
+    assert [feed.fill for feed in call_of(*(entry(name, 2) for name in named)).feeds] == [1, 0, 0, 0, 0, 0]
 
 
 def test_a_path_with_quotes_is_a_legal_string_in_every_language(run, tmp_path):

@@ -44,10 +44,10 @@ KINDS = {
 CARRIED = {
     "comfyui": {"loha", "delta", "replace"},
     "diffusers": set(),
-    "genai": set(),
+    "genai": {"magnitude"},
     "llama.cpp": set(),
     "mlx": {"magnitude"},
-    "ort": set(),
+    "ort": {"magnitude"},
     "sglang": set(),
     "trtllm": set(),
     "vllm": set(),

@@ -15,6 +15,7 @@ from loraformat.strength import strengthen
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract
 from loraformat.verbs.merge import merge, prepare
+from loraformat_converters.onnx.runtime import Session
 
 pytestmark = pytest.mark.peer
 
@@ -92,9 +93,37 @@ def test_every_row_has_the_adapter_that_it_chose(name, exporter, provider, selec
     assert open_base(tmp_path / "again.onnx").identity == open_base(given.model).identity
 
 
+every_dora = pytest.mark.parametrize("name", ["dora-2d", "dora-3d"])
+
+
+@pytest.mark.parametrize("slots", ["optional", "required"])
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@every_dora
+def test_a_dora_of_peft_is_fed_and_taken_away(name, exporter, slots, export, tmp_path):
+    """From the DoRA to a plain pair, to the base, and to the DoRA that the runtime reads from PEFT's own folder."""
+    given, out = export(name, exporter), tmp_path / "out.onnx"
+    dora, plain = load(given.adapter), adapter({"called_twice.weight": lora(6, 6, rank=3)})
+    put(given, out, [("peft", dora), ("plain", plain)], mode="swap", slots=slots)
+    merge(plain, open_base(given.model), tmp_path / "plain.onnx")
+    other = session(tmp_path / "plain.onnx").run(["out"], dict(given.feeds))[0]
+    exact = onnxruntime.SessionOptions()
+    exact.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for options in (None, exact):
+        running = Session(out, options=options)
+        running.load("peft", out.with_name("out.peft.onnx_adapter"))
+        running.load("plain", out.with_name("out.plain.onnx_adapter"))
+        running.load("folder", given.adapter)
+        for choice, wanted in (("peft", given.truth), ("plain", other), (None, given.base), ("folder", given.truth)):
+            assert relative_error(running.use(choice).run(given.feeds)["out"], wanted) <= 1e-5
+    plain_base = session(given.model, optimise=False).run(["out"], dict(given.feeds))[0]
+    assert np.array_equal(running.use(None).run(given.feeds)["out"], plain_base)
+    detach(open_base(out), tmp_path / "again.onnx")
+    assert open_base(tmp_path / "again.onnx").identity == open_base(given.model).identity
+
+
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-@pytest.mark.parametrize("name", ["dora-2d", "dora-3d"])
+@every_dora
 def test_a_row_has_the_magnitude_of_its_own_adapter(name, exporter, provider, export, tmp_path):
     """A DoRA of PEFT beside a plain pair: at a Linear with a bias, called twice."""
     given, out = export(name, exporter), tmp_path / "out.onnx"

@@ -24,6 +24,7 @@ from loraformat.testing import relative_error
 from loraformat.verbs.convert import convert
 from loraformat.verbs.merge import merge, prepare
 from loraformat_converters.onnx import runtime
+from loraformat_converters.onnx.attaching.slots import Fed
 from loraformat_converters.onnx.running import pooled
 from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.runtime import Session
@@ -319,7 +320,7 @@ def test_half_precision_is_fed_in_its_own_type(tmp_path):
 
 
 def test_a_blend_is_the_sum():
-    blended = blend([(GIVEN["both"], 0.5), (GIVEN["q"], -2.0)])
+    blended = blend([(Fed(GIVEN["both"]), 0.5), (Fed(GIVEN["q"]), -2.0)]).pairs
     wanted = 0.5 * GIVEN["both"][KEY].matrix() - 2.0 * GIVEN["q"][KEY].matrix()
     assert relative_error(blended[KEY].matrix(), wanted) <= 1e-6
     assert blended[KEY].rank == GIVEN["both"][KEY].rank + GIVEN["q"][KEY].rank

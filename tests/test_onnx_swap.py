@@ -229,7 +229,7 @@ def test_values_beyond_half_precision_are_refused(tmp_path):
 
 
 REFUSED = {
-    "a DoRA": ("dora", {}, "LF-508"),
+    "a magnitude of other axes": ("dora of columns", {}, "LF-508"),
     "a LoHa": ("loha", {}, "LF-508.*\n.*--to-lora"),
     "a dense change": ("delta", {}, "LF-508"),
     "a rank over all slots'": ("lora", {"pad_rank": 1}, "LF-606"),

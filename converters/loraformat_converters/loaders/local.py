@@ -57,9 +57,12 @@ class OnnxRuntime:
     layouts = ("onnx_adapter",)
 
     def reasons(self, adapter: Adapter) -> Iterator[Reason]:
-        """Its file holds tensors for inputs of one model: pairs, where that model computes B·A·x."""
+        """Its file holds tensors for inputs of one model: pairs, where that model computes B·A·x, and what a DoRA is there."""
         source = "onnxruntime 1.31.1 core/session/lora_adapters.h"
-        yield from findings.pairs_alone(adapter, source)
+        yield from findings.lacking(adapter, dict.fromkeys(("loha", "lokr", "delta", "rows", "replace"), source))
+        if any("magnitude" in update for update in adapter.values()):
+            what, fix = "a DoRA takes slots that were made for one", "give it to attach … --mode swap"
+            yield Reason("if", what, fix=fix, source=source)
         fix = "loraformat attach … --mode swap makes one; or attach the adapter as a branch, which needs no file"
         yield Reason("if", "the model must have inputs of these names", fix=fix, source=source)
 

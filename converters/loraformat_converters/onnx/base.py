@@ -21,6 +21,7 @@ from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms
 from loraformat.turned import turned
+from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.modes import cases, jobs_of
 from loraformat_converters.onnx.attaching.modes import notes as notes_of_mode
 from loraformat_converters.onnx.attaching.modes import obstacles as obstacles_of_mode
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     from loraformat.adapter import Adapter
     from loraformat.updates import Update
+    from loraformat_converters.onnx.attaching.slot import Gain
 
     Array = npt.NDArray[Any]
 
@@ -192,6 +194,10 @@ class OnnxBase:
     def slots(self) -> Slots | None:
         """The inputs for adapters, where ``attach --mode swap`` made some."""
         return self.record.slots if self.record else None
+
+    def norms(self, gain: Gain, update: Update) -> Array:
+        """What the magnitude of an update divides by, on the weight beside a slot."""
+        return magnitude.beside(self.index, self.path.parent)(gain, update)
 
     @property
     def fed(self) -> list[str]:

@@ -33,10 +33,14 @@ __all__ = ["OnnxAdapter", "layout"]
 
 
 class OnnxAdapter:
-    """ONNX Runtime's file: A [in, r] and B [r, out] with the scale in B, by the names of a model's inputs."""
+    """ONNX Runtime's file: A [in, r] and B [r, out] with the scale in B, by the names of a model's inputs.
+
+    Of a DoRA it holds m/‖V‖ − 1, and B times m/‖V‖, which are of one model's weights: it is written for a model, and the
+    magnitude cannot be read back.
+    """
 
     name = "onnx_adapter"
-    carries = frozenset({"lora"})
+    carries = frozenset({"lora", "magnitude"})
     writes = True
     describes = "ONNX Runtime's LoraAdapter (.onnx_adapter)"
     scale = "folded into B"
@@ -93,7 +97,8 @@ class OnnxAdapter:
         _check_folded(adapter)
         if options.model is not None:
             slots = _slots_of(options.model)
-            tensors, version = _exact(adapter, slots.feeds(adapter)), slots.version
+            fed = slots.fed(adapter, options.model.norms)  # type: ignore[attr-defined]
+            tensors, version = _exact(adapter, slots.feeds(fed)), slots.version
         else:
             tensors, version = _named(adapter), 0
 
@@ -140,6 +145,10 @@ def _pairs(tensors: Mapping[str, Array]) -> tuple[dict[str, tuple[Array, Array]]
         if found is None:
             fix = "lora/KEY/A, MODULE.lora_A.weight and MODULE.lora_A.MatMul.weight are known"
             problems.append(Problem("LF-506", "the tensor has a name of no known style", name, fix))
+        elif found[1] == "gain":
+            if tensor.any():  # zeros are what required slots take where the adapter is no DoRA
+                fix = "keep the adapter's own file"
+                problems.append(Problem("LF-506", "it is m/‖V‖ − 1 of a DoRA, whose V is the model's", found[0], fix))
         elif found[1] in sides.setdefault(found[0], {}):
             problems.append(Problem("LF-507", f"two tensors are the {found[1]} of one target", found[0]))
         else:
@@ -175,6 +184,9 @@ def _named(adapter: Adapter) -> dict[str, Array]:
         conv = place is not None and len(place.shape) > 2 and not place.batch
         kernel = [place.shape[axis] for axis in place.in_[1:]] if place is not None and conv else []
         try:
+            if update.kind == "dora":
+                fix = "--for MODEL.onnx, a swap that was given it; or --to-lora R, whose residual is printed"
+                raise fault("LF-508", "m/‖V‖ of a DoRA is of one model's weights", where=key, fix=fix)
             a, b = laid(key, update, "conv" if conv else "linear", kernel)
             if a.dtype not in tort.DTYPES.values() or b.dtype not in tort.DTYPES.values():
                 raise fault(

@@ -7,7 +7,8 @@
     session.use(["style", None, "tone"]).run(feeds)      # stack: one for each row; None is the base
     session.run(feeds)                                   # as the model is when nothing is chosen
 
-What is chosen is held in no state: two threads that use two adapters do not meet. Needs onnxruntime, not onnx.
+What is chosen is held in no state: two threads that use two adapters do not meet. Needs onnxruntime, not onnx, but for
+DoRAs of other layouts than ``.onnx_adapter``: their norms are of the model's weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from loraformat.adapter import Adapter
 from loraformat.errors import fault
 from loraformat.source import existing, open_source
 from loraformat_converters.onnx import tort
-from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.attaching.slots import Fed, Slots
 from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.running.captured import Captured
 from loraformat_converters.onnx.running.opened import device_of, opened, runtime
@@ -34,6 +36,9 @@ from loraformat_converters.onnx.running.ways import Choice, Ways, known, weights
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from loraformat.updates import Update
+    from loraformat_converters.onnx.attaching.slot import Gain
 
     Array = npt.NDArray[Any]
 
@@ -96,11 +101,10 @@ class Session:
             else Pooled(onnxruntime, self.inference, self.device)
         )
         self.resident = resident
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Fed] = {}
         self._held: OrderedDict[tuple[tuple[str, float], ...], Any] = OrderedDict()
         self._nothing = self._runs.hold({})
-        slots = self.slots.slots.values() if self.slots else ()
-        self._inputs = frozenset(name for slot in slots for name in (slot.a, slot.b))
+        self._inputs = frozenset(self.slots.inputs if self.slots else ())
         self._lock = threading.Lock()
 
     @property
@@ -121,13 +125,10 @@ class Session:
                 LF-508, LF-602, LF-606, LF-612 one that does not fit the slots.
         """
         slots = self._slots()
-        if not isinstance(adapter, Adapter):
-            adapter = self._read(Path(adapter), slots, any_base)
-        if not any_base:
-            slots.check_base(adapter)
-        made = self._runs.hold(slots.feeds(adapter))  # or its faults, now
+        fed = self._read(adapter, slots, any_base)
+        made = self._runs.hold(slots.feeds(fed))  # or its faults, now
         with self._lock:
-            self._adapters = {**self._adapters, name: adapter}
+            self._adapters = {**self._adapters, name: fed}
             self._drop(name)
             self._keep(((name, 1.0),), made)
 
@@ -212,14 +213,25 @@ class Session:
             raise fault("LF-705", f"{self.path} has no inputs for adapters that are loaded", fix=fix)
         return self.slots
 
-    def _read(self, path: Path, slots: Slots, any_base: bool) -> Adapter:
-        """An adapter in any layout; one written for a model must be written for this one."""
-        source = open_source(path)
-        if source.head[4:8] != tort.MAGIC:
-            return registry.read_source(source)[0].adapter
-        assert source.file is not None
-        contents = tort.read(source.file)
-        if contents.model_version != slots.version and not any_base:
-            what = f"{path} was not written for the slots of {self.path}"
-            raise fault("LF-607", what, fix=f"loraformat convert ADAPTER {path} --for {self.path}; or any_base=True")
-        return slots.adapter(contents.tensors)
+    def _read(self, given: Adapter | str | os.PathLike[str], slots: Slots, any_base: bool) -> Fed:
+        """What is fed of an adapter in any layout; of one that was written for a model, if it is this one."""
+        if not isinstance(given, Adapter):
+            source = open_source(path := Path(given))
+            if source.head[4:8] == tort.MAGIC:
+                assert source.file is not None
+                contents = tort.read(source.file)
+                if contents.model_version != slots.version and not any_base:
+                    what = f"{path} was not written for the slots of {self.path}"
+                    raise fault(
+                        "LF-607", what, fix=f"loraformat convert ADAPTER {path} --for {self.path}; or any_base=True"
+                    )
+                return slots.read(contents.tensors)
+            given = registry.read_source(source)[0].adapter
+        if not any_base:
+            slots.check_base(given)
+        return slots.fed(given, self._norms())
+
+    def _norms(self) -> Callable[[Gain, Update], Array]:
+        """What the magnitudes of DoRAs divide by: the model is read for them, by onnx, and for nothing else."""
+        opened = cache(lambda: registry.open_base(self.path))
+        return lambda gain, update: opened().norms(gain, update)  # type: ignore[attr-defined]

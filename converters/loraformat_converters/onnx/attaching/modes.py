@@ -40,7 +40,7 @@ def way(
     """What changes a graph as the options have it."""
     if options.mode == "swap":
         bound = any(update.sketch is not None for job in jobs for update in job.adapter.values())
-        return Swap(index, options, base_sha256, Values(index, folder) if bound else None)
+        return Swap(index, options, folder, base_sha256, Values(index, folder) if bound else None)
     if options.mode == "stack":
         return Stack(index, options, jobs, model, folder)
     live = [job.name for job in jobs] if options.live_scale else ()
@@ -94,7 +94,8 @@ def notes(spots: Sequence[Spot], jobs: Sequence[Job], options: Options) -> Itera
     """What a person should know of a mode."""
     if options.mode == "swap":
         files = ", ".join(file_of(options.out.name, job.name) for job in jobs if job.name)
-        yield f"{2 * len(spots)} inputs for {len(spots)} targets" + (
+        doras = sum(any("magnitude" in change.update for change in spot.changes) for spot in spots)
+        yield f"{2 * len(spots) + doras} inputs for {len(spots)} targets" + (
             f"; writes {files} beside the model" if files else ""
         )
         if said := swap.rounded(spots):
@@ -114,7 +115,7 @@ def cases(plan: Plan) -> Iterator[tuple[Callable[[Feeds], Feeds], Sequence[Job]]
     if plan.verb == "attach" and options.mode == "swap":
         slots = Record.of_file(options.out).slots
         assert slots is not None
-        none = {n: v for s in slots.slots.values() for n, v in zip((s.a, s.b), s.default(), strict=True)}
+        none = slots.off()
         yield (lambda feeds: none if slots.required else {}), []
         for job in named:
             path = options.out.parent / file_of(options.out.name, job.name)

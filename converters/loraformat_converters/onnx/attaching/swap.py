@@ -3,6 +3,8 @@
     x ──┬── MatMul(W) ── Add(bias) ─────────────────── lora/T/base ──┐
         └── MatMul( lora/T/A ) ── MatMul( lora/T/B ) ── lora/T/change ── Add ── y
 
+Where one of the adapters is a DoRA at a weight, y is also multiplied by 1 + lora/T/gain there, its bias left alone.
+
 *Optional* slots have a default, of rank 0 or of zeros: what onnxruntime calls an overridable initializer, which its
 LoraAdapter fills. *Required* ones are plain inputs, for hosts that cannot feed the others: onnxruntime-web 1.30 throws,
 and onnxruntime-node 1.30 ignores the feed and computes the base.
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +29,13 @@ from loraformat.plan import Job
 from loraformat.resolve import Hints, matches
 from loraformat.updates import Update
 from loraformat_converters.onnx import tort
+from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.branches import FORMS, Pair
 from loraformat_converters.onnx.attaching.ends import Ends
 from loraformat_converters.onnx.attaching.pairs import Form, laid
-from loraformat_converters.onnx.attaching.slot_names import file_of, inputs_of
-from loraformat_converters.onnx.attaching.slots import Slot, Slots
+from loraformat_converters.onnx.attaching.slot import Gain, Slot
+from loraformat_converters.onnx.attaching.slot_names import file_of, gain_of, inputs_of
+from loraformat_converters.onnx.attaching.slots import Slots
 from loraformat_converters.onnx.attaching.swappable import FORMS_FED
 from loraformat_converters.onnx.changing.spots import Spot
 from loraformat_converters.onnx.graph.index import Index, Site
@@ -63,8 +69,10 @@ class Swap:
     mode = "swap"
     prefold = False
 
-    def __init__(self, index: Index, options: Options, base_sha256: str, values: Values | None = None) -> None:
-        self.index, self.options, self.weights = index, options, values
+    def __init__(
+        self, index: Index, options: Options, folder: Path, base_sha256: str, values: Values | None = None
+    ) -> None:
+        self.index, self.options, self.folder, self.weights = index, options, folder, values
         self.editor = Editor(index)
         self.ends = Ends(index, self.editor)
         self.stems: dict[tuple[int, str], str] = {}
@@ -109,7 +117,8 @@ class Swap:
     def feeds(self, number: int, job: Job) -> dict[str, Array]:
         """What is fed to use one of the jobs."""
         targets = {self._keys[number, key]: update for key, update in job.adapter.items()}
-        return self.slots.feeds(replace(job.adapter, targets=targets))
+        adapter = replace(job.adapter, targets=targets)
+        return self.slots.feeds(self.slots.fed(adapter, magnitude.beside(self.index, self.folder)))
 
     def _writer(self, number: int, job: Job) -> Writer:
         tensors = self.feeds(number, job)
@@ -122,13 +131,13 @@ class Swap:
 
     def _declare(self, slot: Slot, stem: str) -> None:
         """The inputs, and their defaults."""
-        for name, shape, default in zip((slot.a, slot.b), (slot.a_shape, slot.b_shape), slot.default(), strict=True):
+        for name, none in slot.off().items():
             self.index.taken.add(name)
-            kind = onnx.helper.np_dtype_to_tensor_dtype(default.dtype)
-            sizes = [(slot.rank or f"{stem}/r") if n is None else n for n in shape]
+            kind = onnx.helper.np_dtype_to_tensor_dtype(none.dtype)
+            sizes = [(slot.rank or f"{stem}/r") if n is None else n for n in slot.inputs[name]]
             self.index.graph.input.append(helper.make_tensor_value_info(name, kind, sizes))
             if not self.slots.required:
-                self.index.graph.initializer.append(numpy_helper.from_array(default, name))
+                self.index.graph.initializer.append(numpy_helper.from_array(none, name))
 
     def _run(self, make: Nodes, spot: Spot, slot: Slot) -> None:
         first, form = spot.sites[0], FORMS[spot.sites[0].like]
@@ -136,7 +145,8 @@ class Swap:
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
             run = Nodes(self.index, make.stem if len(spot.sites) == 1 else f"{make.stem}/{i}")
-            self.ends.add(site, run, lambda run, site=site: form.run(run, site, pair))  # type: ignore[misc]
+            kept = partial(magnitude.kept, form, site, slot.gain.name) if slot.gain else None
+            self.ends.add(site, run, lambda run, site=site: form.run(run, site, pair), kept)  # type: ignore[misc]
 
 
 def _slot(spot: Spot, options: Options) -> Slot:
@@ -149,7 +159,12 @@ def _slot(spot: Spot, options: Options) -> Slot:
     a, b = _laid_empty(none, form, [site.operand.shape[axis] for axis in site.operand.in_])
     # Nothing else in the shapes of a pair of rank 0 is 0.
     a_shape, b_shape = (tuple(n or None for n in shape) for shape in (a, b))
-    return Slot(spot.key, *names, a_shape, b_shape, dtype, form, options.pad_rank)
+    gain = None
+    if any("magnitude" in change.update for change in spot.changes):
+        sizes = tuple(magnitude.sizes(FORMS[site.like], site))
+        name = gain_of(spot.key, options.slot_names)  # type: ignore[arg-type]
+        gain = Gain(name, sizes, site.root_name, site.placement.out)
+    return Slot(spot.key, *names, a_shape, b_shape, dtype, form, options.pad_rank, gain)
 
 
 def _laid_empty(none: Update, form: Form, in_sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, Problem
-from loraformat_converters.onnx.attaching.branches import LINEAR
+from loraformat_converters.onnx.attaching.branches import FORMS, LINEAR
 from loraformat_converters.onnx.attaching.pairs import Form, folded, laid
-from loraformat_converters.onnx.attaching.slot_names import inputs_of
+from loraformat_converters.onnx.attaching.slot_names import gain_of, inputs_of
+from loraformat_converters.onnx.attaching.topology import is_pair
 from loraformat_converters.onnx.changing.spots import Spot
 from loraformat_converters.onnx.graph.index import Index
 
 if TYPE_CHECKING:
     from loraformat.base import Options
+    from loraformat.updates import Update
 
 __all__ = ["FORMS_FED", "obstacles"]
 
@@ -51,13 +53,7 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index) -> Iterator
             continue
         for change in spot.changes:
             try:
-                laid(
-                    change.key,
-                    folded(change.update),
-                    FORMS_FED[site.like],
-                    [site.operand.shape[a] for a in site.operand.in_][1:],
-                )
-                names = inputs_of(spot.key, options.slot_names)  # type: ignore[arg-type]
+                names = _names(spot, change.update, options)
             except LoraFormatError as error:
                 yield from error.problems
                 break
@@ -65,6 +61,17 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index) -> Iterator
                 yield Problem("LF-608", f"the model has a value {taken[0]} already", spot.key, "another --slot-names")
                 break
     yield from _too_wide(spots, options)
+
+
+def _names(spot: Spot, update: Update, options: Options) -> Sequence[str]:
+    """The inputs that an update is fed by; LF-508, LF-705 of one that cannot be."""
+    site, style = spot.sites[0], options.slot_names
+    names = inputs_of(spot.key, style)  # type: ignore[arg-type]
+    if is_pair(update, FORMS[site.like], site) and "magnitude" in update:
+        return (*names, gain_of(spot.key, style))  # type: ignore[arg-type]
+    kernel = [site.operand.shape[a] for a in site.operand.in_][1:]
+    laid(spot.key, folded(update), FORMS_FED[site.like], kernel)
+    return names
 
 
 def _too_wide(spots: Sequence[Spot], options: Options) -> Iterator[Problem]:

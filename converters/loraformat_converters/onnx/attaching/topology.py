@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraformat.base import Options
     from loraformat.updates import Update
 
-__all__ = ["Place", "Topology", "place_of", "topology_of"]
+__all__ = ["Place", "Topology", "is_pair", "place_of", "topology_of"]
 
 Topology = Literal["separate", "concat", "folded"]
 """Where pairs act, if they can act there."""
@@ -38,10 +38,11 @@ def _has_branch(spot: Spot) -> bool:
         return False
     if any(FORMS.get(site.like) is not form for site in spot.sites):
         return False
-    return all(_is_pair(change.update, form, first) for change in spot.changes)
+    return all(is_pair(change.update, form, first) for change in spot.changes)
 
 
-def _is_pair(update: Update, form: Form, site: Site) -> bool:
+def is_pair(update: Update, form: Form, site: Site) -> bool:
+    """Whether it is a pair, or a pair with a magnitude that can rescale the operator's output."""
     if update.kind not in ("lora", "dora") or update["lora"].mid is not None:
         return False
     return update.kind == "lora" or (update["magnitude"].magnitude_axes is None and form.spread(site) is not None)

@@ -135,8 +135,7 @@ class Record:
     @property
     def inputs(self) -> list[str]:
         """Every input that the base has not."""
-        slots = self.slots.slots.values() if self.slots else ()
-        return [*self.base.get("inputs", ()), *(name for slot in slots for name in (slot.a, slot.b))]
+        return [*self.base.get("inputs", ()), *(self.slots.inputs if self.slots else ())]
 
     @property
     def stems(self) -> list[str]:

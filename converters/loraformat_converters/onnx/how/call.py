@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import fault
-from loraformat_converters.onnx.attaching.slot_names import file_of
+from loraformat_converters.onnx.attaching.slot_names import file_of, key_of
 
 __all__ = ["Call", "Feed", "quoted"]
 
@@ -130,7 +130,8 @@ def _feed(entry: Mapping[str, Any], names: _Names) -> Feed:
         what = f"the input {name} is a {entry['dtype']} of no stated shape" if entry["dtype"] else name
         raise fault("LF-705", f"{what}: there is no ready code for it", where=name)
     sizes = tuple(names.size(d, name, axis) for axis, d in enumerate(shape))
-    return Feed(name, names.of("input", name), entry["dtype"], sizes, 0 if name.startswith(("lora/", "lora.")) else 1)
+    off = name.startswith("lora.") or key_of(name) is not None
+    return Feed(name, names.of("input", name), entry["dtype"], sizes, 0 if off else 1)
 
 
 def _adapter(description: Mapping[str, Any], path: Path) -> Path | None:

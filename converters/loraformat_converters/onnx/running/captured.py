@@ -147,10 +147,9 @@ class Captured:
 def _laid(slots: Slots | None) -> tuple[dict[str, _Place], int]:
     """(input → its place, the size of all)."""
     places, end = {}, 0
-    for slot in slots.slots.values() if slots else ():
-        for name, none in zip((slot.a, slot.b), slot.default(), strict=True):
-            places[name] = _Place(end, none.shape, none.dtype)
-            end += -(-none.nbytes // _ALIGNMENT) * _ALIGNMENT
+    for name, none in slots.off().items() if slots else ():
+        places[name] = _Place(end, none.shape, none.dtype)
+        end += -(-none.nbytes // _ALIGNMENT) * _ALIGNMENT
     return places, end
 
 

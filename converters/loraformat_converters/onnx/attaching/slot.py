@@ -1,0 +1,175 @@
+"""A slot: the inputs of a graph through which one target is fed. Zeros in all of them, or a pair of rank 0, change nothing.
+
+    y' = y ⊙ (1 + gain) − bias ⊙ gain + x·A·B
+
+The gain is there where a DoRA is to be fed: m/‖V‖ − 1, by which B is multiplied too. ``pairs`` says how A and B lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from loraformat.errors import fault
+from loraformat.parts import Lora
+from loraformat_converters.onnx.attaching.pairs import Form
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Gain", "Slot"]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The input for m/‖V‖ − 1 of a DoRA.
+
+    Attributes:
+        shape: [out] as it meets the output.
+        weight: the stored tensor that V is made of.
+        out: the axes of that tensor which are out.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weight: str
+    out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One target's inputs.
+
+    Attributes:
+        a, b: the names of two.
+        a_shape, b_shape: None is the rank.
+        dtype: numpy's word.
+        rank: what an adapter of a smaller rank is filled up to; None where any rank is taken.
+        gain: the third; None where only plain pairs are fed.
+    """
+
+    key: str
+    a: str
+    b: str
+    a_shape: tuple[int | None, ...]
+    b_shape: tuple[int | None, ...]
+    dtype: str
+    form: Form = "linear"
+    rank: int | None = None
+    gain: Gain | None = None
+
+    @property
+    def inputs(self) -> dict[str, tuple[int | None, ...]]:
+        """Name → shape."""
+        more = {self.gain.name: self.gain.shape} if self.gain else {}
+        return {self.a: self.a_shape, self.b: self.b_shape, **more}
+
+    def off(self) -> dict[str, Array]:
+        """What changes nothing, by input."""
+        sizes = {name: [self.rank or 0 if n is None else n for n in shape] for name, shape in self.inputs.items()}
+        return {name: np.zeros(shape, self._dtype) for name, shape in sizes.items()}
+
+    def feeds(self, a: Array, b: Array, gain: Array | None = None) -> dict[str, Array]:
+        """What is fed of a pair, and of a gain [out], in the slot's own dtype and rank.
+
+        Raises:
+            LoraFormatError: LF-606 other sizes, or a rank over the slot's; LF-612 a value beyond the dtype.
+        """
+        found = dict(zip((self.a, self.b), self._filled(a, b), strict=True))
+        if gain is not None and self.gain is not None:
+            found[self.gain.name] = self._cast(gain.reshape(self.gain.shape))
+        return found
+
+    def read(self, tensors: Mapping[str, Array]) -> tuple[Lora, Array | None]:
+        """The pair and the gain that are fed, without what fills a rank up; LF-606 where they do not fit the slot."""
+        given = {**self.off(), **{name: tensors[name] for name in self.inputs if name in tensors}}
+        a, b = self._filled(given[self.a], given[self.b])
+        if self.form == "linear":
+            one, other = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+        else:
+            one, other = a.reshape(len(a), -1 if len(a) else 1), b.reshape(b.shape[:2])
+        rank = np.arange(other.ndim - 1)  # all axes of B but the last, and of A but that before the last
+        used = one.any(axis=tuple(i for i in range(one.ndim) if i != one.ndim - 2)) | other.any(axis=tuple(rank))
+        return Lora(one[..., used, :], other[..., used], 1.0, "factor"), self._gain(given)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the model's metadata."""
+        held: dict[str, Any] = {
+            "a": self.a, "b": self.b, "a_shape": list(self.a_shape), "b_shape": list(self.b_shape),
+            "dtype": self.dtype, "form": self.form, "rank": self.rank,
+        }  # fmt: skip
+        if (gain := self.gain) is not None:
+            held["gain"] = [gain.name, list(gain.shape), gain.weight, list(gain.out)]
+        return held
+
+    @classmethod
+    def from_json(cls, key: str, entry: Mapping[str, Any]) -> Slot:
+        """The way back; ValueError, KeyError or TypeError where it is no such object."""
+        a, b = (tuple(None if n is None else int(n) for n in entry[side]) for side in ("a_shape", "b_shape"))
+        if any(shape.count(None) != 1 for shape in (a, b)) or entry["form"] not in ("linear", "conv"):
+            raise ValueError(f"no slot: {key}")
+        rank = None if entry["rank"] is None else int(entry["rank"])
+        gain = None
+        if "gain" in entry:
+            name, shape, weight, out = entry["gain"]
+            gain = Gain(str(name), tuple(map(int, shape)), str(weight), tuple(map(int, out)))
+        return cls(key, str(entry["a"]), str(entry["b"]), a, b, str(entry["dtype"]), entry["form"], rank, gain)
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+    def _filled(self, a: Array, b: Array) -> tuple[Array, Array]:
+        ranks = [
+            shape[self._axis(own)]
+            for shape, own in ((a.shape, self.a_shape), (b.shape, self.b_shape))
+            if len(shape) == len(own)
+        ]
+        if not (_fits(a.shape, self.a_shape) and _fits(b.shape, self.b_shape) and len(set(ranks)) == 1):
+            what = f"the pair lies as A {list(a.shape)}, B {list(b.shape)}; the slots are {_told(self.a_shape)}, {_told(self.b_shape)}"
+            raise fault("LF-606", what, where=self.key, fix="is this the model that the adapter is for?")
+        if self.rank is not None and ranks[0] > self.rank:
+            what = f"rank {ranks[0]}, and the model was given slots of rank {self.rank}"
+            raise fault("LF-606", what, where=self.key, fix="attach again with a larger --pad-rank")
+        cast = [self._cast(value) for value in (a, b)]
+        if self.rank is None:
+            return cast[0], cast[1]
+        more = [
+            [(0, (self.rank or 0) - ranks[0] if n is None else 0) for n in shape]
+            for shape in (self.a_shape, self.b_shape)
+        ]
+        return np.pad(cast[0], more[0]), np.pad(cast[1], more[1])
+
+    def _gain(self, given: Mapping[str, Array]) -> Array | None:
+        """[out]; None where it is 0."""
+        if self.gain is None or not (found := given[self.gain.name]).any():
+            return None
+        if found.shape != self.gain.shape:
+            what = f"its gain is {list(found.shape)}; the slot is {list(self.gain.shape)}"
+            raise fault("LF-606", what, where=self.key, fix="is this the model that the adapter is for?")
+        return found.reshape(-1)
+
+    def _cast(self, value: Array) -> Array:
+        with np.errstate(over="ignore"):
+            made = np.ascontiguousarray(value.astype(self._dtype))
+        if not np.isfinite(made.astype(np.float64)).all():
+            raise fault("LF-612", f"a value is beyond {self.dtype}", where=self.key)
+        return made
+
+    @staticmethod
+    def _axis(shape: Sequence[int | None]) -> int:
+        return list(shape).index(None)
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(w is None or n == w for n, w in zip(shape, wanted, strict=True))
+
+
+def _told(shape: Iterable[int | None]) -> str:
+    return f"[{', '.join('r' if n is None else str(n) for n in shape)}]"
