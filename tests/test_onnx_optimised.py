@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import optimised
 import pytest
 from graphs import session
 
-from loraformat import Adapter, Hints, LoraFormatError, digest
+from loraformat import Hints, LoraFormatError, digest
 from loraformat.base import Options
 from loraformat.registry import load, open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.bind import bind
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
+from loraformat_converters.onnx.changing.record import Record
 
 pytestmark = pytest.mark.peer
 
@@ -155,15 +156,34 @@ def test_without_sketches_the_builders_names_tell_what_is_not_packed(llama, buil
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_rows_choose_in_what_genai_built(provider, llama, built):
+    """One of two rows is the base, the other has the adapter, on q, k and v in one product too."""
+    path = built("fp32") / "model.onnx"
+    out, base = path.with_name(f"stack-{provider}.onnx"), open_base(path)
+    bound = bind(load(llama.adapter), open_base(llama.checkpoint))
+    base.apply(prepare("attach", [("a", bound)], base, Options(out, "stack", rows=("input_ids",), provider=provider)))
+    shown = llama.feeds["attention_mask"].astype(bool)
+    row = np.nonzero(shown)[0]
+    for index in ([0, 1], [1, 0]):
+        found = logits(out, replace(llama, feeds={**llama.feeds, "lora.index": np.array(index)}))
+        for n in range(2):
+            wanted = (llama.truth if index[n] else llama.base)[shown][row == n]
+            assert relative_error(found[row == n], wanted) <= 1e-5
+    assert relative_error(llama.truth[shown], llama.base[shown]) > 0.01
+
+
+@pytest.mark.slow
 def test_genai_generates_with_the_adapter_of_a_swap(llama, built, tmp_path):
     """What it computes with ``og.Adapters`` are the logits of the merged model, token by token; without, the base's."""
     og = pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")
-    whole = load(llama.adapter)
-    adapter = Adapter({key: update for key, update in whole.items() if not re.search("[qkv]_proj", key)})
+    adapter = bind(load(llama.adapter), open_base(llama.checkpoint))
     base = open_base(built("fp32") / "model.onnx")
     folders = {name: shutil.copytree(built("fp32"), tmp_path / name) for name in ("swap", "merged")}
     options = Options(folders["swap"] / "model.onnx", "swap", slot_names="genai")
     base.apply(prepare("attach", [("style", adapter)], base, options), force=True)
+    slots = Record.of_file(options.out).slots.slots
+    assert len(slots) == 15  # q, k and v too, which one product computes
     merge(adapter, base, folders["merged"] / "model.onnx", force=True)
 
     def generated(folder, path=None):

@@ -19,7 +19,8 @@ from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import attach, merge, prepare
 from loraformat.verbs.verify import verify
-from loraformat_converters.onnx.attaching import stack
+from loraformat_converters.onnx.attaching import fitting, stack
+from loraformat_converters.onnx.runtime import Session
 
 IN = 20
 ROWS = {"q": (0, 24), "k": (24, 36), "v": (36, 48)}
@@ -220,3 +221,56 @@ def test_a_choice_is_red_where_a_part_is_lost(lost, monkeypatch, tmp_path):
     monkeypatch.setattr(stack, "joined", lambda make, pairs: whole(make, [p for n, p in enumerate(pairs) if n != lost]))
     with pytest.raises(AssertionError):
         rows_choose("MatMul", "cpu", "index", tmp_path)
+
+
+def swapped(form, tmp_path, **options):
+    """Slots of q, k and v beside the one weight that holds them, fed by files, by name and in a blend."""
+    w = weight()
+    path, out = save(product(form, w), tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    given = {"whole": ours(w), "part": ours(w, ("v", "q"))}
+    base, x = open_base(path), inputs(path)["x"].astype(np.float32)
+    plan = prepare("attach", list(given.items()), base, Options(out, "swap", **options))
+    base.apply(plan)
+    onnx.checker.check_model(out, full_check=True)
+    assert prove(base, plan).holds
+    assert any("6 inputs for 3 targets" in note for note in plan.notes)
+    before, running = session(path).run(None, {"x": x})[0], Session(out)
+    for name, adapter in given.items():
+        running.load(name, out.with_name(f"out.{name}.onnx_adapter"))
+        running.load(f"{name}, itself", adapter)
+    for choice in ("whole", {"part, itself": 1.0}, {"whole": 0.7, "part, itself": -0.3}):
+        strengths = {choice: 1.0} if isinstance(choice, str) else choice
+        delta = sum(s * spread(given[name.partition(",")[0]]) for name, s in strengths.items())
+        found = running.use(choice).run({"x": x})["y"]
+        assert relative_error(found, before + x.astype(np.float64) @ delta.T) <= 2e-6
+        assert relative_error(found, before) > 1e-3
+    assert np.array_equal(running.run({"x": x})["y"], before)
+    detach(open_base(out), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["MatMul", "Gemm", "MatMulNBits"])
+@pytest.mark.parametrize("options", [{}, {"slots": "required"}, {"pad_rank": 8}])
+def test_adapters_of_a_packed_weight_are_swapped(form, options, tmp_path):
+    swapped(form, tmp_path, **options)
+
+
+def rows_of_the_first(patch):
+    whole = fitting.padded
+    patch.setattr(fitting, "padded", lambda make, b, ends, role: whole(make, b, [0, 0, 0, sum(ends)], role))
+
+
+def partners_exchanged(patch):
+    whole = fitting.Nodes.node
+
+    def node(self, op, inputs, role, **attributes):
+        return whole(self, op, inputs[::-1] if role == "B/all" else inputs, role, **attributes)
+
+    patch.setattr(fitting.Nodes, "node", node)
+
+
+@pytest.mark.parametrize("mutant", [rows_of_the_first, partners_exchanged])
+def test_a_swap_is_red_on_a_mutant(mutant, monkeypatch, tmp_path):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        swapped("MatMul", tmp_path, pad_rank=8)

@@ -94,8 +94,9 @@ def notes(spots: Sequence[Spot], jobs: Sequence[Job], options: Options) -> Itera
     """What a person should know of a mode."""
     if options.mode == "swap":
         files = ", ".join(file_of(options.out.name, job.name) for job in jobs if job.name)
-        doras = sum(any("magnitude" in change.update for change in spot.changes) for spot in spots)
-        yield f"{2 * len(spots) + doras} inputs for {len(spots)} targets" + (
+        parts = [part for spot in spots for part in spot.parts()]
+        doras = sum(any("magnitude" in change.update for change in part.changes) for part in parts)
+        yield f"{2 * len(parts) + doras} inputs for {len(parts)} targets" + (
             f"; writes {files} beside the model" if files else ""
         )
         if said := swap.rounded(spots):

@@ -284,6 +284,10 @@ RULES: Mapping[str, Callable[[Values, onnx.NodeProto, Read], Rows]] = {
     **_each(
         _first_axis, "com.microsoft.MultiHeadAttention com.microsoft.SkipLayerNormalization DepthToSpace SpaceToDepth"
     ),
+    **_each(
+        _first_axis,
+        "com.microsoft.GroupQueryAttention com.microsoft.RotaryEmbedding com.microsoft.EmbedLayerNormalization",
+    ),
     **_each(_first_axis, "com.microsoft.SkipSimplifiedLayerNormalization com.microsoft.GroupNorm"),
     **_each(
         _reduce, "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare ArgMax ArgMin"

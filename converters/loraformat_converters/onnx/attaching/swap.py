@@ -30,15 +30,14 @@ from loraformat.resolve import Hints, matches
 from loraformat.updates import Update
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching import magnitude
-from loraformat_converters.onnx.attaching.branches import FORMS, Pair
+from loraformat_converters.onnx.attaching.branches import FORMS
 from loraformat_converters.onnx.attaching.ends import Ends
-from loraformat_converters.onnx.attaching.pairs import Form, laid
-from loraformat_converters.onnx.attaching.slot import Gain, Slot
-from loraformat_converters.onnx.attaching.slot_names import file_of, gain_of, inputs_of
+from loraformat_converters.onnx.attaching.fitting import fitted, slot_of
+from loraformat_converters.onnx.attaching.slot import Slot
+from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
-from loraformat_converters.onnx.attaching.swappable import FORMS_FED
 from loraformat_converters.onnx.changing.spots import Spot
-from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.index import Index
 from loraformat_converters.onnx.graph.nodes import Editor, Nodes
 from loraformat_converters.onnx.graph.values import Values
 
@@ -90,19 +89,12 @@ class Swap:
         return {"slots": self.slots.as_json()}
 
     def add(self, spots: Sequence[Spot]) -> None:
-        """A slot for each weight."""
+        """A slot for each parameter of each weight."""
         if self.weights is not None:
-            drawn = ((spot.key, self.weights.sketch(spot.sites[0])) for spot in spots)
+            drawn = ((part.key, self._sketch(part)) for spot in spots for part in spot.parts())
             self.slots = replace(self.slots, sketches={key: found for key, found in drawn if found is not None})
         for spot in spots:
-            make = Nodes(self.index, self.index.stem(spot.key))
-            for change in spot.changes:
-                self.stems[change.job, change.key] = make.stem
-                self._keys[change.job, change.key] = spot.key
-            slot = _slot(spot, self.options)
-            self.slots = replace(self.slots, slots={**self.slots.slots, spot.key: slot})
-            self._declare(slot, make.stem)
-            self._run(make, spot, slot)
+            self._run(spot, [self._slotted(part) for part in spot.parts()])
 
     def finish(self) -> None:
         """Lay the new nodes into the graphs."""
@@ -129,6 +121,24 @@ class Swap:
 
         return write
 
+    def _sketch(self, part: Spot) -> Array | None:
+        assert self.weights is not None
+        rows, site = part.changes[0].rows, part.sites[0]
+        if rows is None:
+            return self.weights.sketch(site)
+        start, size = rows[0], rows[1] - rows[0]
+        return self.weights.sketches(site, size, start or size).get(start)
+
+    def _slotted(self, part: Spot) -> Slot:
+        """The slot of one parameter, declared."""
+        stem, slot = self.index.stem(part.key), slot_of(part, self.options)
+        for change in part.changes:
+            self.stems[change.job, change.key] = stem
+            self._keys[change.job, change.key] = part.key
+        self.slots = replace(self.slots, slots={**self.slots.slots, part.key: slot})
+        self._declare(slot, stem)
+        return slot
+
     def _declare(self, slot: Slot, stem: str) -> None:
         """The inputs, and their defaults."""
         for name, none in slot.off().items():
@@ -139,54 +149,15 @@ class Swap:
             if not self.slots.required:
                 self.index.graph.initializer.append(numpy_helper.from_array(none, name))
 
-    def _run(self, make: Nodes, spot: Spot, slot: Slot) -> None:
-        first, form = spot.sites[0], FORMS[spot.sites[0].like]
-        pair = _fitted(make, first, slot)
+    def _run(self, spot: Spot, slots: Sequence[Slot]) -> None:
+        change, slot, form = spot.changes[0], slots[0], FORMS[spot.sites[0].like]
+        make = Nodes(self.index, self.stems[change.job, change.key])
+        pair = fitted(make, spot, slots)
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
             run = Nodes(self.index, make.stem if len(spot.sites) == 1 else f"{make.stem}/{i}")
             kept = partial(magnitude.kept, form, site, slot.gain.name) if slot.gain else None
             self.ends.add(site, run, lambda run, site=site: form.run(run, site, pair), kept)  # type: ignore[misc]
-
-
-def _slot(spot: Spot, options: Options) -> Slot:
-    site = spot.sites[0]
-    names = inputs_of(spot.key, options.slot_names)  # type: ignore[arg-type]
-    dtype = helper.tensor_dtype_to_np_dtype(site.dtype).name
-    form = FORMS_FED[site.like]
-    *batch, out, in_ = site.operand.matrix_shape
-    none = Update((Lora(np.zeros((*batch, 0, in_)), np.zeros((*batch, out, 0)), 1.0, "factor"),))
-    a, b = _laid_empty(none, form, [site.operand.shape[axis] for axis in site.operand.in_])
-    # Nothing else in the shapes of a pair of rank 0 is 0.
-    a_shape, b_shape = (tuple(n or None for n in shape) for shape in (a, b))
-    gain = None
-    if any("magnitude" in change.update for change in spot.changes):
-        sizes = tuple(magnitude.sizes(FORMS[site.like], site))
-        name = gain_of(spot.key, options.slot_names)  # type: ignore[arg-type]
-        gain = Gain(name, sizes, site.root_name, site.placement.out)
-    return Slot(spot.key, *names, a_shape, b_shape, dtype, form, options.pad_rank, gain)
-
-
-def _laid_empty(none: Update, form: Form, in_sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a pair of rank 0: no -1 can be found where there is no value."""
-    if form == "conv":
-        out = none["lora"].lora_B.shape[0]
-        return (0, *in_sizes), (out, 0, *(1 for _ in in_sizes[1:]))
-    a, b = laid("", none, form)
-    return a.shape, b.shape
-
-
-def _fitted(make: Nodes, site: Site, slot: Slot) -> Pair:
-    """The inputs as the operator's branch takes them."""
-    a, b, rank = slot.a, slot.b, len(slot.a_shape)
-    if site.like == "ConvTranspose":  # its kernels are [in, r, *kernel]
-        a = make.transpose(a, [1, 0, *range(2, rank)], "A/T")
-    elif site.like != "Gather" and site.side == 0:
-        a, b = make.turn(a, rank, "A/T"), make.turn(b, rank, "B/T")
-    if site.factor != 1.0:
-        dtype = helper.tensor_dtype_to_np_dtype(site.dtype)
-        b = make.node("Mul", [b, make.store("factor", np.asarray(site.factor, dtype))], "B/scaled")
-    return Pair(a, b, (), ())
 
 
 def wanted(base: Base, patterns: Sequence[str]) -> Job:

@@ -32,12 +32,8 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index) -> Iterator
         what = f"until IR version 4 every initializer is an input as well, and this model's is {index.ir_version}"
         yield Problem("LF-608", what, fix="--slots required, or raise the model's ir_version first")
     seen: set[str] = set()
-    for spot in spots:
+    for spot in (part for whole in spots for part in whole.parts()):
         site = spot.sites[0]
-        if any(change.rows is not None for change in spot.changes):
-            what = "its weight holds several parameters, and a slot is of one"
-            yield Problem("LF-608", what, spot.key, "--mode branch, or put it into the model as it was before")
-            continue
         if spot.key in seen:
             yield Problem(
                 "LF-608", "the graph reads its weight in two ways, and a slot lies in one", spot.key, "--mode branch"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,13 @@ class Spot:
     def key(self) -> str:
         """What the first adapter calls it."""
         return self.changes[0].key
+
+    def parts(self) -> list[Spot]:
+        """The same for each parameter that the weight holds: itself, where it holds one."""
+        by_rows: dict[tuple[int, int] | None, list[Change]] = {}
+        for change in self.changes:
+            by_rows.setdefault(change.rows, []).append(change)
+        return [replace(self, changes=tuple(own)) for own in by_rows.values()]
 
     @property
     def rounds(self) -> bool:
