@@ -73,6 +73,29 @@ def test_an_adapter_with_sketches_is_attached_to_what_a_tool_made(name, exporter
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
+CHOSEN = {
+    ("minilm", "torchscript", "dynamic int8"): None, ("minilm", "torchscript", "4 bits, zero points"): 1e-5,
+    ("bert", "dynamo", "static QDQ"): None, ("bert", "dynamo", "4 bits"): 1e-5, ("gpt2", "torchscript", "fused"): 1e-5,
+}  # fmt: skip
+"""How near a row is to the same row of the attached model; None where 8 bits are rounded in steps that rows share."""
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_rows_choose_in_what_a_tool_made(case, changed, tmp_path):
+    given, path = changed(*case)
+    base, bound = open_base(path), bind(load(given.adapter), open_base(given.checkpoint))
+    base.apply(prepare("attach", [("a", bound)], base, Options(tmp_path / "branch.onnx")))
+    base.apply(prepare("attach", [("a", bound)], base, Options(tmp_path / "out.onnx", "stack", rows=("input_ids",))))
+    names, running = ["out"], session(tmp_path / "out.onnx")
+    bare, changes = (session(p).run(names, dict(given.feeds))[0] for p in (path, tmp_path / "branch.onnx"))
+    rows = next(iter(given.feeds.values())).shape[0]
+    limit = CHOSEN[case] or 0.3 * relative_error(bare, changes)
+    for index in (np.arange(rows) % 2, (np.arange(rows) + 1) % 2):
+        found = running.run(names, {**given.feeds, "lora.index": index})[0]
+        for row, chosen in enumerate(index):
+            assert relative_error(found[row], (changes if chosen else bare)[row]) <= limit
+
+
 def test_what_stays_in_8_bits_between_operators_is_found_and_refused(export, tmp_path):
     given = export("bert", "dynamo")
     optimised.quiet(optimised.static("QOperator"))(given, "bert", tmp_path / "model.onnx")

@@ -12,7 +12,7 @@ import onnx
 from loraformat_converters.onnx.graph import einsum
 from loraformat_converters.onnx.graph.operators import attribute
 
-__all__ = ["RULES", "LostError", "Read", "Rows", "Values"]
+__all__ = ["FIRST_ALONE", "RULES", "LostError", "Read", "Rows", "Values"]
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def _matmul(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
     return _agreed(node, states)
 
 
-def _nbits(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
-    """x · W with W in few bits: the last axis of x is summed over."""
+def _times_weight(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
+    """x · W with a stored W: the last axis of x is summed over."""
     state = _kept(own, node, read)
     if state.axis == own.rank(node.input[0]) - 1:
         raise LostError(f"{node.name or node.op_type} sums over the rows")
@@ -187,7 +187,7 @@ def _without(node: onnx.NodeProto, state: Rows, axes: Sequence[int] | None, rank
 def _gather(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
     """By indices of the rows, of a table that is not; or entries of another axis of the rows' values."""
     rank = own.rank(node.input[0])
-    axis = attribute(node, "axis", 0) % rank
+    axis = attribute(node, "axis", attribute(node, "gather_axis", 0)) % rank
     if read.keys() == {1}:
         return replace(read[1], axis=axis + read[1].axis)
     if read.keys() == {0} and read[0].axis != axis:
@@ -260,6 +260,9 @@ def _each(
     return {name: rule for words in names for name in words.split()}
 
 
+FIRST_ALONE = frozenset({"DynamicQuantizeLinear"})
+"""Of whose outputs only the first has the rows: the others are the scale and the zero point of all rows together."""
+
 RULES: Mapping[str, Callable[[Values, onnx.NodeProto, Read], Rows]] = {
     **_each(
         _broadcast, "Add Sub Mul Div Pow Min Max Mean Sum Mod And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual"
@@ -276,10 +279,15 @@ RULES: Mapping[str, Callable[[Values, onnx.NodeProto, Read], Rows]] = {
     **_each(_kept, "com.microsoft.Gelu com.microsoft.QuickGelu"),
     **_each(_norm, "LayerNormalization RMSNormalization SimplifiedLayerNormalization"),
     **_each(_softmax, "Softmax LogSoftmax"),
-    **_each(_nbits, "com.microsoft.MatMulNBits"),
+    **_each(_times_weight, "com.microsoft.MatMulNBits com.microsoft.MatMulBnb4"),
+    **_each(_times_weight, "com.microsoft.DynamicQuantizeMatMul com.microsoft.MatMulIntegerToFloat"),
+    **_each(_kept, "DynamicQuantizeLinear"),
     **_each(_beside, "Concat Split CumSum"),
-    **_each(_matmul, "MatMul com.microsoft.FusedMatMul"),
-    **_each(_first_axis, "Conv ConvTranspose MaxPool AveragePool GlobalAveragePool GlobalMaxPool BatchNormalization"),
+    **_each(_matmul, "MatMul MatMulInteger com.microsoft.FusedMatMul"),
+    **_each(
+        _first_axis,
+        "Conv ConvInteger ConvTranspose MaxPool AveragePool GlobalAveragePool GlobalMaxPool BatchNormalization",
+    ),
     **_each(_first_axis, "InstanceNormalization GroupNormalization Attention RotaryEmbedding com.microsoft.Attention"),
     **_each(
         _first_axis, "com.microsoft.MultiHeadAttention com.microsoft.SkipLayerNormalization DepthToSpace SpaceToDepth"
@@ -297,7 +305,7 @@ RULES: Mapping[str, Callable[[Values, onnx.NodeProto, Read], Rows]] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
-    "Gather": _gather,
+    **_each(_gather, "Gather com.microsoft.GatherBlockQuantized"),
     "Slice": _slice,
     "Resize": _resize,
     "Upsample": _resize,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from loraformat.errors import fault
-from loraformat_converters.onnx.attaching.row_rules import RULES, LostError, Rows
+from loraformat_converters.onnx.attaching.row_rules import FIRST_ALONE, RULES, LostError, Rows
 from loraformat_converters.onnx.graph.operators import attribute, operator
 from loraformat_converters.onnx.graph.scopes import STANDARD
 from loraformat_converters.onnx.graph.sizes import sizes
@@ -136,7 +136,8 @@ class _Walk:
             self._set(node, lost)
 
     def _set(self, node: onnx.NodeProto, state: State) -> None:
-        self.states |= {name: state for name in node.output if name}
+        outputs = node.output[:1] if operator(node) in FIRST_ALONE else node.output
+        self.states |= {name: state for name in outputs if name}
 
 
 def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import onnx
 from onnx import numpy_helper
 
+from loraformat_converters.onnx.graph.stand_ins import stand_in
+
 __all__ = ["sizes"]
 
 _SMALL = 64
@@ -31,6 +33,7 @@ def sizes(
     for node in light.graph.node:
         if node.op_type == "Constant" and (found := _constant(node)) is not None:
             constants[node.output[0]] = found
+    stand_in(light.graph)
     _number(light.graph, start, primes)
     inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     shapes: dict[str, tuple[int | None, ...]] = {t.name: tuple(t.dims) for t in inferred.initializer}
