@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -413,14 +414,13 @@ def scale_lost(patch):
 
 
 def factor_lost(patch):
-    whole = swap._fitted
+    whole = swap.fitted
 
-    def fitted(make, site, slot):
-        from dataclasses import replace
+    def fitted(make, spot, slots):
+        sites = tuple(replace(site, factor=1.0) for site in spot.sites)
+        return whole(make, replace(spot, sites=sites), slots)
 
-        return whole(make, replace(site, factor=1.0), slot)
-
-    patch.setattr(swap, "_fitted", fitted)
+    patch.setattr(swap, "fitted", fitted)
 
 
 @pytest.mark.parametrize(
