@@ -26,13 +26,14 @@ import onnx
 import onnxruntime
 
 from bench.chart import ratios
-from bench.onnx_modes import Sizes, adapter, variants, write_model
+from bench.onnx_modes import FORMS, Sizes, adapter, variants, write_model
 from loraformat import Placement, merge, open_base
 from loraformat.sketch import sketch
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.effective import Effective
 
 Run = Callable[[], None]
+FORM = {"cuda": FORMS["cuda"]}
 LLAMA = (4, 4096, 14336, 1024, 16)
 
 
@@ -165,11 +166,10 @@ def show(label: str, taken: Mapping[str, list[float]]) -> None:
 def written(folder: Path, sizes: Sizes, form: str, dtype: str, stacks: list[int]) -> dict[str, tuple[Path, Any]]:
     """Every model, by what it is."""
     write_model(folder / "base.onnx", sizes, dtype, int4=form == "int4")
-    models = variants(folder, sizes, dtype, stacks)
-    # gathered is for the CPU; the others need W as floats
-    needless = ("gathered",) if form == "plain" else ("gathered", "branch, concat", "branch, folded")
-    models = {what: model for what, model in models.items() if not any(word in what for word in needless)}
-    if form == "plain":
+    models = variants(folder, sizes, dtype, stacks, forms=FORM)
+    if form == "int4":
+        models = {what: m for what, m in models.items() if what not in ("branch, concat", "branch, folded")}
+    else:
         (folder / "merged").mkdir()
         merge(adapter(sizes, 0, dtype), open_base(folder / "base.onnx"), folder / "merged" / "model.onnx")
         models["merged"] = (folder / "merged" / "model.onnx", models["dense"][1])
@@ -187,9 +187,8 @@ def packed(folder: Path, sizes: Sizes, dtype: str, stacks: list[int]) -> dict[st
     }
     (folder / "packed").mkdir()
     write_model(folder / "packed" / "base.onnx", sizes, dtype, packed=True)
-    models = variants(folder / "packed", sizes, dtype, stacks, bound)
-    wanted = ("dense", "branch, concat", *(what for what in models if "widened" in what))
-    return {f"{what}, packed": models[what] for what in wanted}
+    models = variants(folder / "packed", sizes, dtype, stacks, bound, FORM)
+    return {f"{what}, packed": model for what, model in models.items() if what != "branch, separate"}
 
 
 _ROW = re.compile(r" *(\d+) tokens(, CUDA graph)? +(\S.*?)  +.* (\d+\.\d+) ×")
@@ -215,6 +214,9 @@ def main() -> None:
     asked.add_argument("--stacks", nargs="+", type=int, default=[8])
     asked.add_argument("--sizes", nargs=5, type=int, default=LLAMA, help="layers, hidden, wide, small, rank")
     asked.add_argument("--runs", type=int, default=40)
+    asked.add_argument(
+        "--only", help="of ONNX Runtime's variants those whose names have this pattern; dense among them"
+    )
     asked.add_argument("--draw", action="store_true", help="what was printed before, from standard input")
     given = asked.parse_args()
     if given.draw:
@@ -223,20 +225,22 @@ def main() -> None:
     sizes = Sizes(*given.sizes)
     print(f"onnxruntime {onnxruntime.__version__}, {sizes}, {given.form}, {given.dtype}")
     onnxruntime.preload_dlls()
-    peft = importlib.util.find_spec("peft") is not None and given.form == "plain"
+    plain = given.form == "plain" and not given.only
+    peft = importlib.util.find_spec("peft") is not None and plain
     with tempfile.TemporaryDirectory() as name:
         models = written(Path(name), sizes, given.form, given.dtype, given.stacks)
+        models = {what: m for what, m in models.items() if re.search(given.only or "", what)}
         for tokens in given.tokens:
             x = np.random.default_rng(3).standard_normal((1, tokens, sizes.hidden)).astype(given.dtype)
             for graph in (False, True):
                 label = f"{tokens:5} tokens{', CUDA graph' if graph else '            '}"
                 runs = onnx_runs(models, x, graph)
-                if given.form == "plain":
+                if plain:
                     runs["in the weights"], change = effective_run(Path(name) / "base.onnx", sizes, x, graph)
                 if peft:
                     runs |= torch_runs(sizes, x, graph)
                 show(label, measure(runs, given.runs))
-                if given.form == "plain":
+                if plain:
                     low, middle, high = np.quantile([change() for _ in range(20)], [0.1, 0.5, 0.9])
                     print(f"{label}  a change in the weights              {middle:8.3f} ms ({low:.3f}–{high:.3f})")
                     del change

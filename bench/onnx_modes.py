@@ -130,8 +130,17 @@ Fed = Callable[[int, int], dict[str, np.ndarray]]
 """(rows, tokens) → what is fed besides x."""
 
 
+FORMS = {"cpu": "gathered", "cuda": "widened (K-concatenation)"}
+"""Provider → how the stack for it chooses."""
+
+
 def variants(
-    folder: Path, sizes: Sizes, dtype: str, counts: list[int], bound: Bound | None = None
+    folder: Path,
+    sizes: Sizes,
+    dtype: str,
+    counts: list[int],
+    bound: Bound | None = None,
+    forms: Mapping[str, str] = FORMS,
 ) -> dict[str, tuple[Path, Fed]]:
     """Name → (model, what it is fed)."""
     base = open_base(folder / "base.onnx")
@@ -156,8 +165,7 @@ def variants(
     tensors = dict(tort.read(folder / "swap.a0.onnx_adapter").tensors)
     found |= {"swap, off": (swap, nothing), "swap, on": (swap, lambda rows, tokens: tensors)}
     for count in counts:
-        for provider in ("cpu", "cuda"):
-            what = "gathered" if provider == "cpu" else "widened (K-concatenation)"
+        for provider, what in forms.items():
             path = made(f"stack-{provider}-{count}", adapters[:count], "stack", rows=("x",), provider=provider)
             found[f"stack of {count}, {what}"] = (path, indexed(count))
     return found
