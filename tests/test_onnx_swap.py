@@ -410,7 +410,7 @@ def sides_exchanged(patch):
 
 
 def scale_lost(patch):
-    patch.setattr("loraformat_converters.onnx.attaching.slots.folded", lambda update: update)
+    patch.setattr("loraformat_converters.onnx.attaching.slots.folded", lambda update, by: update)
 
 
 def factor_lost(patch):

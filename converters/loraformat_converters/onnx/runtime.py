@@ -8,7 +8,7 @@
     session.run(feeds)                                   # as the model is when nothing is chosen
 
 What is chosen is held in no state: two threads that use two adapters do not meet. Needs onnxruntime, not onnx, but for
-DoRAs of other layouts than ``.onnx_adapter``: their norms are of the model's weights.
+DoRAs of other layouts than ``.onnx_adapter``, whose norms are of the model's weights, and for slots that others made.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Session:
         self.inference = opened(self.path, self.path.parent, providers, options, captured)
         self.device = device_of(self.inference, providers)
         self._ways = Ways.of(self.inference.get_modelmeta().custom_metadata_map, str(self.path))
-        self.slots = self._ways.slots
+        self.slots = self._ways.slots or self._found()
         if captured and self.slots and any(slot.rank is None for slot in self.slots.slots.values()):
             what = f"the slots of {self.path} take any rank, and a buffer that stays has one"
             raise fault("LF-705", what, fix="attach with --pad-rank R")
@@ -206,6 +206,11 @@ class Session:
             raise fault("LF-705", "what is chosen feeds it already", where=", ".join(sorted(both)))
         names = list(outputs) if outputs is not None else [output.name for output in self.inference.get_outputs()]
         return dict(zip(names, self._runs.run(chosen.held, {**feeds, **more}, names), strict=True))
+
+    def _found(self) -> Slots | None:
+        """The slots of a model that somebody else gave some: it is read for them, by onnx."""
+        known = self._ways.attached or not self.inference.get_overridable_initializers()
+        return None if known else registry.open_base(self.path).slots  # type: ignore[attr-defined]
 
     def _slots(self) -> Slots:
         if self.slots is None:
