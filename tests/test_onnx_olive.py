@@ -102,6 +102,16 @@ def test_the_runtime_feeds_its_graph(trained, truth):
     assert relative_error(blended, truth(-0.5)) <= 1e-5
 
 
+def test_buffers_that_stay_need_slots_of_one_rank(trained):
+    running = Session(OLIVE / "extracted.onnx", captured=True)
+    assert (
+        relative_error(next(iter(running.run(X).values())), session(OLIVE / "extracted.onnx").run(None, X)[0]) <= 1e-6
+    )
+    for _ in range(2):
+        with pytest.raises(LoraFormatError, match=r"LF-705.*any rank"):
+            running.load("ours", trained)
+
+
 def test_a_graph_that_does_not_hold_the_adapter_gives_none():
     with pytest.raises(LoraFormatError, match=r"LF-613.*fed to the model, which does not hold it"):
         extract(open_base(OLIVE / "extracted.onnx"))
@@ -190,6 +200,11 @@ def test_an_input_of_rank_0_that_is_no_factor_is_an_error(case, tmp_path):
         base = open_base(save(base.model, tmp_path / "zero.onnx"))
     with pytest.raises(LoraFormatError, match=r"LF-613.*(rank 0 that is no factor|called a factor)"):
         _ = base.slots
+    running = Session(base.path)
+    with pytest.raises(LoraFormatError, match="LF-613"):
+        running.load("a", adapter({"m.q.weight": (7, 5)}))
+    x = {"x": np.ones((2, 5), np.float32)}
+    assert np.array_equal(running.run(x)["y"], session(base.path).run(None, x)[0])
 
 
 def test_a_model_whose_inputs_have_other_defaults_has_no_slots(tmp_path):

@@ -24,6 +24,8 @@ from loraformat_converters.onnx.graph.index import Index, Site
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import onnx
+
     from loraformat_converters.onnx.graph.values import Values
 
 __all__ = ["slotted"]
@@ -38,7 +40,7 @@ def slotted(index: Index, values: Values, identity: Callable[[], str]) -> Slots 
     Raises:
         LoraFormatError: LF-613 such an input is no factor of a branch s·B·A·x, or is one in a form that no slot has.
     """
-    empty = {v.name for v in index.graph.input if (t := index.roots.get(v.name)) is not None and 0 in t.dims}
+    empty = {v.name for v in index.graph.input if _is_empty(index.roots.get(v.name))}
     if not empty:
         return None
     names: dict[tuple[str, str, str], str] = {}  # a module that is called twice is called by two names
@@ -57,6 +59,11 @@ def slotted(index: Index, values: Values, identity: Callable[[], str]) -> Slots 
         fix = "put adapters into the model as it was exported: attach --mode swap"
         raise LoraFormatError([Problem("LF-613", what, name, fix) for name in sorted(strange)])
     return Slots(slots, identity())
+
+
+def _is_empty(tensor: onnx.TensorProto | None) -> bool:
+    """Whether it is a matrix of rank 0; an empty vector may be anything, such as a Resize's roi."""
+    return tensor is not None and len(tensor.dims) == 2 and 0 in tensor.dims
 
 
 def _slot(key: str, site: Site, branch: Branch) -> Slot | None:
