@@ -113,8 +113,9 @@ def test_buffers_that_stay_need_slots_of_one_rank(trained):
 
 
 def test_a_graph_that_does_not_hold_the_adapter_gives_none():
-    with pytest.raises(LoraFormatError, match=r"LF-613.*fed to the model, which does not hold it"):
+    with pytest.raises(LoraFormatError, match=r"LF-613.*fed to the model, which does not hold it") as refused:
         extract(open_base(OLIVE / "extracted.onnx"))
+    assert len(refused.value.problems) == 2 * 15
 
 
 def test_inputs_whose_values_lie_nowhere_are_refused():

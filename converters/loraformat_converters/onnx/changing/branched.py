@@ -93,11 +93,11 @@ def pairs(index: Index, values: Values) -> list[tuple[str, Site, Branch]]:
 
 def _lost(index: Index, used: Container[int]) -> Iterator[Problem]:
     """What goes by the name of a factor and was not found to be one: leaving it out would be another adapter."""
-    for value in index.graph.input:
-        root = index.roots.get(value.name)
-        if _FACTOR.search(value.name) and (root is None or 0 in root.dims):
+    for name in dict.fromkeys(value.name for value in index.graph.input):  # olive-ai 0.13 lists each twice
+        root = index.roots.get(name)
+        if _FACTOR.search(name) and (root is None or 0 in root.dims):
             what, fix = "it is fed to the model, which does not hold it", "convert the file that is fed"
-            yield Problem("LF-613", what, value.name, fix)
+            yield Problem("LF-613", what, name, fix)
     for site in index.sites:
         called = next((name for name in (site.root_name, *modules_of(site)) if _FACTOR.search(name)), None)
         if called and site.number not in used and site.known_operator and not site.vector:
