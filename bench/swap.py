@@ -3,7 +3,8 @@
 Many small targets (224, so 448 inputs), where dispatch is all there is: python bench/swap.py; for CUDA with
 onnxruntime-gpu --provider cuda, and --captured for CUDA graphs. Runs are interleaved in one process: again, then another
 adapter, by turns. Two adapters that lie on the device (resident), one that was just loaded, and, as the peer, ONNX
-Runtime's own LoraAdapter.
+Runtime's own LoraAdapter. Loading an adapter leaves the processor's cache without the model, and its threads asleep: what
+that alone costs is seen in a run of the same adapter as before, after another was loaded.
 """
 
 from __future__ import annotations
@@ -98,14 +99,19 @@ def report(session: Session, made: list[tuple[str, Adapter]], given: argparse.Na
         return time.perf_counter() - begin
 
     times: dict[str, list[float]] = {
-        what: [] for what in ("the base", "again", "another, resident", "another, just loaded", "by LoraAdapter")
-    }
+        what: []
+        for what in (
+            "the base", "again", "another, resident", "again, after a load", "another, just loaded", "by LoraAdapter",
+        )
+    }  # fmt: skip
     for turn in range(given.turns):
         taken(None)
         times["the base"].append(taken(None))
         taken("ab"[turn % 2])
         times["again"].append(taken("ab"[turn % 2]))
         times["another, resident"].append(taken("ab"[1 - turn % 2]))
+        session.load("c", made[2][1])
+        times["again, after a load"].append(taken("ab"[1 - turn % 2]))
         session.load("c", made[2][1])
         times["another, just loaded"].append(taken("c"))
         if lora is not None:

@@ -16,9 +16,11 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import updates
 from graphs import adapter, lora, model, save, session
 
 import loraformat as lf
+from loraformat import Placement
 from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
@@ -40,16 +42,17 @@ def modules(host):
     return place
 
 
-def made(folder, pad):
+def made(folder, pad, kind="lora"):
     """The files of the example, and what base and adapter give for its inputs."""
     base = open_base(save(model(TEXT), folder / "base.onnx"))
-    given = adapter({"m.q.weight": lora(7, 5, rank=3), "e.weight": (5, 9)})
+    q = lora(7, 5, rank=3) if kind == "lora" else updates.made(kind, Placement((7, 5), (0,), (1,)))
+    given = adapter({"m.q.weight": q, "e.weight": (5, 9)})
     options = Options(folder / "out.onnx", "swap", slots="required", pad_rank=pad, targets=("v",))
     base.apply(prepare("attach", [("style", given)], base, options))
     merge(given, base, folder / "merged.onnx")
     x = {"x": np.ones((2, 2, 5), np.float32), "ids": np.ones((2, 2), np.int64)}
     one, other = (session(folder / f"{name}.onnx").run(None, x)[0].reshape(-1) for name in ("base", "merged"))
-    assert lf.load(folder / "out.style.onnx_adapter").keys() == given.keys()
+    assert kind == "dora" or lf.load(folder / "out.style.onnx_adapter").keys() == given.keys()
     return one, other
 
 
@@ -63,9 +66,9 @@ def check(told, wanted):
 
 
 @pytest.mark.parametrize("host", ["node", "web"])
-@pytest.mark.parametrize("pad", [None, 4])
-def test_an_adapter_that_is_fed_changes_the_output(host, pad, tmp_path):
-    place, wanted = modules(host), made(tmp_path, pad)
+@pytest.mark.parametrize(("pad", "kind"), [(None, "lora"), (4, "lora"), (None, "dora")])
+def test_an_adapter_that_is_fed_changes_the_output(host, pad, kind, tmp_path):
+    place, wanted = modules(host), made(tmp_path, pad, kind)
     example = shutil.copytree(ROOT / "examples" / "javascript", tmp_path / "example")
     (tmp_path / "node_modules").symlink_to(place.resolve())
     words = ["node", "run.mjs", tmp_path / "out.onnx", tmp_path / "out.style.onnx_adapter", host]

@@ -10,7 +10,7 @@ import optimised
 import pytest
 from graphs import session
 
-from loraformat import Hints, LoraFormatError, digest
+from loraformat import Hints, LoraFormatError, Magnitude, digest
 from loraformat.base import Options
 from loraformat.registry import load, open_base
 from loraformat.testing import relative_error
@@ -196,17 +196,30 @@ def test_rows_choose_in_what_genai_built(provider, llama, built):
     assert relative_error(llama.truth[shown], llama.base[shown]) > 0.01
 
 
+def rescaled(adapter, checkpoint, modules):
+    """The adapter with magnitudes at these modules, a fifth over the norms of their weights."""
+    targets = dict(adapter.items())
+    for key, update in adapter.items():
+        if key.rsplit(".", 2)[1] in modules:
+            norms = np.linalg.norm(checkpoint.read(key), axis=1)
+            targets[key] = replace(update, parts=(*update.parts, Magnitude((1.2 * norms).astype(np.float32))))
+    return replace(adapter, targets=targets)
+
+
 @pytest.mark.slow
-def test_genai_generates_with_the_adapter_of_a_swap(llama, built, tmp_path):
+@pytest.mark.parametrize(("names", "doras"), [("genai", ()), ("native", ("o_proj", "down_proj"))])
+def test_genai_generates_with_the_adapter_of_a_swap(names, doras, llama, built, tmp_path):
     """What it computes with ``og.Adapters`` are the logits of the merged model, token by token; without, the base's."""
     og = pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")
-    adapter = bind(load(llama.adapter), open_base(llama.checkpoint))
+    checkpoint = open_base(llama.checkpoint)
+    adapter = rescaled(bind(load(llama.adapter), checkpoint), checkpoint, doras)
     base = open_base(built("fp32") / "model.onnx")
     folders = {name: shutil.copytree(built("fp32"), tmp_path / name) for name in ("swap", "merged")}
-    options = Options(folders["swap"] / "model.onnx", "swap", slot_names="genai")
+    options = Options(folders["swap"] / "model.onnx", "swap", slot_names=names)
     base.apply(prepare("attach", [("style", adapter)], base, options), force=True)
     slots = Record.of_file(options.out).slots.slots
     assert len(slots) == 15  # q, k and v too, which one product computes
+    assert sum(slot.gain is not None for slot in slots.values()) == 2 * len(doras)
     merge(adapter, base, folders["merged"] / "model.onnx", force=True)
 
     def generated(folder, path=None):

@@ -16,6 +16,8 @@ from loraformat.registry import load, open_base
 from loraformat.strength import strengthen
 from loraformat.testing import relative_error
 from loraformat.verbs.merge import merge, prepare
+from loraformat_converters.onnx import tort
+from loraformat_converters.onnx.changing.record import Record
 from loraformat_converters.onnx.runtime import Session
 
 pytestmark = pytest.mark.peer
@@ -85,6 +87,9 @@ def test_the_adapter_among_others(name, given, half, attach, tmp_path):
     adapters = [("a", adapter), ("b", other)]
 
     swap = attach(adapters, mode="swap")
+    if half:  # fed, a layer is further from the base than what is asked of it when it is off
+        tensors = tort.read(swap.with_name("out.a.onnx_adapter")).tensors
+        assert min(layers(swap, given, {**given.feeds, **tensors})) > 1e-3
     running = Session(swap)
     for called, one in adapters:
         running.load(called, one)
@@ -121,3 +126,27 @@ def check_off(path, given, fed=None, *, exact=True):
     assert not (exact and single) or np.array_equal(found, plain)
     assert far(found, plain) <= (1e-6 if single else 2e-3)
     assert far(output(path, feeds), output(given.model, given.feeds)) <= (1e-6 if single else 2e-3)
+    if not single:
+        assert max(layers(path, given, feeds)) <= 1e-3
+
+
+def layers(path, given, feeds):
+    """How far each changed layer's own output is from the base's, with fusions and without."""
+    made = {name for node in onnx.load(given.model).graph.node for name in node.output}
+    names = sorted(made & set(Record.of_file(path).base["values"].values()))
+    for optimise in (True, False):
+        base, changed = (
+            session(exposed(model, names, path.parent), optimise=optimise).run(names, dict(fed))
+            for model, fed in ((given.model, given.feeds), (path, feeds))
+        )
+        yield from map(far, changed, base)
+
+
+def exposed(path, names, folder):
+    """A copy of the model that gives these values too."""
+    made = onnx.load(path)
+    there = {value.name for value in made.graph.output}
+    kinds = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None) for name in names)
+    made.graph.output.extend(value for value in kinds if value.name not in there)
+    onnx.save(made, folder / "exposed.onnx")
+    return folder / "exposed.onnx"

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import updates
 from graphs import adapter, feeds, lora, model, save, session
-from test_onnx_swap import GRAPHS, KEY, MATMUL, put, run
+from test_onnx_swap import GRAPHS, KEY, MATMUL, put, quantised, run
 
 import loraformat as lf
 from loraformat import Adapter, LoraFormatError, Placement
@@ -98,18 +98,7 @@ def test_a_gain_is_fed_in_the_dtype_of_the_weight(dtype, tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_dora_beside_a_quantised_weight_is_fed_what_its_branch_would_be(bits, tmp_path):
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    made = model("""g (float[N,T,64] x) => (float[N,T,32] y) <float[64,32] w, float[32] b>
-      { ["/m/q/MatMul"] h = MatMul(x, w)  y = Add(h, b) }""")
-    if bits == 8:
-        quantize_dynamic(save(made, tmp_path / "float.onnx"), tmp_path / "base.onnx")
-    else:
-        quantiser = MatMulNBitsQuantizer(made, block_size=32, is_symmetric=True)
-        quantiser.process()
-        save(quantiser.model.model, tmp_path / "base.onnx")
-    base, given = open_base(tmp_path / "base.onnx"), [("a", dora(Placement((32, 64), (0,), (1,))))]
+    base, given = quantised(bits, tmp_path), [("a", dora(Placement((32, 64), (0,), (1,))))]
     for mode in ("swap", "branch"):
         base.apply(prepare("attach", given, base, Options(tmp_path / f"{mode}.onnx", mode)))
     swapped, beside = (session(tmp_path / f"{mode}.onnx", optimise=False) for mode in ("swap", "branch"))

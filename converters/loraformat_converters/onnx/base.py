@@ -33,6 +33,7 @@ from loraformat_converters.onnx.changing.record import Record, base_sha256
 from loraformat_converters.onnx.changing.refuse import obstacles
 from loraformat_converters.onnx.changing.requantised import kept
 from loraformat_converters.onnx.changing.rewriting import Rewriting, tag
+from loraformat_converters.onnx.changing.slotted import slotted
 from loraformat_converters.onnx.changing.spots import by_tensor, every_change, gathered, spots
 from loraformat_converters.onnx.changing.told import notes, prefixes, step
 from loraformat_converters.onnx.finding.names import names_of
@@ -190,10 +191,10 @@ class OnnxBase:
         """What makes changed copies of the model."""
         return Rewriting(self.path, self.model, self.values)
 
-    @property
+    @cached_property
     def slots(self) -> Slots | None:
-        """The inputs for adapters, where ``attach --mode swap`` made some."""
-        return self.record.slots if self.record else None
+        """The inputs for adapters, where ``attach --mode swap``, or somebody else, made some."""
+        return self.record.slots if self.record else slotted(self.index, self.values, lambda: self.identity)
 
     def norms(self, gain: Gain, update: Update) -> Array:
         """What the magnitude of an update divides by, on the weight beside a slot."""
@@ -202,7 +203,7 @@ class OnnxBase:
     @property
     def fed(self) -> list[str]:
         """The files that ``attach --mode swap`` wrote beside the model."""
-        return [file_of(self.path.name, name) for name in self.attached] if self.slots else []
+        return [file_of(self.path.name, name) for name in self.attached] if self.record and self.slots else []
 
     @property
     def attached(self) -> list[str]:

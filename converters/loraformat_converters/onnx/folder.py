@@ -228,7 +228,9 @@ class OnnxFolder:
         """Write the folder as it was before ``attach``; LF-613 where nothing is attached or a model was changed."""
         check_free(out, force)
         _check_apart(self.path, out)
-        if not any(model.base.slots for model in self.models.values()):  # whose adapters lie in files of their own
+        if not any(
+            model.base.record and model.base.slots for model in self.models.values()
+        ):  # whose adapters lie in files of their own
             self._attached()
         storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.record}
         fed = {(Path(f).parent / name).as_posix() for f, m in self.models.items() for name in m.base.fed}

@@ -94,9 +94,9 @@ class OnnxAdapter:
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """For a model with slots, where one is given: by its names, in its dtypes; else by the names of our slots."""
-        _check_folded(adapter)
-        if options.model is not None:
-            slots = _slots_of(options.model)
+        slots = _slots_of(options.model) if options.model is not None else None
+        _check_folded(adapter, slots)
+        if slots is not None and options.model is not None:
             fed = slots.fed(adapter, options.model.norms)  # type: ignore[attr-defined]
             tensors, version = _exact(adapter, slots.feeds(fed)), slots.version
         else:
@@ -159,8 +159,9 @@ def _pairs(tensors: Mapping[str, Array]) -> tuple[dict[str, tuple[Array, Array]]
     return {key: (own["A"], own["B"]) for key, own in sides.items() if len(own) == 2}, problems
 
 
-def _check_folded(adapter: Adapter) -> None:
-    """LF-508 where a scale has no place: the file has no field for it."""
+def _check_folded(adapter: Adapter, slots: Slots | None) -> None:
+    """LF-508 where a scale has no place: the file has no field for it, and the graph's own, in float32, is another."""
+    held = {key: np.float32(slot.scale) for key, slot in slots.slots.items()} if slots else {}
     problems = [
         Problem(
             "LF-508",
@@ -169,7 +170,7 @@ def _check_folded(adapter: Adapter) -> None:
             "--fold-scale multiplies it into B",
         )
         for key, u in adapter.items()
-        if "lora" in u and u.scale != 1.0
+        if "lora" in u and u.scale != 1.0 and np.float32(u.scale) != held.get(key)
     ]
     if problems:
         raise LoraFormatError(problems)

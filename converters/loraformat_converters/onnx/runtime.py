@@ -8,7 +8,7 @@
     session.run(feeds)                                   # as the model is when nothing is chosen
 
 What is chosen is held in no state: two threads that use two adapters do not meet. Needs onnxruntime, not onnx, but for
-DoRAs of other layouts than ``.onnx_adapter``: their norms are of the model's weights.
+DoRAs of other layouts than ``.onnx_adapter``, whose norms are of the model's weights, and for slots that others made.
 """
 
 from __future__ import annotations
@@ -91,10 +91,7 @@ class Session:
         self.inference = opened(self.path, self.path.parent, providers, options, captured)
         self.device = device_of(self.inference, providers)
         self._ways = Ways.of(self.inference.get_modelmeta().custom_metadata_map, str(self.path))
-        self.slots = self._ways.slots
-        if captured and self.slots and any(slot.rank is None for slot in self.slots.slots.values()):
-            what = f"the slots of {self.path} take any rank, and a buffer that stays has one"
-            raise fault("LF-705", what, fix="attach with --pad-rank R")
+        self.slots = self._checked(self._ways.slots, captured)
         self._runs = (
             Captured(onnxruntime, self.inference, self.device, self.slots)
             if captured
@@ -207,7 +204,19 @@ class Session:
         names = list(outputs) if outputs is not None else [output.name for output in self.inference.get_outputs()]
         return dict(zip(names, self._runs.run(chosen.held, {**feeds, **more}, names), strict=True))
 
+    def _checked(self, slots: Slots | None, captured: bool) -> Slots | None:
+        """LF-705 where slots have no rank, and buffers that stay need one."""
+        if captured and slots and any(slot.rank is None for slot in slots.slots.values()):
+            what = f"the slots of {self.path} take any rank, and a buffer that stays has one"
+            raise fault("LF-705", what, fix="attach with --pad-rank R")
+        return slots
+
     def _slots(self) -> Slots:
+        """Those that attach made; else somebody else's, for which the model is read, by onnx, when an adapter comes."""
+        if self.slots is None and not self._ways.attached and self.inference.get_overridable_initializers():
+            found = registry.open_base(self.path).slots  # type: ignore[attr-defined]
+            self.slots = self._checked(found, isinstance(self._runs, Captured))
+            self._inputs = frozenset(self.slots.inputs if self.slots else ())
         if self.slots is None:
             fix = "loraformat attach … --mode swap"
             raise fault("LF-705", f"{self.path} has no inputs for adapters that are loaded", fix=fix)

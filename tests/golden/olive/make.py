@@ -1,5 +1,8 @@
 """What Olive writes of one adapter: ``convert-adapters`` out of PEFT's folder, ExtractAdapters out of an export of the model.
 
+``extracted.onnx`` is the graph that goes with the second; in ``required.onnx``, of a smaller model, the inputs have no
+default, but tensors at a place that does not exist.
+
 The first multiplies the scale into B. The second takes the tensors as the graph has them, which goes on to multiply by
 the scale itself. Nothing in the files tells the two apart. Run with olive-ai 0.13.0 (it needs torchmetrics, optuna and
 opentelemetry-sdk besides) beside the peers: python tests/golden/olive/make.py
@@ -33,6 +36,12 @@ def main() -> None:
         taken = create_pass_from_dict(ExtractAdapters, {}, disable_search=True)
         taken.run(ONNXModelHandler(str(path)), str(folder / "taken" / "model.onnx"))
         (HERE / "extracted.onnx_adapter").write_bytes((folder / "taken" / "adapter_weights.onnx_adapter").read_bytes())
+        (HERE / "extracted.onnx").write_bytes((folder / "taken" / "model.onnx").read_bytes())
+        (folder / "other").mkdir()
+        other, _ = unmerged("shared-2d", "torchscript", folder / "other")
+        taken = create_pass_from_dict(ExtractAdapters, {"optional_inputs": False}, disable_search=True)
+        taken.run(ONNXModelHandler(str(other)), str(folder / "required" / "model.onnx"))
+        (HERE / "required.onnx").write_bytes((folder / "required" / "model.onnx").read_bytes())
         words = ["convert-adapters", "--adapter_path", str(adapter), "--output_path", str(folder / "converted")]
         subprocess.run([sys.executable, "-m", "olive", *words], check=True)
         (found,) = folder.glob("converted*")

@@ -52,6 +52,7 @@ class Slot:
         dtype: numpy's word.
         rank: what an adapter of a smaller rank is filled up to; None where any rank is taken.
         gain: the third; None where only plain pairs are fed.
+        scale: what the graph multiplies x·A·B by: 1, but in what others made.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Slot:
     form: Form = "linear"
     rank: int | None = None
     gain: Gain | None = None
+    scale: float = 1.0
 
     @property
     def inputs(self) -> dict[str, tuple[int | None, ...]]:
@@ -96,7 +98,7 @@ class Slot:
             one, other = a.reshape(len(a), -1 if len(a) else 1), b.reshape(b.shape[:2])
         rank = np.arange(other.ndim - 1)  # all axes of B but the last, and of A but that before the last
         used = one.any(axis=tuple(i for i in range(one.ndim) if i != one.ndim - 2)) | other.any(axis=tuple(rank))
-        return Lora(one[..., used, :], other[..., used], 1.0, "factor"), self._gain(given)
+        return Lora(one[..., used, :], other[..., used], self.scale, "factor"), self._gain(given)
 
     def as_json(self) -> dict[str, Any]:
         """For the model's metadata."""
@@ -106,7 +108,7 @@ class Slot:
         }  # fmt: skip
         if (gain := self.gain) is not None:
             held["gain"] = [gain.name, list(gain.shape), gain.weight, list(gain.out)]
-        return held
+        return held if self.scale == 1.0 else {**held, "scale": self.scale}
 
     @classmethod
     def from_json(cls, key: str, entry: Mapping[str, Any]) -> Slot:

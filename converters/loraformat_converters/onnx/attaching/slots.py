@@ -130,7 +130,9 @@ class Slots:
                 if slot.gain is None and _is_dora(update):
                     fix = "attach again with this adapter among the others, or --to-lora R, whose residual is printed"
                     raise fault("LF-508", "the model's slot has no input for a magnitude", where=key, fix=fix)
-                found |= slot.feeds(*laid(key, folded(update), slot.form, slot.a_shape[2:]), fed.gains.get(key))
+                found |= slot.feeds(
+                    *laid(key, folded(update, slot.scale), slot.form, slot.a_shape[2:]), fed.gains.get(key)
+                )
             except LoraFormatError as error:
                 problems += error.problems
         if problems:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["branched"]
+__all__ = ["Branch", "branched", "pairs"]
 
 _SAME = frozenset({"Identity", "Cast", "Dropout"})
 """What leaves a value what it is, when a model runs and does not learn."""
@@ -56,8 +56,8 @@ _FIX = "merge it where it came from, or give the adapter's own file"
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """s·B·A·x: the value that A reads, the uses of A and B, and s."""
+class Branch:
+    """s·B·A·x beside a weight: the value that A reads, the uses of A and B, and s."""
 
     x: str
     a: Site
@@ -83,13 +83,21 @@ def branched(index: Index, values: Values) -> Adapter | None:
     return Adapter(dict(sorted(targets.items())), provenance={"verb": "extract"}) if targets else None
 
 
+def pairs(index: Index, values: Values) -> list[tuple[str, Site, Branch]]:
+    """(what the target is called, a use of its weight, the branch beside it); LF-613 where one weight has two branches."""
+    found = list(_Graph(index, values).found())
+    if problems := list(_twice(found)):
+        raise LoraFormatError(problems)
+    return [(_key(site, branch), site, branch) for site, branch in found]
+
+
 def _lost(index: Index, used: Container[int]) -> Iterator[Problem]:
     """What goes by the name of a factor and was not found to be one: leaving it out would be another adapter."""
-    for value in index.graph.input:
-        root = index.roots.get(value.name)
-        if _FACTOR.search(value.name) and (root is None or 0 in root.dims):
+    for name in dict.fromkeys(value.name for value in index.graph.input):  # olive-ai 0.13 lists each twice
+        root = index.roots.get(name)
+        if _FACTOR.search(name) and (root is None or 0 in root.dims):
             what, fix = "it is fed to the model, which does not hold it", "convert the file that is fed"
-            yield Problem("LF-613", what, value.name, fix)
+            yield Problem("LF-613", what, name, fix)
     for site in index.sites:
         called = next((name for name in (site.root_name, *modules_of(site)) if _FACTOR.search(name)), None)
         if called and site.number not in used and site.known_operator and not site.vector:
@@ -97,7 +105,7 @@ def _lost(index: Index, used: Container[int]) -> Iterator[Problem]:
             yield Problem("LF-613", what, called, _FIX)
 
 
-def _twice(found: list[tuple[Site, _Branch]]) -> Iterator[Problem]:
+def _twice(found: list[tuple[Site, Branch]]) -> Iterator[Problem]:
     """Two adapters at once: which is meant, and whether they are one, the graph does not say."""
     owners: dict[str, tuple[str, str, str]] = {}
     for site, branch in found:
@@ -106,7 +114,7 @@ def _twice(found: list[tuple[Site, _Branch]]) -> Iterator[Problem]:
             yield Problem("LF-613", "two branches run beside this weight", key, _FIX)
 
 
-def _key(site: Site, branch: _Branch) -> str:
+def _key(site: Site, branch: Branch) -> str:
     """What the target is called: by the weight's own module, by the factors' names, else as the weight is stored."""
     said = next((name for rung in MODULES if (name := names_of(site, rung))), None)
     if said is not None:
@@ -132,7 +140,7 @@ class _Graph:
         self.of_node = {id(site.node): site for site in plain}
         self.of_end = {(id(site.scope), site.end.output[0]): site for site in plain}
 
-    def found(self) -> Iterator[tuple[Site, _Branch]]:
+    def found(self) -> Iterator[tuple[Site, Branch]]:
         """(the use of a weight, the branch beside it)."""
         for scope in self.index.scopes:
             for node in scope.nodes:
@@ -141,7 +149,7 @@ class _Graph:
                     if site is not None:
                         yield site, branch
 
-    def update(self, site: Site, branch: _Branch) -> Update:
+    def update(self, site: Site, branch: Branch) -> Update:
         """A [r, in] and B [out, r] as the graph computes with them."""
         a, b = (self._matrix(own) for own in (branch.a, branch.b))
         placement = site.placement if site.natural else None
@@ -155,7 +163,7 @@ class _Graph:
             return False
         return b.like != "Conv" or all(n == 1 for n in b.operand.shape[2:])
 
-    def _fits(self, site: Site, branch: _Branch) -> bool:
+    def _fits(self, site: Site, branch: Branch) -> bool:
         """Whether a branch takes and gives as much as a weight does."""
         a, b = self.values.shape(branch.a), self.values.shape(branch.b)
         return a is not None and b is not None and self.values.shape(site) == (b[0], a[1])
@@ -168,7 +176,7 @@ class _Graph:
         value, place = found
         return np.array(place.to_matrix(value))
 
-    def _sums(self, node: onnx.NodeProto, scope: Scope) -> Iterator[tuple[_Branch, str]]:
+    def _sums(self, node: onnx.NodeProto, scope: Scope) -> Iterator[tuple[Branch, str]]:
         """Of a sum: (what is a branch, the value that it is added to). ONNX Runtime makes one Gemm of B and its Add."""
         pairs: list[tuple[str, str]] = []
         if _is_sum(node):
@@ -180,7 +188,7 @@ class _Graph:
             if branch is not None:
                 yield branch, base
 
-    def _branch(self, value: str, scope: Scope, *, summed: bool = False) -> _Branch | None:
+    def _branch(self, value: str, scope: Scope, *, summed: bool = False) -> Branch | None:
         """s·B·A·x of a value. ``summed``: what B's own Gemm adds is no bias."""
         before, scale = self._unscaled(value, scope)
         b = self.of_node.get(id(_producer(before, scope)))
@@ -190,7 +198,7 @@ class _Graph:
         a = self.of_node.get(id(_producer(hidden, scope)))
         if a is None or a.bias or a is b or not self._chained(a, b):
             return None
-        return _Branch(_plain(a.x, scope), a, b, scale * more * a.factor * b.factor)
+        return Branch(_plain(a.x, scope), a, b, scale * more * a.factor * b.factor)
 
     def _unscaled(self, value: str, scope: Scope) -> tuple[str, float]:
         """A value without the constant numbers that it was multiplied with, and their product."""
@@ -214,7 +222,7 @@ class _Graph:
             return None
         return float(array(traced.root, self.values.folder).reshape(()))
 
-    def _base(self, value: str, branch: _Branch, scope: Scope, depth: int = 0) -> Site | None:
+    def _base(self, value: str, branch: Branch, scope: Scope, depth: int = 0) -> Site | None:
         """The use of a weight whose product with the same x a value is, but for a bias and for other branches."""
         exact, value = _plain(value, scope), _plain(value, scope, _AS_ROWS)
         site = self.of_end.get((id(scope), value))
@@ -235,7 +243,7 @@ def _is_sum(node: onnx.NodeProto) -> bool:
     return node.op_type == "Add" and node.domain in STANDARD and len(node.input) == 2
 
 
-def _beside(site: Site, branch: _Branch, scope: Scope) -> bool:
+def _beside(site: Site, branch: Branch, scope: Scope) -> bool:
     """Whether a branch reads the same x as a weight does, in the same way."""
     if site.looks_up != branch.a.looks_up:
         return False
