@@ -1,4 +1,4 @@
-"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QMoE and QAttention say why none."""
+"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QAttention says why none."""
 
 from __future__ import annotations
 
@@ -94,19 +94,6 @@ def test_rows_of_gate_and_up_in_turns_are_told_by_values_only(tmp_path):
     found = base.resolve(pairs(held)[0], lf.Hints())
     assert [(p.rule, p.where) for p in found.unresolved] == [("LF-604", "experts_up")]
     assert set(base.resolve(pairs(held, bound=True)[0], lf.Hints()).require().targets) == set(held)
-
-
-@both_verbs
-def test_experts_in_few_bits_say_why_they_are_not_changed(verb, tmp_path):
-    made = model(f"""g (float[N,32] x, float[N,{E}] p) => (float[N,32] y)
-      <uint8[{E},64,16] u, float[{E},64] s, uint8[{E},32,32] d, float[{E},32] t>
-      {{ ["moe"] y = com.microsoft.QMoE <k = 1, expert_weight_bits = 4> (x, p, u, s, , d, t) }}""")
-    base = open_base(save(made, tmp_path / "base.onnx"))
-    update = lf.Update((lf.Lora(np.ones((E, 2, 32), np.float32), np.ones((E, 64, 2), np.float32), 1.0, "factor"),))
-    with pytest.raises(
-        lf.LoraFormatError, match=r"LF-608 .*QMoE sends rows to experts and multiplies them by codes itself"
-    ):
-        VERBS[verb](lf.Adapter({"u": update}), base, tmp_path / "out.onnx")
 
 
 def attention(tmp_path):

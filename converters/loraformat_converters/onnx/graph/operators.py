@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHTS",
     "Meaning",
     "attribute",
+    "expert_bits",
     "meaning",
     "operator",
     "parameter",
@@ -214,7 +215,24 @@ def _experts(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Mea
 
 
 def _quantised_experts(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
-    return "QMoE sends rows to experts and multiplies them by codes itself: put it into the model before quantisation"
+    """QMoE: the bytes of such a stack, packed along in."""
+    if position not in SEVERAL["QMoE"]:
+        return f"{list(shape)} are its scales, zero points or biases"
+    if (kind := attribute(node, "quant_type", b"int")) != b"int":
+        return f"its codes are {kind.decode(errors='replace')}, whose steps are not equal"
+    if attribute(node, "weights_prepacked", -1) == 1:
+        return "its codes are laid out for one processor (weights_prepacked = 1): start from the model before that"
+    bits = expert_bits(node, position)
+    if len(shape) != 3 or bits not in (2, 4, 8):
+        return f"{list(shape)} is no stack of matrices in 2, 4 or 8 bits"
+    means = _experts(node, position, shape)
+    return means if isinstance(means, str) else replace(means, shape=(*shape[:2], shape[2] * (8 // bits)))
+
+
+def expert_bits(node: onnx.NodeProto, position: int) -> int:
+    """How many bits a code of one stack of QMoE has."""
+    own = f"{SEVERAL['QMoE'][position]}_expert_weight_bits"
+    return int(attribute(node, own, attribute(node, "expert_weight_bits", 4)))
 
 
 def _product(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
