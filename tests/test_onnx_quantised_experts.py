@@ -134,10 +134,14 @@ def test_every_expert_is_rounded_to_its_own_codes(form, bound, tmp_path):
     rename(made, names)
     path, out, fed = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx", feeds()
     assert relative_error(session(path).run(None, fed)[0], computed(held, **fed)) <= 2e-6
-    bits = FORMS[form][0]
+    base, bits = open_base(path), FORMS[form][0]
+    for site, weight in zip((s for s in base.index.sites if s.position in (2, 5)), held.values(), strict=True):
+        read = base.values.read(site)
+        assert read is not None
+        np.testing.assert_allclose(read[0], weight, rtol=1e-6)
     size = {2: 0.6, 4: 1.5, 8: 2.0}[bits]
     targets = {n: change(w, size * steps[n].mean(), r, bound=bound) for r, (n, w) in enumerate(held.items(), 2)}
-    merge(lf.Adapter(targets), open_base(path), out, requantize=True)
+    merge(lf.Adapter(targets), base, out, requantize=True)
     onnx.checker.check_model(out, full_check=True)
     changed = {}
     for name, weight in held.items():

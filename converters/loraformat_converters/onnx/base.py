@@ -95,7 +95,7 @@ class OnnxBase:
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""
-        sites = (s for s in self.index.sites if s.refusal is None and not s.vector and len(s.placement.shape) == 2)
+        sites = (s for s in self.index.sites if s.refusal is None and not s.vector and _is_matrix(s))
         named = ((self._key(site), site.placement) for site in sites if not site.looks_up)
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
@@ -277,3 +277,8 @@ class OnnxBase:
         model.CopyFrom(self.model)
         self._recorded().detach(model)
         return model
+
+
+def _is_matrix(site: Site) -> bool:
+    """Whether it is stored, or read, as one: no kernel, no stack."""
+    return 2 in (len(site.placement.shape), len(site.operand.shape))

@@ -97,14 +97,16 @@ class Index:
         found = trace(node.input[position], scope) if position < len(node.input) else None
         if found is None:
             return False
-        if None in found.axes and node.op_type not in SEVERAL:  # a matrix of one operator, a vector of another
+        if () in found.axes and node.op_type not in SEVERAL:  # a matrix of one operator, a vector of another
             why = found.refusal or "Unsqueeze lies between its weight and it"
-            found = replace(found, axes=tuple(axis for axis in found.axes if axis is not None), refusal=why)
+            found = replace(found, axes=tuple(filter(None, found.axes)), refusal=why)
         means = _meaning(node, position, found)
         if means is None:
             return False
         operand = Placement(means.shape or found.shape, means.out, means.in_, means.batch)
         placement = operand if means.shape else _in_root(operand, found)
+        if len(placement.batch) > len(operand.batch):
+            found, placement = found.divided(), operand
         floats = product(node, position, found.dtype, scope, self._reader) if found.sealed else None
         said = (found.refusal, means.refusal) if node.op_type in SEVERAL else (means.refusal, found.refusal)
         refusal = said[0] or said[1] or (floats.refusal if floats else _dtype_refusal(found.dtype))
@@ -119,6 +121,7 @@ class Index:
             *(len(self.sites), node, position, name, found.root, _full_name(found.values[0]), found.chain),
             *(scope, found.values, operand, placement, means.factor, means.natural, refusal),
             *(found.sealed, floats, floats.dtype if floats else found.dtype, means.permute, means.doubt),
+            tuple((axis,) for axis in range(len(operand.shape))) if means.shape else found.axes,
         )
         self.sites.append(site)
         return True
@@ -174,7 +177,7 @@ def _full_name(value: Value) -> str:
 def _in_root(operand: Placement, found: Trace) -> Placement:
     """How a matrix that the operator reads so lies in the stored tensor."""
     groups = (operand.out, operand.in_, operand.batch)
-    out, in_, batch = (tuple(axis for a in axes if (axis := found.axes[a]) is not None) for axes in groups)
+    out, in_, batch = (tuple(axis for a in axes for axis in found.axes[a]) for axes in groups)
     return Placement(found.dims, out, in_, batch)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from loraformat.axes import Placement
@@ -11,6 +13,11 @@ from loraformat_converters.onnx.graph.operators import SEVERAL, VECTORS, WEIGHTS
 from loraformat_converters.onnx.graph.quantised import Product
 from loraformat_converters.onnx.graph.scopes import Scope
 from loraformat_converters.onnx.graph.trace import Value
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
 
 __all__ = ["Site"]
 
@@ -38,6 +45,7 @@ class Site:
         dtype: the float type that the operator computes with.
         permute: of a torch module's rows, in as many blocks, which stands first here, which second, …
         doubt: why a name alone does not tell in which order the rows are.
+        axes: which of the root's axes each axis of the operand is made of.
     """
 
     number: int
@@ -59,6 +67,7 @@ class Site:
     dtype: int = onnx.TensorProto.FLOAT
     permute: tuple[int, ...] | None = None
     doubt: str | None = None
+    axes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def operator(self) -> str:
@@ -122,12 +131,13 @@ class Site:
             return self.product.bias
         return self.node.input[2] if len(self.node.input) > 2 and self.operator != "Einsum" else ""
 
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The root's axis of each axis of the operand."""
-        pairs = zip(
-            (*self.operand.batch, *self.operand.out, *self.operand.in_),
-            (*self.placement.batch, *self.placement.out, *self.placement.in_),
-            strict=True,
-        )
-        return tuple(stored for _, stored in sorted(pairs))
+    def as_read(self, stored: Array) -> Array:
+        """What is laid like the root, laid like the operand."""
+        order = [axis for group in self.axes for axis in group]
+        return stored.reshape(self.placement.shape).transpose(order).reshape(self.operand.shape)
+
+    def as_stored(self, read: Array) -> Array:
+        """The other way round."""
+        order = [axis for group in self.axes for axis in group]
+        sizes = [self.placement.shape[axis] for axis in order]
+        return read.reshape(sizes).transpose(np.argsort(order)).reshape(self.placement.shape)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Values", "fingerprint"]
 
 _MOVES = frozenset({"Identity", "Transpose"})
+_LEAVES = frozenset({"Cast", "Unsqueeze", "Reshape"})
 _SPREADS = frozenset({"Sub", "Mul", "Add", "Div"})
 _COMPUTES = _MOVES | _SPREADS | {"Cast", "DequantizeLinear", "QuantizeLinear", "Reshape"}
 """The operators that dequantisation is made of."""
@@ -125,9 +126,9 @@ class Values:
         return self._fingerprints[key]
 
     def _direct(self, site: Site) -> bool:
-        """Whether the weight is a stored float tensor, turned or cast at most."""
-        moved = all(node.op_type in _MOVES or node.op_type in ("Cast", "Unsqueeze") for node in site.chain)
-        return site.root.data_type in FLOATS and moved
+        """Whether the weight is a stored float tensor, turned or cast at most, or with axes that are one now."""
+        moved = all(node.op_type in _MOVES or node.op_type in _LEAVES for node in site.chain)
+        return site.root.data_type in FLOATS and moved and not site.sealed
 
     def read(self, site: Site) -> tuple[Array, Placement] | None:
         """The weight and how [out, in] lies in it; None where it cannot be computed."""
