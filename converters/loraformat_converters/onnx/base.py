@@ -27,6 +27,7 @@ from loraformat_converters.onnx.attaching.modes import notes as notes_of_mode
 from loraformat_converters.onnx.attaching.modes import obstacles as obstacles_of_mode
 from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.changing.ahead import computed_ahead
 from loraformat_converters.onnx.changing.branched import branched
 from loraformat_converters.onnx.changing.merge import written_data
 from loraformat_converters.onnx.changing.record import Record, base_sha256
@@ -147,6 +148,7 @@ class OnnxBase:
         changes = gathered(jobs)
         rounds = verb == "merge" and options.requantize
         problems = list(obstacles(verb, changes, self.index.opset, self._rounds if rounds else None))
+        problems += computed_ahead(self.values, changes.items())
         if self.record is not None:
             fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
             problems.append(Problem("LF-608", "the model has an adapter attached already", str(self.path), fix))

@@ -84,14 +84,17 @@ class Index:
             any(self._add_site(node, position, "weight", scope) for position in WEIGHTS[node.op_type])
         for position in SEVERAL.get(node.op_type, {}):
             self._add_site(node, position, parameter(node, position), scope)
-        if scope.constant.keys().isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
+        made = scope.constant.keys().isdisjoint(
+            node.output
+        )  # else what counts is the use of what it makes of the weight
+        if made or node.op_type in WEIGHTS:
             for position, name in VECTORS.get(node.op_type, {}).items():
                 self._add_site(node, position, name, scope)
-            if node.op_type not in WEIGHTS:
-                for position, name in enumerate(node.input):
-                    named = VECTORS.get(node.op_type, {}).keys() | SEVERAL.get(node.op_type, {}).keys()
-                    if position not in named and scope.home(name, "constant") is not None:
-                        self._add_site(node, position, "weight", scope)
+        if made and node.op_type not in WEIGHTS:
+            for position, name in enumerate(node.input):
+                named = VECTORS.get(node.op_type, {}).keys() | SEVERAL.get(node.op_type, {}).keys()
+                if position not in named and scope.home(name, "constant") is not None:
+                    self._add_site(node, position, "weight", scope)
 
     def _add_site(self, node: onnx.NodeProto, position: int, name: str, scope: Scope) -> bool:
         found = trace(node.input[position], scope) if position < len(node.input) else None
