@@ -1,4 +1,4 @@
-"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QAttention says why none."""
+"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QAttention says why none. And those that are gathered."""
 
 from __future__ import annotations
 
@@ -94,6 +94,61 @@ def test_rows_of_gate_and_up_in_turns_are_told_by_values_only(tmp_path):
     found = base.resolve(pairs(held)[0], lf.Hints())
     assert [(p.rule, p.where) for p in found.unresolved] == [("LF-604", "experts_up")]
     assert set(base.resolve(pairs(held, bound=True)[0], lf.Hints()).require().targets) == set(held)
+
+
+CHOSEN = {
+    "GatherND, on the left": (
+        "stack",
+        "a = Constant <value_ints = [-1]> () j = Unsqueeze(i, a) g = GatherND(stack, j) u = Unsqueeze(x, a) y = MatMul(g, u)",
+    ),
+    "Gather, on the left": ("stack", "a = Constant <value_ints = [-1]> () g = Gather(stack, i) u = Unsqueeze(x, a) y = MatMul(g, u)"),
+    "Gather, on the right": ("turned", "a = Constant <value_ints = [1]> () g = Gather(turned, i) u = Unsqueeze(x, a) v = MatMul(u, g) y = Transpose <perm = [0, 2, 1]> (v)"),
+}  # fmt: skip
+
+
+def gathered(name, body):
+    """Row by row the product with the expert that is named: [experts, 14, 10] on the left, [experts, 10, 14] on the right."""
+    stack = weights()["experts_up"]
+    made = model(f"g (float[N,{IN}] x, int64[N] i) => (float[N,{INNER},1] y) {{ {body} }}", opset=13)
+    made.graph.initializer.append(
+        numpy_helper.from_array(stack if name == "stack" else stack.swapaxes(1, 2).copy(), name)
+    )
+    return made, stack
+
+
+@pytest.mark.parametrize("form", CHOSEN)
+@both_verbs
+def test_experts_that_a_graph_gathers_itself_are_changed_in_their_stack(verb, form, tmp_path):
+    name, body = CHOSEN[form]
+    made, stack = gathered(name, body)
+    path, out, draw = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx", np.random.default_rng(3)
+    a, b = (draw.standard_normal(s).astype(np.float32) for s in ((E, 2, IN), (E, INNER, 2)))
+    ours = lf.Adapter({name: lf.Update((lf.Lora(a, b, 0.5, "factor"),))})
+    VERBS[verb](ours, open_base(path), out)
+    fed = {"x": draw.standard_normal((7, IN)).astype(np.float32), "i": draw.integers(0, E, 7)}
+    for file, held in ((path, stack), (out, stack + 0.5 * b @ a)):
+        wanted = np.einsum("noi,ni->no", held[fed["i"]], fed["x"])[..., None]
+        assert relative_error(session(file).run(None, fed)[0], wanted) <= 1e-6
+    if verb == "attach":
+        assert lf.digest(extract(open_base(out))) == lf.digest(ours)
+        detach(open_base(out), tmp_path / "again.onnx")
+        assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+OTHERWISE = {
+    "rows of experts": "j = Constant <value = int64[2,2] {0, 1, 2, 3}> () g = GatherND(stack, j) u = Transpose(x) y = MatMul(g, u)",
+    "two readers": "g = Gather(stack, i) r = Relu(g) a = Constant <value_ints = [-1]> () u = Unsqueeze(x, a) y = MatMul(g, u)",
+    "no product": "g = Gather(stack, i) y = Relu(g)",
+    "columns": "g = Gather <axis = 2> (stack, i) y = MatMul(g, x)",
+}
+
+
+@pytest.mark.parametrize("form", OTHERWISE)
+def test_a_stack_that_is_used_otherwise_has_no_meaning(form, tmp_path):
+    made, _ = gathered("stack", OTHERWISE[form])
+    ours = lf.Adapter({"stack": lf.Update((lf.Lora(np.ones((E, 2, IN)), np.ones((E, INNER, 2)), 1.0, "factor"),))})
+    with pytest.raises(lf.LoraFormatError, match=r"LF-60[89]"):
+        merge(ours, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
 
 
 def attention(tmp_path):

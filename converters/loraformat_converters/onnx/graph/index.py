@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import onnx
 
 from loraformat.axes import Placement
+from loraformat_converters.onnx.graph.experts import Use, multiplied
+from loraformat_converters.onnx.graph.exported import parameter as exported_as
 from loraformat_converters.onnx.graph.model import FLOATS
 from loraformat_converters.onnx.graph.operators import (
     SEVERAL,
@@ -27,13 +28,6 @@ from loraformat_converters.onnx.graph.site import Site
 from loraformat_converters.onnx.graph.trace import CODES, Trace, Value, trace
 
 __all__ = ["Index", "Site", "Use", "Value"]
-
-
-class Use(NamedTuple):
-    """One input of one node."""
-
-    node: onnx.NodeProto
-    position: int
 
 
 class Index:
@@ -103,7 +97,9 @@ class Index:
         if () in found.axes and node.op_type not in SEVERAL:  # a matrix of one operator, a vector of another
             why = found.refusal or "Unsqueeze lies between its weight and it"
             found = replace(found, axes=tuple(filter(None, found.axes)), refusal=why)
-        means = _meaning(node, position, found)
+        stack = multiplied(node, scope, self._reader) if position == 0 and len(found.axes) == 3 else None
+        name = (exported_as(node) or name) if stack else name
+        means = _meaning(*(stack or (node, position)), found)
         if means is None:
             return False
         operand = Placement(means.shape or found.shape, means.out, means.in_, means.batch)

@@ -35,7 +35,7 @@ WEIGHTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("Conv", "ConvTranspose", "MatMulInteger", "ConvInteger"), (1,)),
     **dict.fromkeys(("FusedGemm", "FusedConv", "MatMulNBits", "MatMulBnb4"), (1,)),
     **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), (1,)),
-    "Gather": (0,),
+    **dict.fromkeys(("Gather", "GatherND"), (0,)),
     "GatherBlockQuantized": (0,),
     **dict.fromkeys(("Attention", "QAttention"), (1,)),
     **dict.fromkeys(("QLinearMatMul", "QGemm", "QLinearConv"), (3,)),

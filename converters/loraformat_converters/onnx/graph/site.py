@@ -87,12 +87,18 @@ class Site:
     @property
     def like(self) -> str:
         """The operator in whose words a change is put beside this one: itself, or what it is in floats."""
-        return self.product.like if self.product else self.operator
+        operator = f"{self.operator} of a stack" if self._of_stack else self.operator
+        return self.product.like if self.product else operator
+
+    @property
+    def _of_stack(self) -> bool:
+        """Whether whole matrices are taken of a stack, to be multiplied by elsewhere."""
+        return self.operator in ("Gather", "GatherND") and len(self.operand.shape) > 2
 
     @property
     def looks_up(self) -> bool:
         """Whether rows of a table are taken: an embedding."""
-        return self.node.op_type in ("Gather", "GatherBlockQuantized")
+        return self.node.op_type in ("Gather", "GatherBlockQuantized") and not self._of_stack
 
     @property
     def dequantises(self) -> bool:
