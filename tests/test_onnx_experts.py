@@ -9,6 +9,7 @@ import onnx
 import pytest
 from graphs import lora, model, run, save, session
 from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
 
 import loraformat as lf
 from loraformat.base import Options
@@ -94,6 +95,52 @@ def test_rows_of_gate_and_up_in_turns_are_told_by_values_only(tmp_path):
     found = base.resolve(pairs(held)[0], lf.Hints())
     assert [(p.rule, p.where) for p in found.unresolved] == [("LF-604", "experts_up")]
     assert set(base.resolve(pairs(held, bound=True)[0], lf.Hints()).require().targets) == set(held)
+
+
+def in_turns(stack):
+    """[gate | up] as onnxruntime-genai's builder (0.18) lays it for ``swiglu_fusion`` = 1: a row of each, in turns."""
+    gate, up = np.split(stack, 2, 1)
+    return np.stack([gate, up], 2).reshape(stack.shape)
+
+
+def gated(up, down, x, p):
+    """SwiGLU of [gate | up], by the operator's documentation."""
+    chosen = p.argmax(1)
+    gate, linear = np.split(np.einsum("ni,noi->no", x.astype(np.float64), up[chosen]), 2, 1)
+    return np.einsum("ni,noi->no", gate / (1 + np.exp(-gate)) * linear, down[chosen])
+
+
+@pytest.mark.parametrize("way", ["sketch", "base"])
+@pytest.mark.parametrize("turned", [False, True], ids=["gate and up in turns too", "gate, then up"])
+@both_verbs
+def test_values_tell_in_which_order_a_module_has_gate_and_up(verb, turned, way, tmp_path):
+    draw = np.random.default_rng(7)
+    module = draw.standard_normal((E, INNER, IN)).astype(np.float32)  # [gate | up], or in turns
+    down = draw.standard_normal((E, IN, INNER // 2)).astype(np.float32)
+    laid = in_turns if turned else lambda stack: stack
+    held = {"experts_up": laid(module), "experts_down": down}
+    made = graph(held, swiglu_fusion=1)
+    next(a for a in made.graph.node[0].attribute if a.name == "activation_type").s = b"swiglu"
+    made.graph.node[0].input[2] = made.graph.initializer[0].name = "w"
+    path, out = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    a, b = (draw.standard_normal(s).astype(np.float32) for s in ((E, 2, IN), (E, INNER, 2)))
+    place = lf.Placement(module.shape, (1,), (2,), (0,))
+    update = lf.Update(
+        (lf.Lora(a, b, 0.3, "factor"),), place, sketch=sketch(module, place) if way == "sketch" else None
+    )
+    hints = lf.Hints()
+    if way == "base":
+        save_file({"m.experts.gate_up_proj": module}, tmp_path / "base.safetensors")
+        hints = lf.Hints(base=open_base(tmp_path / "base.safetensors"))
+    VERBS[verb](lf.Adapter({"m.experts.gate_up_proj": update}), open_base(path), out, hints)
+    fed = {"x": draw.standard_normal((8, IN)).astype(np.float32), "p": draw.standard_normal((8, E)).astype(np.float32)}
+    for file, stack in ((path, module), (out, module + 0.3 * b @ a)):
+        # what gate and up are is the operator's to say: of rows in turns, those at the even places are the gate's
+        whole = stack if turned else np.concatenate([stack[:, ::2], stack[:, 1::2]], 1)
+        assert relative_error(session(file).run(None, fed)[0], gated(whole, down, **fed)) <= 2e-6
+    if verb == "attach":
+        detach(open_base(out), tmp_path / "again.onnx")
+        assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
 CHOSEN = {

@@ -154,6 +154,19 @@ def test_every_expert_is_rounded_to_its_own_codes(form, bound, tmp_path):
     assert relative_error(found, computed(held, **fed)) > 0.01
 
 
+def test_gate_and_up_in_turns_are_found_and_rounded_where_they_stand(tmp_path):
+    form = "4 bits, blocks"
+    made, held, steps = case(form, swiglu_fusion=1, activation_type="swiglu")
+    held["up"] = np.concatenate([held["up"][:, ::2], held["up"][:, 1::2]], 1)  # as the module has them
+    target = change(held["up"], 1.5 * steps["up"].mean(), 2, bound=True)
+    path, out = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    merge(lf.Adapter({"m.gate_up_proj": target}), open_base(path), out, requantize=True)
+    codes, zero, step = stored(out, "up", form)
+    gate, up = np.split(held["up"] + target.matrix(), 2, 1)
+    wanted = np.stack([gate, up], 2).reshape(codes.shape)
+    assert (np.abs(codes - np.clip(wanted / step + zero, 0, 15)) <= 0.5005).all()
+
+
 def rename(made, names):
     """Call the stacks otherwise."""
     for tensor in made.graph.initializer:
@@ -223,7 +236,7 @@ def test_an_attach_says_why_nothing_runs_beside_it_and_that_a_merge_does(tmp_pat
 
 
 UNKNOWN = {
-    "fp4": ({"quant_type": "fp4"}, "fp4, whose steps are not equal"),
+    "fp4": ({"quant_type": "fp4"}, "fp4.*, whose steps are not equal"),
     "three bits": ({"expert_weight_bits": 3}, "no stack of matrices in 2, 4 or 8 bits"),
     "prepacked": ({"weights_prepacked": 1}, "laid out for one processor"),
     "blocks that do not fill a row": ({"block_size": 48}, "in steps that are not known exactly"),

@@ -8,10 +8,12 @@ from functools import partial
 from unittest.mock import patch as patched
 
 import numpy as np
+import test_onnx_experts as experts
 import test_onnx_quantised_experts as few_bits
 import test_onnx_reshaped as reshaped
 from mutants import net
 
+from loraformat_converters.onnx.changing import spots
 from loraformat_converters.onnx.graph import quantised, trace, unpack
 
 
@@ -33,6 +35,7 @@ CHECKS = {
     "square": lambda tmp_path: few_bits.test_square_experts_of_which_nothing_tells_how_they_lie_are_refused(
         False, False, tmp_path
     ),
+    "gate and up": partial(experts.test_values_tell_in_which_order_a_module_has_gate_and_up, "merge", True, "sketch"),
     "out of two axes": changed("out of two axes"),
     "turned, then joined": changed("turned, then joined"),
     "experts of two axes": partial(
@@ -73,7 +76,12 @@ def axes_of_experts_are_none_of_theirs(patch):
     patch.setattr(trace.Trace, "divided", lambda self: self)
 
 
+def gate_and_up_are_laid_one_behind_the_other(patch):
+    patch.setattr(spots, "permuted", lambda update, blocks: update)
+
+
 MUTANTS = [
+    (gate_and_up_are_laid_one_behind_the_other, "gate and up"),
     (zero_points_of_columns_are_padded_row_by_row, "columns"),
     (the_down_projection_takes_the_zero_points_of_up, "blocks"),
     (what_lies_for_cuda_is_taken_for_raw, "square"),

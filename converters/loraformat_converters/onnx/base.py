@@ -123,7 +123,7 @@ class OnnxBase:
 
     def sketch(self, match: Match) -> Array | None:
         """Of what is computed with at a place, where its weight is quantised or packed."""
-        return self.values.sketch(match.handle)
+        return self.values.sketch(match.handle, match.permute)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor and node names, and values, which must agree.

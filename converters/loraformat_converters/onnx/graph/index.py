@@ -121,6 +121,7 @@ class Index:
             *(scope, found.values, operand, placement, means.factor, means.natural, refusal),
             *(found.sealed, floats, floats.dtype if floats else found.dtype, means.permute, means.doubt),
             tuple((axis,) for axis in range(len(operand.shape))) if means.shape else found.axes,
+            means.turned,
         )
         self.sites.append(site)
         return True

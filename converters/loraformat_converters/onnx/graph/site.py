@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Site"]
+__all__ = ["Order", "Site"]
+
+Order = tuple[int, ...] | None
+"""Of a module's rows, in as many blocks, which stands first, which second, …; None where they stand as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,7 @@ class Site:
         permute: of a torch module's rows, in as many blocks, which stands first here, which second, …
         doubt: why a name alone does not tell in which order the rows are.
         axes: which of the root's axes each axis of the operand is made of.
+        turned: the other order in which the rows may be, where there is a doubt, as ``permute`` has it.
     """
 
     number: int
@@ -65,9 +69,15 @@ class Site:
     sealed: str | None = None
     product: Product | None = None
     dtype: int = onnx.TensorProto.FLOAT
-    permute: tuple[int, ...] | None = None
+    permute: Order = None
     doubt: str | None = None
     axes: tuple[tuple[int, ...], ...] = ()
+    turned: Order = None
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """Every order in which the rows of the module may stand here."""
+        return (self.permute, self.turned) if self.turned else (self.permute,)
 
     @property
     def operator(self) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat_converters.onnx.graph.operators import SEVERAL, attribute, expert_bits
+from loraformat_converters.onnx.graph.mixtures import STACKS, expert_bits
+from loraformat_converters.onnx.graph.operators import attribute
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -166,7 +167,7 @@ def _unturned(site: Site, read: Read) -> bool:
     """
     if attribute(site.node, "weights_prepacked", -1) == 0 or site.operand.shape[1] != site.operand.shape[2]:
         return True
-    stacks = ((at, _read(site, at, read), _read(site, at + 1, read)) for at in SEVERAL["QMoE"])
+    stacks = ((at, _read(site, at, read), _read(site, at + 1, read)) for at in STACKS["QMoE"])
     told = [
         codes.shape[1] == scales.shape[1]
         for at, codes, scales in stacks
