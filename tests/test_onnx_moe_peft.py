@@ -14,6 +14,7 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: the peers extra")
 
 import loraformat as lf  # noqa: E402
 from loraformat.registry import open_base  # noqa: E402
+from loraformat.sketch import sketch  # noqa: E402
 from loraformat.testing import relative_error  # noqa: E402
 from loraformat.verbs.merge import attach, merge  # noqa: E402
 
@@ -97,3 +98,42 @@ def test_the_experts_of_the_graph_are_pefts(verb, tuned, tmp_path):
     assert relative_error(session(out).run(None, {"ids": ids})[0], truth) <= 1e-5
     assert relative_error(base, truth) > 0.01
     assert np.isfinite(truth).all()
+
+
+@pytest.mark.slow
+def test_experts_that_genai_built_in_4_bits_are_found_in_turns_and_rounded_again(tmp_path):
+    """onnxruntime-genai's builder (0.18) lays gate and up in turns, and says nothing of ``weights_prepacked``."""
+    pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")
+    import optimised
+    from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
+
+    more = {"moe_intermediate_size": 32, "num_experts": 3, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2}
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    torch.manual_seed(5)
+    model = Lfm2MoeForCausalLM(Lfm2MoeConfig(**sizes, **more))
+    model.save_pretrained(tmp_path / "checkpoint")
+    optimised.build(tmp_path / "checkpoint", "int4", tmp_path / "built", architecture="Lfm2MoeForCausalLM")
+    draw, targets = np.random.default_rng(2), {}
+    for key, stack in model.named_parameters():
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weight, place = stack.detach().numpy(), lf.Placement(tuple(stack.shape), (1,), (2,), (0,))
+            a, b = (
+                draw.standard_normal(s).astype(np.float32) for s in ((3, 2, place.shape[2]), (3, place.shape[1], 2))
+            )
+            pair = lf.Lora(a, b, float(0.3 * weight.std() / np.std(b @ a)), "factor")
+            targets[key] = lf.Update((pair,), place, sketch=sketch(weight, place))
+    path, out = tmp_path / "built" / "model.onnx", tmp_path / "out.onnx"
+    base, adapter = open_base(path), lf.Adapter(targets)
+    found = base.resolve(adapter, lf.Hints()).require().targets
+    assert [places[0].handle.operator for places in found.values()] == ["com.microsoft.QMoE"] * 2
+    assert merge(adapter, base, out, requantize=True).norms
+    session(out)
+    merged = open_base(out)
+    for key, (place, *_) in found.items():
+        site = merged.index.sites[place.handle.number]
+        (before, _), (after, _) = base.values.read(place.handle), merged.values.read(site)
+        change = targets[key].matrix()
+        if key.endswith("gate_up_proj"):
+            change = np.stack(np.split(change, 2, 1), 2).reshape(change.shape)
+        step = np.abs(before).reshape(3, 64, -1, 32).max(-1, keepdims=True).repeat(32, -1).reshape(before.shape) / 7
+        assert (np.abs(after - before - change) <= 0.51 * step).mean() > 0.9
