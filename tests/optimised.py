@@ -117,7 +117,7 @@ def make(tool, given, name, out):
     quiet(TOOLS[tool])(given, name, out)
 
 
-def build(checkpoint, precision, out, adapter=None):
+def build(checkpoint, precision, out, adapter=None, architecture="LlamaForCausalLM"):
     """What the builder of onnxruntime-genai makes of a checkpoint: a folder; ``adapter``: PEFT's, in the same graph."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -125,7 +125,7 @@ def build(checkpoint, precision, out, adapter=None):
     source = out.parent / f"{out.name}-source"
     shutil.copytree(checkpoint, source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    (source / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(source)

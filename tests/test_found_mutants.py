@@ -17,6 +17,7 @@ from loraformat_converters.onnx.changing import branched, requantised, rewriting
 from loraformat_converters.onnx.graph import index as onnx_index
 from loraformat_converters.onnx.graph import operators, trace
 from loraformat_converters.onnx.graph.nodes import Nodes
+from loraformat_converters.onnx.graph.site import Site
 from loraformat_converters.onnx.graph.values import Values
 
 
@@ -106,7 +107,7 @@ def high_bits_are_written_first(patch):
 
 
 def codes_are_stored_as_the_operator_reads_them(patch):
-    patch.setattr(requantised, "_in_root", lambda site, values: values)
+    patch.setattr(Site, "as_stored", lambda self, values: values)
 
 
 def every_code_is_in_use(patch):

@@ -1,4 +1,4 @@
-"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QMoE and QAttention say why none."""
+"""Stacks of experts inside one operator: com.microsoft's MoE takes a change in front of it, QAttention says why none. And those that are gathered."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx
 import pytest
 from graphs import lora, model, run, save, session
 from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
 
 import loraformat as lf
 from loraformat.base import Options
@@ -96,17 +97,105 @@ def test_rows_of_gate_and_up_in_turns_are_told_by_values_only(tmp_path):
     assert set(base.resolve(pairs(held, bound=True)[0], lf.Hints()).require().targets) == set(held)
 
 
+def in_turns(stack):
+    """[gate | up] as onnxruntime-genai's builder (0.18) lays it for ``swiglu_fusion`` = 1: a row of each, in turns."""
+    gate, up = np.split(stack, 2, 1)
+    return np.stack([gate, up], 2).reshape(stack.shape)
+
+
+def gated(up, down, x, p):
+    """SwiGLU of [gate | up], by the operator's documentation."""
+    chosen = p.argmax(1)
+    gate, linear = np.split(np.einsum("ni,noi->no", x.astype(np.float64), up[chosen]), 2, 1)
+    return np.einsum("ni,noi->no", gate / (1 + np.exp(-gate)) * linear, down[chosen])
+
+
+@pytest.mark.parametrize("way", ["sketch", "base"])
+@pytest.mark.parametrize("turned", [False, True], ids=["gate and up in turns too", "gate, then up"])
 @both_verbs
-def test_experts_in_few_bits_say_why_they_are_not_changed(verb, tmp_path):
-    made = model(f"""g (float[N,32] x, float[N,{E}] p) => (float[N,32] y)
-      <uint8[{E},64,16] u, float[{E},64] s, uint8[{E},32,32] d, float[{E},32] t>
-      {{ ["moe"] y = com.microsoft.QMoE <k = 1, expert_weight_bits = 4> (x, p, u, s, , d, t) }}""")
-    base = open_base(save(made, tmp_path / "base.onnx"))
-    update = lf.Update((lf.Lora(np.ones((E, 2, 32), np.float32), np.ones((E, 64, 2), np.float32), 1.0, "factor"),))
-    with pytest.raises(
-        lf.LoraFormatError, match=r"LF-608 .*QMoE sends rows to experts and multiplies them by codes itself"
-    ):
-        VERBS[verb](lf.Adapter({"u": update}), base, tmp_path / "out.onnx")
+def test_values_tell_in_which_order_a_module_has_gate_and_up(verb, turned, way, tmp_path):
+    draw = np.random.default_rng(7)
+    module = draw.standard_normal((E, INNER, IN)).astype(np.float32)  # [gate | up], or in turns
+    down = draw.standard_normal((E, IN, INNER // 2)).astype(np.float32)
+    laid = in_turns if turned else lambda stack: stack
+    held = {"experts_up": laid(module), "experts_down": down}
+    made = graph(held, swiglu_fusion=1)
+    next(a for a in made.graph.node[0].attribute if a.name == "activation_type").s = b"swiglu"
+    made.graph.node[0].input[2] = made.graph.initializer[0].name = "w"
+    path, out = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    a, b = (draw.standard_normal(s).astype(np.float32) for s in ((E, 2, IN), (E, INNER, 2)))
+    place = lf.Placement(module.shape, (1,), (2,), (0,))
+    update = lf.Update(
+        (lf.Lora(a, b, 0.3, "factor"),), place, sketch=sketch(module, place) if way == "sketch" else None
+    )
+    hints = lf.Hints()
+    if way == "base":
+        save_file({"m.experts.gate_up_proj": module}, tmp_path / "base.safetensors")
+        hints = lf.Hints(base=open_base(tmp_path / "base.safetensors"))
+    VERBS[verb](lf.Adapter({"m.experts.gate_up_proj": update}), open_base(path), out, hints)
+    fed = {"x": draw.standard_normal((8, IN)).astype(np.float32), "p": draw.standard_normal((8, E)).astype(np.float32)}
+    for file, stack in ((path, module), (out, module + 0.3 * b @ a)):
+        # what gate and up are is the operator's to say: of rows in turns, those at the even places are the gate's
+        whole = stack if turned else np.concatenate([stack[:, ::2], stack[:, 1::2]], 1)
+        assert relative_error(session(file).run(None, fed)[0], gated(whole, down, **fed)) <= 2e-6
+    if verb == "attach":
+        detach(open_base(out), tmp_path / "again.onnx")
+        assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+CHOSEN = {
+    "GatherND, on the left": (
+        "stack",
+        "a = Constant <value_ints = [-1]> () j = Unsqueeze(i, a) g = GatherND(stack, j) u = Unsqueeze(x, a) y = MatMul(g, u)",
+    ),
+    "Gather, on the left": ("stack", "a = Constant <value_ints = [-1]> () g = Gather(stack, i) u = Unsqueeze(x, a) y = MatMul(g, u)"),
+    "Gather, on the right": ("turned", "a = Constant <value_ints = [1]> () g = Gather(turned, i) u = Unsqueeze(x, a) v = MatMul(u, g) y = Transpose <perm = [0, 2, 1]> (v)"),
+}  # fmt: skip
+
+
+def gathered(name, body):
+    """Row by row the product with the expert that is named: [experts, 14, 10] on the left, [experts, 10, 14] on the right."""
+    stack = weights()["experts_up"]
+    made = model(f"g (float[N,{IN}] x, int64[N] i) => (float[N,{INNER},1] y) {{ {body} }}", opset=13)
+    made.graph.initializer.append(
+        numpy_helper.from_array(stack if name == "stack" else stack.swapaxes(1, 2).copy(), name)
+    )
+    return made, stack
+
+
+@pytest.mark.parametrize("form", CHOSEN)
+@both_verbs
+def test_experts_that_a_graph_gathers_itself_are_changed_in_their_stack(verb, form, tmp_path):
+    name, body = CHOSEN[form]
+    made, stack = gathered(name, body)
+    path, out, draw = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx", np.random.default_rng(3)
+    a, b = (draw.standard_normal(s).astype(np.float32) for s in ((E, 2, IN), (E, INNER, 2)))
+    ours = lf.Adapter({name: lf.Update((lf.Lora(a, b, 0.5, "factor"),))})
+    VERBS[verb](ours, open_base(path), out)
+    fed = {"x": draw.standard_normal((7, IN)).astype(np.float32), "i": draw.integers(0, E, 7)}
+    for file, held in ((path, stack), (out, stack + 0.5 * b @ a)):
+        wanted = np.einsum("noi,ni->no", held[fed["i"]], fed["x"])[..., None]
+        assert relative_error(session(file).run(None, fed)[0], wanted) <= 1e-6
+    if verb == "attach":
+        assert lf.digest(extract(open_base(out))) == lf.digest(ours)
+        detach(open_base(out), tmp_path / "again.onnx")
+        assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+OTHERWISE = {
+    "rows of experts": "j = Constant <value = int64[2,2] {0, 1, 2, 3}> () g = GatherND(stack, j) u = Transpose(x) y = MatMul(g, u)",
+    "two readers": "g = Gather(stack, i) r = Relu(g) a = Constant <value_ints = [-1]> () u = Unsqueeze(x, a) y = MatMul(g, u)",
+    "no product": "g = Gather(stack, i) y = Relu(g)",
+    "columns": "g = Gather <axis = 2> (stack, i) y = MatMul(g, x)",
+}
+
+
+@pytest.mark.parametrize("form", OTHERWISE)
+def test_a_stack_that_is_used_otherwise_has_no_meaning(form, tmp_path):
+    made, _ = gathered("stack", OTHERWISE[form])
+    ours = lf.Adapter({"stack": lf.Update((lf.Lora(np.ones((E, 2, IN)), np.ones((E, INNER, 2)), 1.0, "factor"),))})
+    with pytest.raises(lf.LoraFormatError, match=r"LF-60[89]"):
+        merge(ours, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
 
 
 def attention(tmp_path):

@@ -77,3 +77,80 @@ def test_a_change_of_torchs_parameters_is_the_same_in_the_graph(exporter, kind, 
     assert relative_error(session(path).run(None, feeds)[0], base) <= 1e-5
     assert relative_error(session(out).run(None, feeds)[0], truth) <= 1e-5
     assert relative_error(base, truth) > 0.05
+
+
+class Cells(torch.nn.Module):
+    """A cell that is called step by step, from zeros or from a state that was learned."""
+
+    def __init__(self, kind, *, learned):
+        super().__init__()
+        self.cell, self.two = getattr(torch.nn, kind)(10, 6), kind == "LSTMCell"
+        self.state = torch.nn.Parameter(torch.randn(1, 6)) if learned else None
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[1], 6) if self.state is None else self.state.expand(x.shape[1], 6)
+        state = (h, h) if self.two else h
+        for step in x:
+            state = self.cell(step, state)
+        return state[0] if self.two else state
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("LSTMCell", "peft"),
+        ("GRUCell", "peft"),
+        ("RNNCell", "peft"),
+        ("LSTMCell", "a learned state"),
+        ("GRUCell", "biases too"),
+    ],
+)
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_cells_are_products_of_one_module(what, exporter, kind, tmp_path):
+    torch.manual_seed(3)
+    model, x = Cells(kind, learned=what == "a learned state").eval(), torch.randn(3, 4, 10)
+    path, out, draw = tmp_path / "base.onnx", tmp_path / "out.onnx", np.random.default_rng(1)
+    with torch.no_grad():
+        exported(model, x, exporter, path)
+        base = model(x).numpy()
+        ours = by_peft(model, tmp_path) if what == "peft" else lf.Adapter(drawn_for(model, draw, what == "biases too"))
+        truth = model(x).numpy()
+    verb = VERBS["attach" if exporter == "dynamo" else "merge"]
+    if exporter == "dynamo" and what != "peft":  # which computes the first call ahead, of zeros if nothing was learned
+        with pytest.raises(lf.LoraFormatError, match=r"LF-608  a product of it and a constant was computed") as caught:
+            verb(ours, open_base(path), out)
+        assert [p.where for p in caught.value.problems] == [
+            "cell.bias_hh" if what == "biases too" else "cell.weight_hh"
+        ]
+        return
+    verb(ours, open_base(path), out)
+    assert relative_error(session(path).run(None, {"x": x.numpy()})[0], base) <= 1e-5
+    assert relative_error(session(out).run(None, {"x": x.numpy()})[0], truth) <= 1e-5
+    assert relative_error(base, truth) > 0.05
+
+
+def drawn_for(model, draw, biases):
+    """Key → what was added to the model's own parameter."""
+    targets = {}
+    for name, weight in model.cell.named_parameters():
+        if weight.ndim == 2:
+            a, b = (draw.standard_normal(s).astype(np.float32) for s in ((2, weight.shape[1]), (weight.shape[0], 2)))
+            weight += torch.from_numpy(np.float32(0.2) * (b @ a))
+            targets[f"cell.{name}"] = lf.Update((lf.Lora(a, b, 0.2, "factor"),))
+        elif biases:
+            weight += torch.from_numpy(draw.standard_normal(weight.shape).astype(np.float32))
+            targets[f"cell.{name}"] = lf.Update((lf.Replace(weight.numpy().copy()),))
+    return targets
+
+
+def by_peft(model, folder):
+    """PEFT's file of both weights, which it trains as parameters (``target_modules`` takes no cell, 0.21)."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / "base.safetensors")
+    config = LoraConfig(r=2, target_parameters=["cell.weight_ih", "cell.weight_hh"], init_lora_weights=False)
+    tuned = get_peft_model(model, config)
+    tuned.save_pretrained(folder / "adapter")
+    tuned.merge_and_unload()
+    return lf.load(folder / "adapter", base=open_base(folder / "base.safetensors"))

@@ -27,6 +27,7 @@ from loraformat_converters.onnx.attaching.modes import notes as notes_of_mode
 from loraformat_converters.onnx.attaching.modes import obstacles as obstacles_of_mode
 from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.changing.ahead import computed_ahead
 from loraformat_converters.onnx.changing.branched import branched
 from loraformat_converters.onnx.changing.merge import written_data
 from loraformat_converters.onnx.changing.record import Record, base_sha256
@@ -96,7 +97,7 @@ class OnnxBase:
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""
-        sites = (s for s in self.index.sites if s.refusal is None and not s.vector and len(s.placement.shape) == 2)
+        sites = (s for s in self.index.sites if s.refusal is None and not s.vector and _is_matrix(s))
         named = ((self._key(site), site.placement) for site in sites if not site.looks_up)
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
@@ -123,7 +124,7 @@ class OnnxBase:
 
     def sketch(self, match: Match) -> Array | None:
         """Of what is computed with at a place, where its weight is quantised or packed."""
-        return self.values.sketch(match.handle)
+        return self.values.sketch(match.handle, match.permute)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor and node names, and values, which must agree.
@@ -148,6 +149,7 @@ class OnnxBase:
         changes = gathered(jobs)
         rounds = verb == "merge" and options.requantize
         problems = list(obstacles(verb, changes, self.index.opset, self._rounds if rounds else None))
+        problems += computed_ahead(self.values, changes.items())
         if self.record is not None:
             fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
             problems.append(Problem("LF-608", "the model has an adapter attached already", str(self.path), fix))
@@ -278,3 +280,8 @@ class OnnxBase:
         model.CopyFrom(self.model)
         self._recorded().detach(model)
         return model
+
+
+def _is_matrix(site: Site) -> bool:
+    """Whether it is stored, or read, as one: no kernel, no stack."""
+    return 2 in (len(site.placement.shape), len(site.operand.shape))

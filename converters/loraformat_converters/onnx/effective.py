@@ -230,7 +230,7 @@ class _Seat:
         if not self.site.chain:
             return stored
         kind = helper.tensor_dtype_to_np_dtype(self.site.dtype)
-        return stored.reshape(self.site.placement.shape).transpose(self.site.axes).astype(kind)
+        return self.site.as_read(stored).astype(kind)
 
 
 def _seats(spot: Spot) -> Iterator[_Seat]:

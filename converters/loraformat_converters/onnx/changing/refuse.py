@@ -18,6 +18,7 @@ __all__ = ["obstacles"]
 
 _WAY = "--requantize rounds to its steps, and says what survives"
 
+_ATTACH = "attach it: the change then runs beside the weight"
 
 _SCATTER = 11
 """The first opset with ScatterND, without which rows of a weight cannot be set in the graph."""
@@ -60,12 +61,13 @@ def obstacles(
 def _obstacle(verb: str, change: Change, sites: tuple[Site, ...], requantises: Requantises | None) -> Iterator[Problem]:
     key, update, first = change.key, change.update, sites[0]
     in_codes = requantises is not None and first.sealed is not None and _alike(sites) and requantises(first)
-    refused = next((site for site in sites if site.refusal and not (in_codes and site.refusal == site.apart)), None)
+    asked = requantises is not None
+    refused = next((site for site in sites if site.refusal and not (asked and site.refusal == site.apart)), None)
     if refused is not None:
-        way = _WAY if verb == "merge" and requantises is None and refused.refusal == refused.apart else ""
+        way = _WAY if verb == "merge" and refused.refusal == refused.apart else ""
         yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key, way)
     if not in_codes:
-        yield from _sealed(verb, change, sites, asked=requantises is not None)
+        yield from _sealed(verb, change, sites, asked=asked)
     if change.permute is not None and not update.linear:
         what = f"{first.node.name or first.operator}: its gates lie in another order, and {update.kind} is no sum"
         yield Problem("LF-608", what, key, "merge it into the checkpoint, then export")
@@ -93,7 +95,7 @@ def _sealed(verb: str, change: Change, sites: tuple[Site, ...], *, asked: bool) 
     named, update = site.node.name or site.operator, change.update
     if verb == "merge":
         what = f"{named}: {site.sealed}" + (", in steps that are not known exactly" if asked else "")
-        fix = "attach it: the change then runs beside the weight"
+        fix = "put it into the model as it was before" if site.apart else _ATTACH
         more = f"; {_WAY}" if not asked and site.root.data_type in CODES else ""
         yield Problem("LF-608", what, change.key, fix + more)
     elif "rows" in update or "replace" in update:

@@ -91,7 +91,8 @@ class Kept:
             per = values.astype(np.uint8).reshape(-1, 8 // bits)
             packed = np.bitwise_or.reduce(per << np.arange(0, 8, bits, dtype=np.uint8), axis=-1)
             return np.asarray(packed.astype(kind).reshape(root.dims))
-        return np.ascontiguousarray(_in_root(self.site, values).reshape(root.dims).astype(kind))
+        laid = self.site.as_stored(values) if values.shape == self.codes.shape else values  # in blocks, as it is read
+        return np.ascontiguousarray(laid.reshape(root.dims).astype(kind))
 
 
 def kept(site: Site, values: Values) -> Kept | None:
@@ -148,13 +149,7 @@ def _computed(site: Site, values: Values, low: int, high: int) -> Codes | None:
     first, last = (np.asarray(end, np.float64) for end in ends)
     scale = (last - first) / (high - low)
     zero = np.divide(low * scale - first, scale, out=np.zeros_like(scale), where=scale != 0)
-    stored = array(root, values.folder).astype(np.float32).reshape(site.placement.shape).transpose(site.axes)
+    stored = site.as_read(array(root, values.folder).astype(np.float32))
     found = Codes(stored, scale.astype(np.float32), zero.astype(np.float32), site.operand.shape)
     exact = bool((np.abs(found.floats - now.astype(np.float32)) <= _NEAR * np.abs(scale)).all())
     return found if exact else None
-
-
-def _in_root(site: Site, values: F32) -> F32:
-    """What is laid like the operand, laid like the root."""
-    order = [site.axes.index(axis) for axis in range(len(site.axes))]
-    return values if order == sorted(order) else values.transpose(order)

@@ -17,6 +17,7 @@ from loraformat.resolve import Hints, Match
 from loraformat.sketch import Recognised, cosine, recognise, sketch, telling
 from loraformat_converters.onnx.graph.index import Site
 from loraformat_converters.onnx.graph.model import FLOATS
+from loraformat_converters.onnx.graph.site import Order
 from loraformat_converters.onnx.graph.values import Values, fingerprint
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Sighting:
         told: what was seen, in words.
         cosine: of the best; 1.0 for equal values.
         rows: which rows of the sites' matrix the target is, where they hold several.
+        order: of the target's rows there, where it is not the only one that they may have.
     """
 
     rung: str
@@ -51,6 +53,7 @@ class Sighting:
     sites: tuple[Site, ...]
     cosine: float = 1.0
     rows: tuple[int, int] | None = None
+    order: Order = None
 
 
 class Finder:
@@ -114,14 +117,14 @@ class Finder:
 
     def _equal(self, key: str, sites: Sequence[Site]) -> Sighting | None:
         """The sites whose weight is the tensor of ``--base``, cast to the graph's dtype."""
-        equal = []
+        equal: list[tuple[Site, Order]] = []
         for site in sites:
             dtype = FLOATS.get(site.root.data_type)
-            if dtype is not None and self.values.fingerprint(site) in self._fingerprints(key, dtype):
-                equal.append(site)
+            wanted = self._fingerprints(key, dtype) if dtype is not None else ()
+            equal += [(site, order) for order in site.orders if self.values.fingerprint(site, order) in wanted]
         if not equal or self.base is None:
             return None
-        return Sighting("fingerprint", f"equals {key} of {self.base.path.name}", tuple(equal))
+        return _seen(key, "fingerprint", f"equals {key} of {self.base.path.name}", equal)
 
     def _fingerprints(self, key: str, dtype: str) -> tuple[str, ...]:
         """Of the tensor in ``--base`` as [out, in]; both readings of one whose orientation nothing tells."""
@@ -140,16 +143,17 @@ class Finder:
         wanted = self._sketch(key)
         if wanted is None or not wanted.any():
             return None
+        readings = [(site, order) for site in sites for order in site.orders]
         known: dict[Hashable, Array] = {}
-        for site in sites:
-            drawn = self.values.sketch(site)
+        for site, order in readings:
+            drawn = self.values.sketch(site, order)
             if drawn is not None:
-                known[self.values.key(site)] = drawn
+                known[self.values.key(site), order] = drawn
         met = recognise(wanted, known)
         if not met.names:
             return None
-        fits = tuple(site for site in sites if self.values.key(site) in met.names)
-        return Sighting("sketch", _told(met), fits, met.cosine)
+        fits = [(site, order) for site, order in readings if (self.values.key(site), order) in met.names]
+        return _seen(key, "sketch", _told(met), fits, met.cosine)
 
     def _within(self, key: str) -> Sighting | None:
         """The run of rows that the target's sketch recognises, in a weight that holds several parameters."""
@@ -188,6 +192,17 @@ class Finder:
             weight, place = (self._weight(key) if own is None else None) or (None, None)
             self._drawn[key] = own if weight is None or place is None or not telling(place) else sketch(weight, place)
         return self._drawn[key]
+
+
+def _seen(key: str, rung: str, told: str, found: Sequence[tuple[Site, Order]], cosine: float = 1.0) -> Sighting:
+    """Sites in whose values a target was seen; LF-603 if its rows would be in several orders there."""
+    sites, orders = tuple(site for site, _ in found), {order for _, order in found}
+    if len(orders) > 1:
+        raise fault(
+            "LF-603", f"its values are those of {sites[0].root_name} in {len(orders)} orders of rows", where=key
+        )
+    (order,) = orders
+    return Sighting(rung, told, sites, cosine, order=order)
 
 
 def own_sketch(update: Update) -> Array | None:

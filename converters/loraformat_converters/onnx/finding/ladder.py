@@ -13,6 +13,7 @@ from loraformat_converters.onnx.finding.names import modules_of, same_module
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.witness import Names, Witness, map_stub
 from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.site import Order
 from loraformat_converters.onnx.graph.values import Values
 
 if TYPE_CHECKING:
@@ -32,13 +33,14 @@ class Found:
     """The sites of one target, all uses of one stored weight by one module, and what says so.
 
     ``confidence`` is 1.0, or the cosine where nothing but a sketch speaks; ``rows`` are those of the target, where the
-    weight holds several.
+    weight holds several; ``order`` how they stand there, where values told it.
     """
 
     sites: tuple[Site, ...]
     evidence: tuple[str, ...]
     confidence: float = 1.0
     rows: tuple[int, int] | None = None
+    order: Order = None
 
 
 def climb(
@@ -57,7 +59,7 @@ def climb(
         try:
             said = names.of(key, embedding=update.op == "embedding")
             seen = finder.look(key, [site for witness in said for site in witness.sites])
-            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows) for s in seen]
+            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows, order=s.order) for s in seen]
             if not said:
                 raise names.silence(key, finder.silence(key))
             found[key] = _agree(index, key, said)
@@ -83,7 +85,8 @@ def _agree(index: Index, key: str, said: Sequence[Witness]) -> Found:
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
     sites = tuple(_calls(index.uses(common[0].root_name), common))
     rows = next((witness.rows for witness in said if witness.rows), None)
-    return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows)
+    order = next((witness.order for witness in said if witness.order), None)
+    return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows, order)
 
 
 def _require_one_module(key: str, sites: Sequence[Site]) -> None:

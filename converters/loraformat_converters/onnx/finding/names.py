@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import re
 
 import onnx
 
+from loraformat_converters.onnx.graph import exported
 from loraformat_converters.onnx.graph.index import Site
 
 __all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "parameter_of", "same_module"]
@@ -17,7 +17,6 @@ RUNGS = ("name_scopes", "initializer", "node_name")
 MODULES = ("name_scopes", "node_name")
 """The rungs that name the module, not the tensor."""
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _NUMBER = re.compile(r"_\d+$")
 _QUANTISED = re.compile(r"_(quant|(matmul_)?Q\d+(G\d+)?)$")
 _CODES = re.compile(r"_(quantized|(DQ_)?Q\d+(G\d+)?)$")
@@ -37,7 +36,7 @@ def names_of(site: Site, rung: str) -> str | None:
         return own_copy(site.root_name) or (f"{_of_builder(built[1])}.weight" if built else stored)
     if not (site.known_operator or site.vector):
         return None
-    path = _scope(site.node) if rung == "name_scopes" else _node_path(site.node)
+    path = exported.module(site.node) if rung == "name_scopes" else _node_path(site.node)
     return _of_builder(path) if path and _BUILT.match(site.root_name) else path
 
 
@@ -61,20 +60,6 @@ def own_copy(root_name: str) -> str | None:
     """The target for which an earlier merge made this tensor (``merge`` names it so), or None."""
     match = _OWN_COPY.fullmatch(root_name)
     return match[1] if match else None
-
-
-def _scope(node: onnx.NodeProto) -> str | None:
-    """torch.onnx (2.13, dynamo): a Python list of the scopes around the operator, itself last."""
-    text = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
-    if text is None:
-        return None
-    try:
-        scopes = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    if not isinstance(scopes, list) or len(scopes) < 2 or not isinstance(scopes[-2], str):
-        return None
-    return scopes[-2] or None
 
 
 def _node_path(node: onnx.NodeProto) -> str | None:

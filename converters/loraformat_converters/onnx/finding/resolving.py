@@ -73,11 +73,12 @@ class _Target:
         key, found = self.key, self.found
         self._check_order(site)
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
-        whole = site.refusal or found.rows or site.permute
+        order = found.order or site.permute
+        whole = site.refusal or found.rows or order
         parameter = None if whole else parameter_of(key, self.adapter[key], site, hints.spec(key))
         where = (self.file, site.node.name, site.root_name, site.placement)
         said = (evidence, found.confidence, parameter, site)
-        return Match(*where, *said, rows=found.rows, permute=site.permute)
+        return Match(*where, *said, rows=found.rows, permute=order)
 
     def _check_order(self, site: Site) -> None:
         """Gates are torch's where the names are torch's; what else lies in some order is told by values only."""

@@ -14,6 +14,7 @@ from loraformat_converters.onnx.finding.align import Alignment, align, under
 from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.graph.index import Index, Site
+from loraformat_converters.onnx.graph.site import Order
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -26,7 +27,8 @@ class Witness:
     """What one rung says about one target: in words, and the sites that it means.
 
     ``by`` the user, where he said it; ``rule`` says how the graph's names differ from the adapter's; ``cosine`` how
-    sure a sketch is, ``rows`` which rows of the matrix it means, where that holds several parameters.
+    sure a sketch is, ``rows`` which rows of the matrix it means, where that holds several parameters, ``order`` in which
+    the target's stand there, where that is in doubt.
     """
 
     rung: str
@@ -36,6 +38,7 @@ class Witness:
     rule: str = ""
     cosine: float = 1.0
     rows: tuple[int, int] | None = None
+    order: Order = None
 
     def __str__(self) -> str:
         return f"{self.by or self.rung}: {self.name}"

@@ -58,6 +58,7 @@ def _stored(tensor: TensorProto) -> Array | None:
 
 # Of values with one axis, so that an operator's own axis can be no other.
 _RULES: Mapping[str, Callable[..., Array]] = {
+    "Constant": lambda node: np.array([n for a in node.attribute if a.name == "value_ints" for n in a.ints], np.int64),
     "Gather": lambda node, values, at: values[at],
     "ReduceProd": lambda node, values, *axes: np.prod(values),
     "Concat": lambda node, *parts: np.concatenate(parts),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import onnx
 
 from loraformat.axes import Placement
+from loraformat_converters.onnx.graph.experts import Use, multiplied
+from loraformat_converters.onnx.graph.exported import parameter as exported_as
 from loraformat_converters.onnx.graph.model import FLOATS
 from loraformat_converters.onnx.graph.operators import (
     SEVERAL,
@@ -27,13 +28,6 @@ from loraformat_converters.onnx.graph.site import Site
 from loraformat_converters.onnx.graph.trace import CODES, Trace, Value, trace
 
 __all__ = ["Index", "Site", "Use", "Value"]
-
-
-class Use(NamedTuple):
-    """One input of one node."""
-
-    node: onnx.NodeProto
-    position: int
 
 
 class Index:
@@ -84,27 +78,34 @@ class Index:
             any(self._add_site(node, position, "weight", scope) for position in WEIGHTS[node.op_type])
         for position in SEVERAL.get(node.op_type, {}):
             self._add_site(node, position, parameter(node, position), scope)
-        if scope.constant.keys().isdisjoint(node.output):  # else what counts is the use of what it makes of the weight
+        made = scope.constant.keys().isdisjoint(
+            node.output
+        )  # else what counts is the use of what it makes of the weight
+        if made or node.op_type in WEIGHTS:
             for position, name in VECTORS.get(node.op_type, {}).items():
                 self._add_site(node, position, name, scope)
-            if node.op_type not in WEIGHTS:
-                for position, name in enumerate(node.input):
-                    named = VECTORS.get(node.op_type, {}).keys() | SEVERAL.get(node.op_type, {}).keys()
-                    if position not in named and scope.home(name, "constant") is not None:
-                        self._add_site(node, position, "weight", scope)
+        if made and node.op_type not in WEIGHTS:
+            for position, name in enumerate(node.input):
+                named = VECTORS.get(node.op_type, {}).keys() | SEVERAL.get(node.op_type, {}).keys()
+                if position not in named and scope.home(name, "constant") is not None:
+                    self._add_site(node, position, "weight", scope)
 
     def _add_site(self, node: onnx.NodeProto, position: int, name: str, scope: Scope) -> bool:
         found = trace(node.input[position], scope) if position < len(node.input) else None
         if found is None:
             return False
-        if None in found.axes and node.op_type not in SEVERAL:  # a matrix of one operator, a vector of another
+        if () in found.axes and node.op_type not in SEVERAL:  # a matrix of one operator, a vector of another
             why = found.refusal or "Unsqueeze lies between its weight and it"
-            found = replace(found, axes=tuple(axis for axis in found.axes if axis is not None), refusal=why)
-        means = _meaning(node, position, found)
+            found = replace(found, axes=tuple(filter(None, found.axes)), refusal=why)
+        stack = multiplied(node, scope, self._reader) if position == 0 and len(found.axes) == 3 else None
+        name = (exported_as(node) or name) if stack else name
+        means = _meaning(*(stack or (node, position)), found)
         if means is None:
             return False
         operand = Placement(means.shape or found.shape, means.out, means.in_, means.batch)
         placement = operand if means.shape else _in_root(operand, found)
+        if len(placement.batch) > len(operand.batch):
+            found, placement = found.divided(), operand
         floats = product(node, position, found.dtype, scope, self._reader) if found.sealed else None
         said = (found.refusal, means.refusal) if node.op_type in SEVERAL else (means.refusal, found.refusal)
         refusal = said[0] or said[1] or (floats.refusal if floats else _dtype_refusal(found.dtype))
@@ -119,6 +120,8 @@ class Index:
             *(len(self.sites), node, position, name, found.root, _full_name(found.values[0]), found.chain),
             *(scope, found.values, operand, placement, means.factor, means.natural, refusal),
             *(found.sealed, floats, floats.dtype if floats else found.dtype, means.permute, means.doubt),
+            tuple((axis,) for axis in range(len(operand.shape))) if means.shape else found.axes,
+            means.turned,
         )
         self.sites.append(site)
         return True
@@ -174,7 +177,7 @@ def _full_name(value: Value) -> str:
 def _in_root(operand: Placement, found: Trace) -> Placement:
     """How a matrix that the operator reads so lies in the stored tensor."""
     groups = (operand.out, operand.in_, operand.batch)
-    out, in_, batch = (tuple(axis for a in axes if (axis := found.axes[a]) is not None) for axes in groups)
+    out, in_, batch = (tuple(axis for a in axes for axis in found.axes[a]) for axes in groups)
     return Placement(found.dims, out, in_, batch)
 
 

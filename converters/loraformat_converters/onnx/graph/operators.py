@@ -1,19 +1,18 @@
 """What each operator makes of its stored inputs: which axes are out, in and batch, and which vector is a bias.
 
 One table an idea: ``WEIGHTS`` says where an operator's matrix may stand, ``VECTORS`` where its vectors do, and
-``_MEANINGS`` what the axes of a matrix mean. A further operator is a line in each and a function here.
+``_MEANINGS`` what the axes of a matrix mean (``Meaning``). A further operator is a line in each and a function here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import onnx
 
-from loraformat_converters.onnx.graph import einsum
+from loraformat_converters.onnx.graph import einsum, mixtures
+from loraformat_converters.onnx.graph.meanings import Meaning, attribute
 from loraformat_converters.onnx.graph.scopes import STANDARD
 
 __all__ = [
@@ -34,7 +33,7 @@ WEIGHTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("Conv", "ConvTranspose", "MatMulInteger", "ConvInteger"), (1,)),
     **dict.fromkeys(("FusedGemm", "FusedConv", "MatMulNBits", "MatMulBnb4"), (1,)),
     **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), (1,)),
-    "Gather": (0,),
+    **dict.fromkeys(("Gather", "GatherND"), (0,)),
     "GatherBlockQuantized": (0,),
     **dict.fromkeys(("Attention", "QAttention"), (1,)),
     **dict.fromkeys(("QLinearMatMul", "QGemm", "QLinearConv"), (3,)),
@@ -47,8 +46,7 @@ Those that are not rewritten are listed too, to be refused by name.
 _OF_GATES: Mapping[int, str] = {1: "weight_ih", 2: "weight_hh"}
 SEVERAL: Mapping[str, Mapping[int, str]] = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _OF_GATES),
-    "MoE": {2: "fc1", 4: "fc2", 6: "fc3"},
-    "QMoE": {2: "fc1", 5: "fc2", 8: "fc3"},
+    **mixtures.STACKS,
 }
 """Operator → input → what that weight of several is called. Of an LSTM ``parameter`` says more."""
 
@@ -68,30 +66,6 @@ VECTORS: Mapping[str, Mapping[int, str]] = {
     "SkipSimplifiedLayerNormalization": {2: "weight"},
 }
 """Operator → input → what a vector there is called in its module."""
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What the axes of one operand are.
-
-    Attributes:
-        factor: what the operator multiplies x·W with.
-        natural: whether torch keeps the named parameter in these very axes.
-        refusal: why the operand cannot be changed; None if it can.
-        shape: the sizes of the axes, where the stored tensor is packed and has others.
-        permute: of a torch module's rows, in as many blocks, which stands first here, which second, …
-        doubt: why a name alone does not tell in which order the rows are.
-    """
-
-    out: tuple[int, ...]
-    in_: tuple[int, ...]
-    batch: tuple[int, ...] = ()
-    factor: float = 1.0
-    natural: bool = False
-    refusal: str | None = None
-    shape: tuple[int, ...] | None = None
-    permute: tuple[int, ...] | None = None
-    doubt: str | None = None
 
 
 def operator(node: onnx.NodeProto) -> str:
@@ -116,12 +90,6 @@ def vector_axis(shape: tuple[int, ...]) -> int | None:
     """The axis of a tensor that is a vector, such as [n] or [n, 1, 1]; None for what is none."""
     long = [axis for axis, n in enumerate(shape) if n != 1]
     return None if len(long) > 1 or not shape else (long or [0])[0]
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """An attribute's value, or ``default``."""
-    found = next((a for a in node.attribute if a.name == name), None)
-    return default if found is None else onnx.helper.get_attribute_value(found)
 
 
 def refused(shape: tuple[int, ...], reason: str) -> Meaning:
@@ -204,19 +172,6 @@ def parameter(node: onnx.NodeProto, position: int) -> str:
     return f"{name}_l{number}{_DIRECTIONS.get(direction, '_both')}"
 
 
-def _experts(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
-    """MoE: [experts, out, in] (onnxruntime 1.32, docs/ContribOperators.md)."""
-    if len(shape) != 3:
-        return f"{list(shape)} is no stack of matrices"
-    fused = position == 2 and attribute(node, "swiglu_fusion", 0) == 1
-    doubt = "rows of gate and up stand in turns there (swiglu_fusion = 1)" if fused else None
-    return Meaning((1,), (2,), (0,), doubt=doubt)
-
-
-def _quantised_experts(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
-    return "QMoE sends rows to experts and multiplies them by codes itself: put it into the model before quantisation"
-
-
 def _product(node: onnx.NodeProto, position: int, shape: tuple[int, ...]) -> Meaning | str:
     """QGemm and the quantised MatMuls: what they are named after, with the weight on the right."""
     return _matmul(node, 1, shape)
@@ -246,8 +201,8 @@ _MEANINGS: Mapping[str, Callable[[onnx.NodeProto, int, tuple[int, ...]], Meaning
     "ConvTranspose": _conv_transpose,
     **dict.fromkeys(("com.microsoft.Attention", "com.microsoft.QAttention"), _attention),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
-    "com.microsoft.MoE": _experts,
-    "com.microsoft.QMoE": _quantised_experts,
+    "com.microsoft.MoE": mixtures.experts,
+    "com.microsoft.QMoE": mixtures.quantised_experts,
     "Gather": _gather,
     "com.microsoft.GatherBlockQuantized": _packed_table,
     "Einsum": _einsum,

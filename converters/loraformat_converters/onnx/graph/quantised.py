@@ -82,6 +82,12 @@ _WORDS: Mapping[str, _Words] = {
     "QLinearConv": _Words("Conv", scale=4, zero=5, bias=8, end="codes"),
 }
 
+_EXPERTS: Mapping[int, _Words] = {
+    at: _Words("com.microsoft.MoE", scale=at + 1, zero=zero, bias=at + 2, end="inside")
+    for at, zero in ((2, 11), (5, 12), (8, 13))
+}
+"""The same for each of the stacks of com.microsoft.QMoE."""
+
 _BIASED = {"Gemm": 2, "Conv": 2, "ConvTranspose": 2}
 _ROUNDED = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 
@@ -93,7 +99,7 @@ def product(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader
         position: which input the weight is.
         kind: the data type in which the operator reads it.
     """
-    words = _WORDS.get(operator(node))
+    words = _EXPERTS.get(position) if operator(node) == "com.microsoft.QMoE" else _WORDS.get(operator(node))
     if words is None:
         if operator(node) == "Gather" and kind in CODES:
             return _gather(node, scope, reader)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from loraformat.axes import Placement
@@ -12,7 +14,15 @@ from loraformat_converters.onnx.graph.quantised import Product
 from loraformat_converters.onnx.graph.scopes import Scope
 from loraformat_converters.onnx.graph.trace import Value
 
-__all__ = ["Site"]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Order", "Site"]
+
+Order = tuple[int, ...] | None
+"""Of a module's rows, in as many blocks, which stands first, which second, …; None where they stand as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +48,8 @@ class Site:
         dtype: the float type that the operator computes with.
         permute: of a torch module's rows, in as many blocks, which stands first here, which second, …
         doubt: why a name alone does not tell in which order the rows are.
+        axes: which of the root's axes each axis of the operand is made of.
+        turned: the other order in which the rows may be, where there is a doubt, as ``permute`` has it.
     """
 
     number: int
@@ -57,8 +69,15 @@ class Site:
     sealed: str | None = None
     product: Product | None = None
     dtype: int = onnx.TensorProto.FLOAT
-    permute: tuple[int, ...] | None = None
+    permute: Order = None
     doubt: str | None = None
+    axes: tuple[tuple[int, ...], ...] = ()
+    turned: Order = None
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """Every order in which the rows of the module may stand here."""
+        return (self.permute, self.turned) if self.turned else (self.permute,)
 
     @property
     def operator(self) -> str:
@@ -78,12 +97,18 @@ class Site:
     @property
     def like(self) -> str:
         """The operator in whose words a change is put beside this one: itself, or what it is in floats."""
-        return self.product.like if self.product else self.operator
+        operator = f"{self.operator} of a stack" if self._of_stack else self.operator
+        return self.product.like if self.product else operator
+
+    @property
+    def _of_stack(self) -> bool:
+        """Whether whole matrices are taken of a stack, to be multiplied by elsewhere."""
+        return self.operator in ("Gather", "GatherND") and len(self.operand.shape) > 2
 
     @property
     def looks_up(self) -> bool:
         """Whether rows of a table are taken: an embedding."""
-        return self.node.op_type in ("Gather", "GatherBlockQuantized")
+        return self.node.op_type in ("Gather", "GatherBlockQuantized") and not self._of_stack
 
     @property
     def dequantises(self) -> bool:
@@ -122,12 +147,13 @@ class Site:
             return self.product.bias
         return self.node.input[2] if len(self.node.input) > 2 and self.operator != "Einsum" else ""
 
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The root's axis of each axis of the operand."""
-        pairs = zip(
-            (*self.operand.batch, *self.operand.out, *self.operand.in_),
-            (*self.placement.batch, *self.placement.out, *self.placement.in_),
-            strict=True,
-        )
-        return tuple(stored for _, stored in sorted(pairs))
+    def as_read(self, stored: Array) -> Array:
+        """What is laid like the root, laid like the operand."""
+        order = [axis for group in self.axes for axis in group]
+        return stored.reshape(self.placement.shape).transpose(order).reshape(self.operand.shape)
+
+    def as_stored(self, read: Array) -> Array:
+        """The other way round."""
+        order = [axis for group in self.axes for axis in group]
+        sizes = [self.placement.shape[axis] for axis in order]
+        return read.reshape(sizes).transpose(np.argsort(order)).reshape(self.placement.shape)

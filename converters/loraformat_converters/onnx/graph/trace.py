@@ -40,8 +40,8 @@ class Trace:
 
     Attributes:
         values: the stored tensor, then what each node of the chain makes of it.
-        dims: the sizes of the stored tensor; after a Reshape, what that makes of them.
-        axes: which of ``dims`` each axis of the input is; None for one of size 1 that Unsqueeze added.
+        dims: the sizes of the stored tensor; after a Reshape that divides its axes, what that makes of them.
+        axes: which of ``dims`` each axis of the input is made of; none for one of size 1 that Unsqueeze added.
         dtype: the data type of the input.
         refusal: why the input is no weight that a change could be put beside.
         sealed: why the stored tensor itself cannot hold a change.
@@ -50,7 +50,7 @@ class Trace:
     values: tuple[Value, ...]
     chain: tuple[onnx.NodeProto, ...]
     dims: tuple[int, ...]
-    axes: tuple[int | None, ...]
+    axes: tuple[tuple[int, ...], ...]
     dtype: int
     refusal: str | None = None
     sealed: str | None = None
@@ -64,7 +64,12 @@ class Trace:
     @property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the input."""
-        return tuple(1 if axis is None else self.dims[axis] for axis in self.axes)
+        return tuple(math.prod(self.dims[axis] for axis in axes) for axes in self.axes)
+
+    def divided(self) -> Trace:
+        """The same where the axes that a Reshape made are none of the stored tensor's."""
+        sealed = self.sealed or "Reshape lies between its weight and it"
+        return replace(self, dims=self.shape, axes=_each(self.shape), sealed=sealed)
 
 
 def trace(name: str, scope: Scope) -> Trace | None:
@@ -88,7 +93,7 @@ def trace(name: str, scope: Scope) -> Trace | None:
     root = home.roots[name]
     dims, kind = tuple(root.dims), root.data_type
     sealed = f"its weight is {TensorProto.DataType.Name(kind)}, quantised" if kind in CODES else None
-    traced = Trace(tuple(values), tuple(chain), dims, tuple(range(len(dims))), kind, sealed=sealed)
+    traced = Trace(tuple(values), tuple(chain), dims, _each(dims), kind, sealed=sealed)
     for node, value, result in zip(chain, values, values[1:], strict=False):
         if traced.refusal is None:
             traced = _step(traced, node, value.name, result.scope)
@@ -115,9 +120,7 @@ def _step(before: Trace, node: onnx.NodeProto, value: str, scope: Scope) -> Trac
         return _unsqueezed(before, node, scope) or between
     if op == "Reshape":
         shape = _reshaped(before.shape, node, scope)
-        axes = tuple(range(len(shape or ())))
-        sealed = before.sealed or "Reshape lies between its weight and it"
-        return between if shape is None else replace(before, dims=shape, axes=axes, sealed=sealed)
+        return between if shape is None else _regrouped(before, shape)
     if op == "Cast":
         return _cast(before, attribute(node, "to", 0)) or between
     if op == "DequantizeLinear" and before.dtype in CODES:
@@ -149,7 +152,7 @@ def _unsqueezed(before: Trace, node: onnx.NodeProto, scope: Scope) -> Trace | No
     if len(new) != len(places):
         return None
     held = iter(before.axes)
-    return replace(before, axes=tuple(None if place in new else next(held) for place in range(rank)))
+    return replace(before, axes=tuple(() if place in new else next(held) for place in range(rank)))
 
 
 def _cast(before: Trace, to: int) -> Trace | None:
@@ -175,6 +178,27 @@ def _reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tup
         return None
     made = tuple(total // known if n == -1 else n for n in wanted)
     return made if math.prod(made) == total else None
+
+
+def _regrouped(before: Trace, shape: tuple[int, ...]) -> Trace:
+    """Axes that a Reshape joins stay what they are in the stored tensor; that of one that it divides holds no change."""
+    rest, axes = [axis for group in before.axes for axis in group], []
+    for size in shape:
+        group: list[int] = []
+        while rest and (not group or math.prod(before.dims[axis] for axis in group) < size):
+            group.append(rest.pop(0))
+        axes.append(tuple(group))
+    if axes and all(before.dims[axis] == 1 for axis in rest):
+        axes[-1] += tuple(rest)
+    joined = replace(before, axes=tuple(axes))
+    if all(axes) and joined.shape == shape and sum(map(len, axes)) == len(before.dims):
+        return joined
+    return replace(before, dims=shape, axes=_each(shape)).divided()
+
+
+def _each(dims: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Every axis by itself."""
+    return tuple((axis,) for axis in range(len(dims)))
 
 
 def _shape_of(name: str, scope: Scope) -> tuple[int, ...] | None:

@@ -6,12 +6,14 @@ What the standard operators compute (DequantizeLinear, Cast, Sub, Mul) is comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat_converters.onnx.graph.mixtures import STACKS, expert_bits
 from loraformat_converters.onnx.graph.operators import attribute
 
 if TYPE_CHECKING:
@@ -124,6 +126,60 @@ def _zeros(node: Any, read: Read, bits: int, n: int, count: int) -> Any:
     return zeros.astype(np.float32).reshape(n, count, 1) if zeros.size == n * count else None
 
 
+def _experts(site: Site, read: Read) -> Codes | None:
+    """QMoE: [experts, N, bytes], lowest bits first; a scale and a zero point for every N, or for every block of its K.
+
+    (onnxruntime 1.32, contrib_ops/cpu/moe/moe_quantization_cpu.cc, DequantizeBlockWithMlas.)
+    """
+    assert site.product is not None
+    node, (experts, n, k), bits = site.node, site.operand.shape, expert_bits(site.node, site.position)
+    codes, scales = _read(site, site.position, read), read(site.product.scale) if site.product.scale else None
+    block = int(attribute(node, "block_size", 0)) or k
+    if codes is None or scales is None or codes.dtype != np.uint8 or block < 1 or k % block:
+        return None
+    if not _unturned(site, read):
+        return None
+    count = k // block
+    whole = (experts, n, count)
+    if scales.shape not in (whole, whole[:2]) or scales.size != experts * n * count:
+        return None
+    zeros: Any = np.float32(2 ** (bits - 1))
+    if site.product.zero:
+        zeros = _expert_zeros(read(site.product.zero), bits, whole)
+        if zeros is None:
+            return None
+    values = _fields(codes, bits).reshape(*whole, block)
+    return Codes(values, scales.astype(np.float32).reshape(*whole, 1), zeros, site.operand.shape, bits)
+
+
+def _expert_zeros(packed: Array | None, bits: int, whole: tuple[int, int, int]) -> Any:
+    """[experts, N, blocks, 1], of bytes that are packed along the last axis that a scale has: N, or blocks."""
+    *rows, last = whole[:2] if whole[2] == 1 else whole
+    if packed is None or packed.dtype != np.uint8 or packed.size != math.prod(rows) * -(-last * bits // 8):
+        return None
+    return _fields(packed.reshape(*rows, -1), bits)[..., :last].reshape(*whole, 1)
+
+
+def _unturned(site: Site, read: Read) -> bool:
+    """Whether the bytes lie as they are documented: without ``weights_prepacked`` the same graph may be one for CUDA.
+
+    There the default means [experts, K, bytes of N], which is told by the rows that have scales, but for K = N.
+    """
+    if attribute(site.node, "weights_prepacked", -1) == 0 or site.operand.shape[1] != site.operand.shape[2]:
+        return True
+    stacks = ((at, _read(site, at, read), _read(site, at + 1, read)) for at in STACKS["QMoE"])
+    told = [
+        codes.shape[1] == scales.shape[1]
+        for at, codes, scales in stacks
+        if codes is not None
+        and scales is not None
+        and codes.ndim == 3
+        and scales.ndim > 1
+        and codes.shape[1] * expert_bits(site.node, at) != codes.shape[2] * 8
+    ]
+    return bool(told) and all(told)
+
+
 def _table(site: Site, read: Read) -> Codes | None:
     """GatherBlockQuantized: a scale for every run of ``block_size`` along one axis (onnxruntime 1.32)."""
     node = site.node
@@ -149,6 +205,7 @@ def _table(site: Site, read: Read) -> Codes | None:
 _RULES: Mapping[str, Callable[[Site, Read], Codes | None]] = {
     "com.microsoft.MatMulNBits": _blocks,
     "com.microsoft.GatherBlockQuantized": _table,
+    "com.microsoft.QMoE": _experts,
 }
 
 _UNKNOWN = frozenset({"com.microsoft.MatMulBnb4"})

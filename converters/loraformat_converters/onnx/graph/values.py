@@ -21,6 +21,7 @@ from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.model import FLOATS, array
 from loraformat_converters.onnx.graph.operators import meaning
 from loraformat_converters.onnx.graph.scopes import STANDARD
+from loraformat_converters.onnx.graph.site import Order
 from loraformat_converters.onnx.graph.trace import trace
 from loraformat_converters.onnx.graph.unpack import Codes, readable, unpacked
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Values", "fingerprint"]
 
 _MOVES = frozenset({"Identity", "Transpose"})
+_LEAVES = frozenset({"Cast", "Unsqueeze", "Reshape"})
 _SPREADS = frozenset({"Sub", "Mul", "Add", "Div"})
 _COMPUTES = _MOVES | _SPREADS | {"Cast", "DequantizeLinear", "QuantizeLinear", "Reshape"}
 """The operators that dequantisation is made of."""
@@ -100,11 +102,11 @@ class Values:
         node = self.producers.get(name)
         return node if node is not None and node.op_type in _COMPUTES and node.domain in STANDARD else None
 
-    def sketch(self, site: Site) -> Array | None:
-        """The sketch of the matrix; None where it has none."""
-        key = self.key(site)
+    def sketch(self, site: Site, order: Order = None) -> Array | None:
+        """The sketch of the matrix; None where it has none. ``order``: of its rows, where it is not the only one."""
+        key = (self.key(site), order)
         if key not in self._sketches:
-            found = self._as_named(site)
+            found = self._as_named(site, order)
             self._sketches[key] = None if found is None else sketch(*found)
         return self._sketches[key]
 
@@ -116,18 +118,18 @@ class Values:
             self._runs[key] = {} if found is None else sketches(found[1].to_matrix(found[0]), rows, step)
         return self._runs[key]
 
-    def fingerprint(self, site: Site) -> str | None:
+    def fingerprint(self, site: Site, order: Order = None) -> str | None:
         """The fingerprint of the matrix in the dtype in which it is stored; None for a quantised one."""
-        key = self.key(site)
+        key = (self.key(site), order)
         if key not in self._fingerprints:
-            found = self._as_named(site) if self._direct(site) else None
+            found = self._as_named(site, order) if self._direct(site) else None
             self._fingerprints[key] = None if found is None else fingerprint(found[1].to_matrix(found[0]))
         return self._fingerprints[key]
 
     def _direct(self, site: Site) -> bool:
-        """Whether the weight is a stored float tensor, turned or cast at most."""
-        moved = all(node.op_type in _MOVES or node.op_type in ("Cast", "Unsqueeze") for node in site.chain)
-        return site.root.data_type in FLOATS and moved
+        """Whether the weight is a stored float tensor, turned or cast at most, or with axes that are one now."""
+        moved = all(node.op_type in _MOVES or node.op_type in _LEAVES for node in site.chain)
+        return site.root.data_type in FLOATS and moved and not site.sealed
 
     def read(self, site: Site) -> tuple[Array, Placement] | None:
         """The weight and how [out, in] lies in it; None where it cannot be computed."""
@@ -142,15 +144,16 @@ class Values:
         place = _laid(site, value.shape) if value is not None else None
         return (value, place) if value is not None and place is not None else None
 
-    def _as_named(self, site: Site) -> tuple[Array, Placement] | None:
+    def _as_named(self, site: Site, order: Order = None) -> tuple[Array, Placement] | None:
         """The weight with its rows in the order in which the module has them that a target names."""
-        found = self.read(site)
-        if found is None or site.permute is None:
+        found, order = self.read(site), order or site.permute
+        if found is None or order is None:
             return found
         value, place = found
         matrix = place.to_matrix(value)
-        gates = matrix.reshape(site.operand.shape[0], len(site.permute), -1, matrix.shape[-1])
-        return gates[:, np.argsort(site.permute)].reshape(matrix.shape), Placement(matrix.shape, (0,), (1,))
+        gates = matrix.reshape(site.operand.shape[0], len(order), -1, matrix.shape[-1])
+        named, rank = gates[:, np.argsort(order)].reshape(matrix.shape), matrix.ndim
+        return named, Placement(matrix.shape, (rank - 2,), (rank - 1,), tuple(range(rank - 2)))
 
     def codes(self, site: Site) -> Codes | None:
         """The codes of a weight whose operator takes them; None where they are packed in another way than is known."""

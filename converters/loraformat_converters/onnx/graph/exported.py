@@ -1,0 +1,40 @@
+"""What torch's exporter (2.13, dynamo) writes on a node: the module that it is of, and the parameter that it takes."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import onnx
+
+__all__ = ["module", "parameter"]
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_FX = "pkg.torch.onnx.fx_node"
+_PARAMETER = re.compile(r"args = \(%p_(\w+),")
+"""How torch.fx spells a parameter as the first argument: its path, with underscores for dots."""
+
+
+def module(node: onnx.NodeProto) -> str | None:
+    """The path of the module, from a Python list of the scopes around the operator, itself last."""
+    text = _written(node, _SCOPES)
+    if text is None:
+        return None
+    try:
+        scopes = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if not isinstance(scopes, list) or len(scopes) < 2 or not isinstance(scopes[-2], str):
+        return None
+    return scopes[-2] or None
+
+
+def parameter(node: onnx.NodeProto) -> str | None:
+    """The module's own name of the parameter that comes first; None where it is not one of that module."""
+    path, found = module(node), _PARAMETER.search(_written(node, _FX) or "")
+    own = f"{path.replace('.', '_')}_" if path else ""
+    return found[1].removeprefix(own) if found and own and found[1].startswith(own) else None
+
+
+def _written(node: onnx.NodeProto, key: str) -> str | None:
+    return next((p.value for p in node.metadata_props if p.key == key), None)
