@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.fingerprint import Finder
+from loraformat_converters.onnx.finding.folded import require_own_values
 from loraformat_converters.onnx.finding.names import modules_of, same_module
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.witness import Names, Witness, map_stub
@@ -78,6 +79,7 @@ def _agree(index: Index, key: str, said: Sequence[Witness]) -> Found:
     if len(roots) > 1:
         what = f"{'; '.join(map(str, said))} means {len(roots)} weights: {', '.join(roots)}"
         raise fault("LF-603", what, where=key, fix=map_stub(key))
+    require_own_values(key, common[0], said)
     if all(witness.rung in _OF_TENSORS and witness.by != "user" for witness in said):
         _require_one_module(key, common)
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
