@@ -56,9 +56,7 @@ def climb(
     ambiguous: list[Problem] = []
     for key, update in adapter.items():
         try:
-            said = names.of(key, embedding=update.op == "embedding")
-            seen = finder.look(key, [site for witness in said for site in witness.sites])
-            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows) for s in seen]
+            said = names.own(key) or _said(names, finder, key, embedding=update.op == "embedding")
             if not said:
                 raise names.silence(key, finder.silence(key))
             found[key] = _agree(index, key, said)
@@ -67,6 +65,13 @@ def climb(
             into += error.problems
     _one_target_each(found, ambiguous)
     return found, unresolved, ambiguous
+
+
+def _said(names: Names, finder: Finder, key: str, *, embedding: bool) -> list[Witness]:
+    """What names say of a target, then values."""
+    said = names.of(key, embedding=embedding)
+    seen = finder.look(key, [site for witness in said for site in witness.sites])
+    return said + [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows) for s in seen]
 
 
 def _agree(index: Index, key: str, said: Sequence[Witness]) -> Found:

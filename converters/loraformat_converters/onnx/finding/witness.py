@@ -47,6 +47,7 @@ class Names:
     def __init__(self, index: Index, adapter: Adapter, hints: Hints, part: Part | None = None) -> None:
         self.index, self.hints = index, hints
         self.tables = {rung: _table(index.sites, rung) for rung in RUNGS}
+        self.copies = {key: site for site in index.sites if (key := own_copy(site.root_name))}
         spoken = adapter.names == TORCH  # in another name space the same words may mean something else
         self.aligned = {
             rung: _aligned(adapter, table, part) if spoken else Alignment() for rung, table in self.tables.items()
@@ -66,6 +67,12 @@ class Names:
             if name is not None:
                 said.append(self._witness(rung, name, rule=self.aligned[rung].rule))
         return _of_kind(said, embedding)
+
+    def own(self, key: str) -> list[Witness]:
+        """The copy that an earlier merge made for a target is its weight, whatever else goes by the old name or looks like it."""
+        site = self.copies.get(key)
+        sites = self.index.uses(site.root_name) if site else []
+        return [Witness("initializer", key, tuple(sites))] if sites else []
 
     def silence(self, key: str, seen: str) -> LoraFormatError:
         """Why no witness speaks: LF-603 where names fit in several ways, else LF-602 with the nearest names."""
@@ -121,15 +128,12 @@ def map_stub(key: str) -> str:
 
 
 def _table(sites: Sequence[Site], rung: str) -> dict[str, list[Site]]:
-    """Name → sites. The copy that a merge made for a target is its weight, whatever else goes by the old name."""
-    stored: dict[str, list[Site]] = {}
-    copied: dict[str, list[Site]] = {}
+    """Name → sites."""
+    table: dict[str, list[Site]] = {}
     for site in sites:
-        name = parameter_of(site, rung)
-        if name is not None:
-            own = rung == "initializer" and own_copy(site.root_name)
-            (copied if own else stored).setdefault(name, []).append(site)
-    return {**stored, **copied}
+        if (name := parameter_of(site, rung)) is not None:
+            table.setdefault(name, []).append(site)
+    return table
 
 
 def _aligned(adapter: Adapter, table: Mapping[str, Sequence[Site]], part: Part | None) -> Alignment:
