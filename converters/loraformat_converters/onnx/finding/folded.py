@@ -27,8 +27,11 @@ _FOLDING = re.compile(r"FuseBatchNorm|ConvAffine|AffineConv")
 _REWRITTEN = re.compile(r"node_Conv(Transpose)?_\d+")
 """How it calls a convolution that it wrote anew, for a normalisation or a padding: metadata says which, and tools drop it."""
 
-_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|MatMulBnFusion)_.*|onnx::Conv(Transpose)?_\d+|_v_\d+")
-"""How ONNX Runtime (1.32), TorchScript (2.13) and onnxsim (0.8) call what they compute of a weight that had a name."""
+_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|MatMulBnFusion)_.*")
+"""How ONNX Runtime (1.32) calls what it computes of a weight."""
+
+_RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
+"""How TorchScript (2.13) and onnxsim (0.8) call it. A torch module's weight has a name where nothing was computed of it."""
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"})
 
@@ -67,11 +70,12 @@ def _unproved(site: Site, said: Sequence[Witness]) -> str:
     """Why the values of a convolution may have been changed."""
     if site.node.op_type not in _CONVOLUTIONS:
         return ""
-    if _REWRITTEN.fullmatch(site.node.name) and not site.node.metadata_props and site.bias:
+    alike = [witness.cosine for witness in said if witness.rung == "sketch"]
+    named = len(alike) < len(said)
+    if named and _RENAMED.fullmatch(names_of(site, "initializer") or ""):
+        return f"its {site.parameter} lost its name and is {site.root_name}: a batch normalisation was folded into it"
+    if alike and max(alike) < _SAME:
+        return f"its {site.parameter} is like W (cosine {max(alike):.3f}) and not W: a batch normalisation may be folded into it"
+    if not alike and _REWRITTEN.fullmatch(site.node.name) and not site.node.metadata_props and site.bias:
         return "the exporter wrote it anew: a batch normalisation may be folded into it"
-    seen = max((witness.cosine for witness in said if witness.rung == "sketch"), default=1.0)
-    if seen < _SAME:
-        return (
-            f"its {site.parameter} is like W (cosine {seen:.3f}) and not W: a batch normalisation may be folded into it"
-        )
     return ""
