@@ -80,7 +80,7 @@ class Names:
             if rivals := self.aligned[rung].rivals:
                 what = f"{rung} fits in {len(rivals)} ways: {', '.join(rivals)}"
                 return fault("LF-603", what, where=key, fix=map_stub(key))
-        spoken = ", ".join(f"{len(table)} {rung}s" for rung, table in self.tables.items() if table)
+        spoken = ", ".join(f"{len(table)} by {rung}" for rung, table in self.tables.items() if table)
         close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
         what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
         if self.index.compiled:
