@@ -415,3 +415,26 @@ def test_the_copy_that_a_merge_made_is_found_under_a_prefix_and_beside_its_twin(
         assert verify(graphs, given, open_base(tmp_path / "merged.onnx"), hints).problems == []
     found = stored(tmp_path / "merged.onnx")
     assert np.array_equal(found["lora/q.bias/weight"], biases["q.bias"]["replace"].replace)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "laid"),
+    [
+        ('{"model_type": "bert"}', "h.0.c_fc", "out,in"),
+        ('{"model_type": "gpt2"}', "h.0.c_fc", "in,out"),
+        ("", "h.0.c_fc", None),
+    ],
+    ids=["a Linear", "a Conv1D", "a checkpoint that does not say"],
+)
+def test_a_square_tensor_that_replaces_another_lies_as_the_base_says(config, module, laid, tmp_path):
+    weight, new = normal(6, 6), normal(6, 6, seed=1)
+    stored_so = weight.T.copy() if laid == "in,out" else weight
+    base = checkpoint(tmp_path, config, **{f"{module}.weight": stored_so})
+    made = two(normal(6, 6, seed=2), weight.T, names=("n0", f"/{module.replace('.c_fc', '/c_fc')}/MatMul"))
+    given = {f"{module}.weight": lf.Update((lf.Replace(new.T.copy() if laid == "in,out" else new),))}
+    if laid is None:
+        assert refusal(made, given, tmp_path, base=base).rule == "LF-604"
+        return
+    graphs = open_base(save(made, tmp_path / "base.onnx"))
+    merge(adapter(given), graphs, tmp_path / "merged.onnx", hints=lf.Hints(base=base))
+    assert np.array_equal(stored(tmp_path / "merged.onnx")["w1"], new.T)
