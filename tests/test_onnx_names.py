@@ -331,3 +331,14 @@ def test_one_module_with_its_weight_in_copies_changes_in_all_and_with_others_in_
     assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     with pytest.raises(LoraFormatError, match="LF-608"):
         attach({"a": given}, base, tmp_path / "swap.onnx", mode="swap")
+
+
+def test_a_sequentials_children_have_its_name_twice_in_their_nodes(tmp_path):
+    """As torchvision's networks export by TorchScript; where another node has that name, it keeps it."""
+    made = chain("/m/ff/ff.0/MatMul", "/m/h.1/h.1.1/h.1.1.0/MatMul", "/m/h.1/h.1.0/MatMul", "/m/q/MatMul")
+    found, problems = resolve(made, ["ff.0.weight", "h.1.1.0.weight", "h.1.0.weight", "q.weight"], tmp_path)
+    assert found == {"ff.0.weight": {"w0"}, "h.1.1.0.weight": {"w1"}, "h.1.0.weight": {"w2"}, "q.weight": {"w3"}}
+    assert problems == []
+    made = chain("/ff/ff.0/MatMul", "/ff.0/MatMul")
+    found, problems = resolve(made, ["ff.0.weight", "ff.ff.0.weight"], tmp_path)
+    assert (found, problems) == ({"ff.0.weight": {"w1"}, "ff.ff.0.weight": {"w0"}}, [])

@@ -11,7 +11,7 @@ from loraformat.names import nearest
 from loraformat.naming.spaces import TORCH
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.align import Alignment, align, under
-from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of
+from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of, second_reading
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.graph.index import Index, Site
 
@@ -128,12 +128,15 @@ def map_stub(key: str) -> str:
 
 
 def _table(sites: Sequence[Site], rung: str) -> dict[str, list[Site]]:
-    """Name → sites."""
-    table: dict[str, list[Site]] = {}
+    """Name → sites; under a second reading of a node's name, where no other site has that."""
+    first: dict[str, list[Site]] = {}
+    second: dict[str, list[Site]] = {}
     for site in sites:
         if (name := parameter_of(site, rung)) is not None:
-            table.setdefault(name, []).append(site)
-    return table
+            first.setdefault(name, []).append(site)
+            if (other := second_reading(site, rung)) is not None:
+                second.setdefault(other, []).append(site)
+    return {**second, **first}
 
 
 def _aligned(adapter: Adapter, table: Mapping[str, Sequence[Site]], part: Part | None) -> Alignment:
