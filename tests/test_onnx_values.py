@@ -438,3 +438,18 @@ def test_a_square_tensor_that_replaces_another_lies_as_the_base_says(config, mod
     graphs = open_base(save(made, tmp_path / "base.onnx"))
     merge(adapter(given), graphs, tmp_path / "merged.onnx", hints=lf.Hints(base=base))
     assert np.array_equal(stored(tmp_path / "merged.onnx")["w1"], new.T)
+
+
+def test_that_a_head_takes_the_tokens_of_its_table_is_said(tmp_path):
+    table = normal(9, 5)
+    made = graph(
+        """g (int64[N] ids) => (float[N,9] y) { t = Gather(table, ids)  ["/head/MatMul"] y = MatMul(t, head) }""",
+        head=table.T,
+        table=table,
+    )
+    made.graph.initializer[1].name = made.graph.node[0].input[0] = "e.weight"
+    tokens = lf.Rows(normal(2, 5, seed=1), np.array([2, 7]))
+    given = lf.Adapter({"e.weight": lf.Update((tokens,), lf.Placement((9, 5), (1,), (0,)), op="embedding")})
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    plan = prepare("merge", [("a", given)], base, Options(tmp_path / "out.onnx"))
+    assert "e.weight: /head/MatMul has the same values and changes too, as in transformers' models" in plan.notes
