@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import test_onnx_folded as folded
 import test_onnx_folder as folders
 import test_onnx_names as names
 import test_onnx_values as values
@@ -11,7 +12,7 @@ from mutants import net
 
 import loraformat as lf
 from loraformat_converters.onnx import folder
-from loraformat_converters.onnx.finding import part, together, witness
+from loraformat_converters.onnx.finding import ladder, part, together, witness
 from loraformat_converters.onnx.finding.align import Alignment
 from loraformat_converters.onnx.finding.doubt import Doubts
 from loraformat_converters.onnx.finding.fingerprint import Finder
@@ -45,6 +46,8 @@ CHECKS = {
     "a part without names": exported(folders.test_a_part_without_names_is_not_passed_over),
     "one name for two weights": folders.test_one_name_for_two_weights_in_two_parts_means_neither,
     "words of a file's name": folders.test_a_files_name_is_matched_by_whole_words,
+    "a normalisation in a weight": folded.test_a_normalisation_that_onnx_runtime_folds_offline_is_seen,
+    "values that are like W": folded.test_equal_values_prove_a_weight_without_a_name_and_like_ones_do_not,
     "two text encoders": folders.test_a_component_is_not_another_one_that_has_the_same_names,
 }
 
@@ -144,7 +147,13 @@ def components_are_ignored(patch):
     patch.setattr(folder.OnnxFolder, "_shared_out", everywhere)
 
 
+def a_name_proves_the_values(patch):
+    patch.setattr(ladder, "require_own_values", lambda *said: None)
+
+
 MUTANTS = [
+    (a_name_proves_the_values, "a normalisation in a weight"),
+    (a_name_proves_the_values, "values that are like W"),
     (a_transpose_is_accepted, "a square weight by its sketch"),
     (the_base_is_compared_as_it_is_stored, "a square weight by the base"),
     (the_first_twin_is_taken, "equal twins"),

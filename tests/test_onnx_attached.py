@@ -419,6 +419,19 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_what_was_folded_beforehand_is_proved_by_running_it(run, files):
+    done = run("attach", "a.safetensors", "--to", "m.onnx", "-o", "out.onnx", "--prefold", "--verify")
+    assert (done.code, "≤ 1e-05 at y" in done.err) == (0, True)
+
+
+def test_of_a_model_that_draws_at_random_only_the_weights_are_proved(run, files):
+    text = MODEL.replace("s = Add(t, k)", "noise = RandomNormalLike(t)  drawn = Add(t, noise)  s = Add(drawn, k)")
+    save(model(text), files / "m.onnx")
+    done = run("attach", "a.safetensors", "--to", "m.onnx", "-o", "out.onnx", "--verify")
+    assert (done.code, "draws at random" in done.err) == (1, True)
+    assert run("verify", "--base", "m.onnx", "--adapter", "a.safetensors", "--merged", "out.onnx").code == 0
+
+
 def test_the_way_there_and_back(run, files):
     done = run("attach", "a.safetensors", "--to", "m.onnx", "-o", "out.onnx", "--verify")
     assert (done.code, "max rel err" in done.err, "≤ 1e-05 at y" in done.err) == (0, True, True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import adapter, lora, model, save, stored
+from graphs import adapter, lora, model, run, save, stored
 
 from loraformat import Adapter, Hints, LoraFormatError, Placement, Update
 from loraformat.base import Options
 from loraformat.parts import Delta
 from loraformat.registry import open_base
 from loraformat.verbs.init import init
-from loraformat.verbs.merge import merge, prepare
+from loraformat.verbs.merge import attach, merge, prepare
 from loraformat_converters.onnx.finding.align import align
 
 
@@ -306,3 +306,39 @@ def test_a_numbered_wrapper_is_seen_through_where_several_layered_names_fit():
     wanted = ["layer.0.q", "layer.1.k"]
     assert align(wanted, names).names == {name: f"0.auto_model.{name}" for name in wanted}
     assert align(["q", "k"], names).names == {}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_module_with_its_weight_in_copies_changes_in_all_and_with_others_in_none(same, tmp_path):
+    """A module that is called three times, as dynamo exports it: a weight a call, of one value."""
+    made = scoped(chain("n0", "n1", "n2"), "enc.q", "enc.q", "enc.k")
+    if same:
+        made.graph.initializer[1].raw_data = made.graph.initializer[0].raw_data
+    found, problems = resolve(made, ["enc.q.weight"], tmp_path)
+    assert found == ({"enc.q.weight": {"w0", "w1"}} if same else {})
+    assert [problem.rule for problem in problems] == ([] if same else ["LF-603"])
+    if not same:
+        return
+    given, base = adapter({"enc.q.weight": (6, 6)}), open_base(tmp_path / "base.onnx")
+    merge(given, base, tmp_path / "merged.onnx")
+    attach(given, base, tmp_path / "attached.onnx")
+    delta = given["enc.q.weight"].matrix()
+    old, new = stored(tmp_path / "base.onnx"), stored(tmp_path / "merged.onnx")
+    for name in ("w0", "w1"):
+        assert np.allclose(new[name], old[name] + delta.T, atol=1e-6)
+    assert np.array_equal(new["w2"], old["w2"])
+    (ours,), (theirs,) = (run(tmp_path / f"{name}.onnx").values() for name in ("attached", "merged"))
+    assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LoraFormatError, match="LF-608"):
+        attach({"a": given}, base, tmp_path / "swap.onnx", mode="swap")
+
+
+def test_a_sequentials_children_have_its_name_twice_in_their_nodes(tmp_path):
+    """As torchvision's networks export by TorchScript; where another node has that name, it keeps it."""
+    made = chain("/m/ff/ff.0/MatMul", "/m/h.1/h.1.1/h.1.1.0/MatMul", "/m/h.1/h.1.0/MatMul", "/m/q/MatMul")
+    found, problems = resolve(made, ["ff.0.weight", "h.1.1.0.weight", "h.1.0.weight", "q.weight"], tmp_path)
+    assert found == {"ff.0.weight": {"w0"}, "h.1.1.0.weight": {"w1"}, "h.1.0.weight": {"w2"}, "q.weight": {"w3"}}
+    assert problems == []
+    made = chain("/ff/ff.0/MatMul", "/ff.0/MatMul")
+    found, problems = resolve(made, ["ff.0.weight", "ff.ff.0.weight"], tmp_path)
+    assert (found, problems) == ({"ff.0.weight": {"w1"}, "ff.ff.0.weight": {"w0"}}, [])

@@ -14,6 +14,7 @@ from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.sketch import sketch
 from loraformat.verbs.merge import merge, prepare
+from loraformat.verbs.verify import verify
 
 LINEAR = lf.Placement((8, 6), (0,), (1,))
 
@@ -375,3 +376,80 @@ def test_the_base_is_given_on_the_command_line(run, tmp_path):
     assert run("bind", "a.safetensors", "--base", source, "-o", "bound.safetensors").code == 0
     assert "by sketch" in run("merge", "bound.safetensors", "--into", "base.onnx", "-o", "s.onnx").err
     np.testing.assert_array_equal(stored(tmp_path / "s.onnx")["w1"], stored(tmp_path / "m.onnx")["w1"])
+
+
+# What a merge leaves is found again.
+
+
+def test_a_weight_that_went_by_its_values_is_verified_after_they_changed(tmp_path):
+    """ΔW is three times W: nothing of the merged graph is like the base's weight, and no name says which it is."""
+    k, other = normal(8, 6), normal(8, 6, seed=1)
+    base = checkpoint(tmp_path, **{"enc.k.weight": k})
+    graphs = open_base(save(two(other.T, k.T), tmp_path / "base.onnx"))
+    given = adapter({"enc.k.weight": lora(8, 6, alpha=9.0)})
+    merge(given, graphs, tmp_path / "merged.onnx", hints=lf.Hints(base=base))
+    hints = lf.Hints(base=base)
+    assert verify(graphs, given, open_base(tmp_path / "merged.onnx"), hints).problems == []
+    wrong = onnx.load(tmp_path / "merged.onnx")
+    next(t for t in wrong.graph.initializer if t.name == "w1").CopyFrom(numpy_helper.from_array(k.T.copy(), "w1"))
+    told = verify(graphs, given, open_base(save(wrong, tmp_path / "wrong.onnx")), hints).problems
+    assert [p.rule for p in told] == ["LF-611"]
+    assert "not applied" in told[0].what
+
+
+def test_the_copy_that_a_merge_made_is_found_under_a_prefix_and_beside_its_twin(tmp_path):
+    """Zero biases of one size are one tensor, named after one of its modules; the base has all of them."""
+    zeros = np.zeros(8, np.float32)
+    text = """g (float[N,6] x) => (float[N,8] y) {
+      ["/m/p/MatMul"] a = MatMul(x, w0)  ["/m/p/Add"] b = Add(a, zero)
+      ["/m/q/MatMul"] c = MatMul(x, w1)  ["/m/q/Add"] d = Add(c, zero)  y = Mul(b, d) }"""
+    made = graph(text, w0=normal(6, 8), w1=normal(6, 8, seed=1), **{"m.p.bias": zeros})
+    for adding in (made.graph.node[1], made.graph.node[3]):
+        adding.input[1] = "m.p.bias"
+    graphs = open_base(save(made, tmp_path / "base.onnx"))
+    biases = {f"{name}.bias": lf.Update((lf.Replace(normal(8, seed=i + 2)),)) for i, name in enumerate("pq")}
+    given = adapter({"p.weight": (8, 6), **biases})
+    base = checkpoint(tmp_path, **{"p.bias": zeros, "q.bias": zeros, "p.weight": normal(6, 8).T.copy()})
+    for hints in (lf.Hints(), lf.Hints(base=base)):
+        merge(given, graphs, tmp_path / "merged.onnx", hints=hints, force=True)
+        assert verify(graphs, given, open_base(tmp_path / "merged.onnx"), hints).problems == []
+    found = stored(tmp_path / "merged.onnx")
+    assert np.array_equal(found["lora/q.bias/weight"], biases["q.bias"]["replace"].replace)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "laid"),
+    [
+        ('{"model_type": "bert"}', "h.0.c_fc", "out,in"),
+        ('{"model_type": "gpt2"}', "h.0.c_fc", "in,out"),
+        ("", "h.0.c_fc", None),
+    ],
+    ids=["a Linear", "a Conv1D", "a checkpoint that does not say"],
+)
+def test_a_square_tensor_that_replaces_another_lies_as_the_base_says(config, module, laid, tmp_path):
+    weight, new = normal(6, 6), normal(6, 6, seed=1)
+    stored_so = weight.T.copy() if laid == "in,out" else weight
+    base = checkpoint(tmp_path, config, **{f"{module}.weight": stored_so})
+    made = two(normal(6, 6, seed=2), weight.T, names=("n0", f"/{module.replace('.c_fc', '/c_fc')}/MatMul"))
+    given = {f"{module}.weight": lf.Update((lf.Replace(new.T.copy() if laid == "in,out" else new),))}
+    if laid is None:
+        assert refusal(made, given, tmp_path, base=base).rule == "LF-604"
+        return
+    graphs = open_base(save(made, tmp_path / "base.onnx"))
+    merge(adapter(given), graphs, tmp_path / "merged.onnx", hints=lf.Hints(base=base))
+    assert np.array_equal(stored(tmp_path / "merged.onnx")["w1"], new.T)
+
+
+def test_that_a_head_takes_the_tokens_of_its_table_is_said(tmp_path):
+    table = normal(9, 5)
+    made = graph(
+        """g (int64[N] ids) => (float[N,9] y) { t = Gather(table, ids)  ["/head/MatMul"] y = MatMul(t, head) }""",
+        head=table.T,
+        table=table,
+    )
+    made.graph.initializer[1].name = made.graph.node[0].input[0] = "e.weight"
+    tokens = lf.Rows(normal(2, 5, seed=1), np.array([2, 7]))
+    given = lf.Adapter({"e.weight": lf.Update((tokens,), lf.Placement((9, 5), (1,), (0,)), op="embedding")})
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    plan = prepare("merge", [("a", given)], base, Options(tmp_path / "out.onnx"))
+    assert "e.weight: /head/MatMul has the same values and changes too, as in transformers' models" in plan.notes

@@ -102,6 +102,7 @@ ORDER = (
         "verbs.anatomy",
         "verbs.cause",
         "verbs.numbers",
+        "verbs.touched",
         "verbs.verify",
         "verbs.adapt",
         "verbs.retarget",

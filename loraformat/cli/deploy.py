@@ -233,7 +233,9 @@ def _carry_out(asked: _Asked) -> None:
             click.echo(f"note: {note}", err=True)
     with progress_bar(asked.verb, plan.writes, quiet=asked.as_json):
         outcome = base.apply(plan, force=asked.force)
-    held = asked.mode != "swap"  # what is fed is in no model: it is proved by running alone
+    held = (
+        asked.mode != "swap" and not asked.prefold
+    )  # what is fed or folded is in no model: it is proved by running alone
     verdict = _read_again(base, plan, stated) if asked.verify and held else None
     proof = prove(base, plan, asked.inputs) if asked.verify and "prove" in base.verbs else None
     holds = not (verdict is not None and verdict.problems) and (proof is None or proof.holds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,13 +21,13 @@ from loraformat.strength import weighed
 from loraformat.tiles import applied, prepared, read_runs
 from loraformat.verbs.cause import NOT_APPLIED, cause
 from loraformat.verbs.numbers import Compared, bits, compare_numbers, square_of
+from loraformat.verbs.touched import Touched, gather
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
     from loraformat.base import Base, Graph, Parameter
-    from loraformat.resolve import Match
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -53,20 +53,6 @@ class Verdict:
     problems: list[Problem] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Touched:
-    """A weight that changes: its name in the base and in the result, and what is applied, in order.
-
-    ``tie``: what says that it is another module's tensor too, where that is why it changes.
-    """
-
-    before: str
-    after: str
-    keys: list[str] = field(default_factory=list)
-    updates: list[Update] = field(default_factory=list)
-    tie: str = ""
-
-
 @one_blas_thread()
 def verify(
     base: Base, adapter: Adapter | Sequence[tuple[Adapter, float]], merged: Base, hints: Hints | None = None
@@ -79,9 +65,9 @@ def verify(
     hints = hints or Hints()
     if "extract" in merged.verbs and (attached := cast("Graph", merged)).attached:
         return _attached(base, [one for _, one in weighed(adapter)], attached)
-    weights: dict[str, _Touched] = {}
+    weights: dict[str, Touched] = {}
     for _, one in weighed(adapter):
-        _gather(base, one, merged, hints, weights)
+        gather(base, one, merged, hints, weights)
     old, new = base.parameters(), merged.parameters()
     compared = {
         name: _compare(base, old.get(weight.before), merged, new.get(weight.after), weight)
@@ -101,7 +87,7 @@ def verify(
     return Verdict(touched, len(same), problems)
 
 
-def _told(weights: Mapping[str, _Touched], compared: Mapping[str, Compared]) -> Iterator[Problem]:
+def _told(weights: Mapping[str, Touched], compared: Mapping[str, Compared]) -> Iterator[Problem]:
     """What is wrong with each weight; one that was left out among others that were not is called skipped."""
     applied_elsewhere = any(one.mistake != NOT_APPLIED for one in compared.values())
     for name, weight in weights.items():
@@ -135,33 +121,6 @@ def _torn(merged: Base, new: Mapping[str, Parameter], changed: Collection[str]) 
             yield Problem("LF-611", what, head, "tie_word_embeddings must be false in config.json")
 
 
-def _gather(base: Base, adapter: Adapter, merged: Base, hints: Hints, weights: dict[str, _Touched]) -> None:
-    before = base.resolve(adapter, hints).require()
-    # Rows of a packed weight, gates in another order, and what a checkpoint stores the other way round, are found in the result
-    # as they were in the base: by the update as it is.
-    placed = {
-        key: adapter[key] if _as_it_is(first) else first.turned(adapter[key])
-        for key, (first, *_) in before.targets.items()
-    }
-    after = merged.resolve(replace(adapter, targets=placed), hints).require()
-    old, new = base.parameters(), merged.parameters()
-    for key, places in before.targets.items():
-        results = list(dict.fromkeys(m.called(new.keys()) for m in after.targets[key]))
-        sources = {m.called(old.keys()): m for m in reversed(places)}
-        for i, (source, match) in enumerate(reversed(sources.items())):
-            # Of a tie that the merge ended, the other end goes by its own name.
-            weight = weights.setdefault(source, _Touched(source, results[i] if i < len(results) else source))
-            weight.keys.append(key)
-            weight.updates.append(match.turned(adapter[key]))
-            weight.tie = weight.tie or next((e for e in match.evidence[:1] if e.startswith("tied: ")), "").removeprefix(
-                "tied: "
-            )
-
-
-def _as_it_is(place: Match) -> bool:
-    return bool(place.rows or place.permute or (place.parameter and not place.node))
-
-
 def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict:
     """An attached model is right where it holds the adapters bit for bit, and is the base without them."""
     if "extract" not in base.verbs:
@@ -181,7 +140,7 @@ def _attached(base: Base, adapters: Sequence[Adapter], merged: Graph) -> Verdict
     return Verdict({key: 0.0 for one in adapters for key in one}, sum(not why for why in differ.values()), problems)
 
 
-def _compare(base: Base, before: Parameter | None, merged: Base, after: Parameter | None, weight: _Touched) -> Compared:
+def _compare(base: Base, before: Parameter | None, merged: Base, after: Parameter | None, weight: Touched) -> Compared:
     updates = weight.updates
     if found := compare_numbers(base, weight.before, merged, weight.after, updates):
         return found

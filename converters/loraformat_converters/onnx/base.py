@@ -36,7 +36,7 @@ from loraformat_converters.onnx.changing.requantised import kept
 from loraformat_converters.onnx.changing.rewriting import Rewriting, tag
 from loraformat_converters.onnx.changing.slotted import slotted
 from loraformat_converters.onnx.changing.spots import by_tensor, every_change, gathered, spots
-from loraformat_converters.onnx.changing.told import notes, prefixes, step
+from loraformat_converters.onnx.changing.told import notes, prefixes, step, ties
 from loraformat_converters.onnx.finding.names import names_of
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.resolving import resolved
@@ -161,7 +161,12 @@ class OnnxBase:
             raise LoraFormatError(problems)
         data = [d for spot in places if (d := written_data(spot))] if verb == "merge" else []
         storage = Storage(self.model, self.path, options.out, data, tag(jobs))
-        said = (*prefixes(jobs), *notes(verb, places), *(notes_of_mode(places, jobs, options) if attaches else ()))
+        said = (
+            *prefixes(jobs),
+            *ties(jobs),
+            *notes(verb, places),
+            *(notes_of_mode(places, jobs, options) if attaches else ()),
+        )
         if storage.copied:
             said += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
         graph = self.path.stat().st_size

@@ -98,10 +98,10 @@ def gathered(jobs: Sequence[Job]) -> dict[tuple[Site, ...], list[Change]]:
 
 
 def _alike(places: Sequence[Match]) -> list[list[Match]]:
-    """The places that are changed together: a table and the head that is tied to it are read in two ways."""
+    """The places that are changed together: a table and the head that is tied to it are read in two ways, copies are apart."""
     groups: dict[object, list[Match]] = {}
     for match in places:
-        groups.setdefault(match.parameter, []).append(match)
+        groups.setdefault((match.parameter, match.handle.root_name), []).append(match)
     return list(groups.values())
 
 

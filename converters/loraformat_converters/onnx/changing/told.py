@@ -12,7 +12,7 @@ from loraformat_converters.onnx.finding.ladder import PREFIX
 if TYPE_CHECKING:
     from loraformat.plan import Job
 
-__all__ = ["notes", "prefixes", "step"]
+__all__ = ["notes", "prefixes", "step", "ties"]
 
 
 def step(verb: str, spot: Spot) -> str:
@@ -26,6 +26,15 @@ def prefixes(jobs: Sequence[Job]) -> list[str]:
     """What the targets' names and the graph's differ by."""
     evidence = (e for job in jobs for places in job.resolution.targets.values() for m in places for e in m.evidence)
     return [said for said in dict.fromkeys(evidence) if said.startswith(PREFIX)]
+
+
+def ties(jobs: Sequence[Job]) -> Iterator[str]:
+    """Which heads change with a table whose tokens were trained. Of a model that is not transformers' PEFT ties none (0.21.2)."""
+    for job in jobs:
+        for key, places in job.resolution.targets.items():
+            for match in places:
+                if match.evidence[0].startswith("tied: "):
+                    yield f"{key}: {match.node or match.weight} has the same values and changes too, as in transformers' models"
 
 
 def notes(verb: str, places: Sequence[Spot]) -> Iterator[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.fingerprint import Finder
-from loraformat_converters.onnx.finding.names import modules_of, same_module
+from loraformat_converters.onnx.finding.folded import require_own_values
+from loraformat_converters.onnx.finding.names import MODULES, modules_of, same_module
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.witness import Names, Witness, map_stub
 from loraformat_converters.onnx.graph.index import Index, Site
@@ -30,7 +31,7 @@ _OF_TENSORS = frozenset({"initializer", "fingerprint", "sketch"})
 
 @dataclass(frozen=True)
 class Found:
-    """The sites of one target, all uses of one stored weight by one module, and what says so.
+    """The sites of one target, all uses of one stored weight by one module, or of its copies, and what says so.
 
     ``confidence`` is 1.0, or the cosine where nothing but a sketch speaks; ``rows`` are those of the target, where the
     weight holds several; ``order`` how they stand there, where values told it.
@@ -57,12 +58,10 @@ def climb(
     ambiguous: list[Problem] = []
     for key, update in adapter.items():
         try:
-            said = names.of(key, embedding=update.op == "embedding")
-            seen = finder.look(key, [site for witness in said for site in witness.sites])
-            said += [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows, order=s.order) for s in seen]
+            said = names.own(key) or _said(names, finder, key, embedding=update.op == "embedding")
             if not said:
                 raise names.silence(key, finder.silence(key))
-            found[key] = _agree(index, key, said)
+            found[key] = _agree(index, values, key, said)
         except LoraFormatError as error:
             into = ambiguous if error.problems[0].rule in ("LF-603", "LF-609") else unresolved
             into += error.problems
@@ -70,23 +69,38 @@ def climb(
     return found, unresolved, ambiguous
 
 
-def _agree(index: Index, key: str, said: Sequence[Witness]) -> Found:
+def _said(names: Names, finder: Finder, key: str, *, embedding: bool) -> list[Witness]:
+    """What names say of a target, then values."""
+    said = names.of(key, embedding=embedding)
+    seen = finder.look(key, [site for witness in said for site in witness.sites])
+    return said + [Witness(s.rung, s.told, s.sites, cosine=s.cosine, rows=s.rows, order=s.order) for s in seen]
+
+
+def _agree(index: Index, values: Values, key: str, said: Sequence[Witness]) -> Found:
     """The sites that every witness means. A tensor's name means all its uses; a module's name only its own."""
     common = [site for site in said[0].sites if all(site in witness.sites for witness in said)]
     roots = sorted({site.root_name for site in common})
     if not common:
         told = "; ".join(f"{witness} → {witness.sites[0].node.name} ({witness.sites[0].root_name})" for witness in said)
         raise fault("LF-603", f"two witnesses disagree: {told}", where=key, fix=map_stub(key))
-    if len(roots) > 1:
+    if len(roots) > 1 and not _copies(values, common, said):
         what = f"{'; '.join(map(str, said))} means {len(roots)} weights: {', '.join(roots)}"
         raise fault("LF-603", what, where=key, fix=map_stub(key))
+    require_own_values(key, common[0], said)
     if all(witness.rung in _OF_TENSORS and witness.by != "user" for witness in said):
         _require_one_module(key, common)
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
-    sites = tuple(_calls(index.uses(common[0].root_name), common))
+    sites = tuple(site for root in roots for site in _calls(index.uses(root), common))
     rows = next((witness.rows for witness in said if witness.rows), None)
     order = next((witness.order for witness in said if witness.order), None)
     return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows, order)
+
+
+def _copies(values: Values, sites: Sequence[Site], said: Sequence[Witness]) -> bool:
+    """Whether a module has its weight in several copies: dynamo (torch 2.13) folds a turned one for each call of the module."""
+    one_module = any(witness.rung in MODULES and not witness.by for witness in said)
+    prints = {values.fingerprint(site) for site in sites}
+    return one_module and len(prints) == 1 and None not in prints
 
 
 def _require_one_module(key: str, sites: Sequence[Site]) -> None:

@@ -9,7 +9,7 @@ import onnx
 from loraformat_converters.onnx.graph import exported
 from loraformat_converters.onnx.graph.index import Site
 
-__all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "parameter_of", "same_module"]
+__all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "parameter_of", "same_module", "second_reading"]
 
 RUNGS = ("name_scopes", "initializer", "node_name")
 """In the order in which they are reported; where two speak, they must agree."""
@@ -44,6 +44,18 @@ def parameter_of(site: Site, rung: str) -> str | None:
     """The full name of the site's parameter, as one witness gives it: a module's operators use its parameters."""
     name = names_of(site, rung)
     return name if name is None or rung not in MODULES else f"{name}.{site.parameter}"
+
+
+def second_reading(site: Site, rung: str) -> str | None:
+    """What else the node's own name may call the parameter; None where it can be read in one way only.
+
+    TorchScript (torch 2.13) calls child 0 of a Sequential ``ff`` ``/ff/ff.0/``, and so it calls that of a ModuleList ``ff`` in
+    a module ``ff``.
+    """
+    first = names_of(site, rung) if rung == "node_name" else None
+    modules = site.node.name[1:].split("/")[:-1] if first else []
+    once = [m for m, child in zip(modules, [*modules[1:], "."], strict=False) if not child.startswith(f"{m}.")]
+    return f"{'.'.join(once)}.{site.parameter}" if len(once) < len(modules) else None
 
 
 def modules_of(site: Site) -> set[str]:

@@ -108,7 +108,10 @@ def _by_shape(key: str, update: Update, site: Site) -> Placement:
         what = f"the update's tensor {shape} is no matrix {list(site.placement.matrix_shape)} (batch, out, in)"
         raise fault("LF-606", what, where=key, fix="is this the base that the adapter was trained on?")
     what = f"a tensor {shape} may be read as {' or '.join(p.spec for p in fits)}"
-    fix = f"say how the parameter lies: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel)"
+    fix = (
+        f"say how the parameter lies: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel); "
+        "or --base CHECKPOINT, whose config.json does"
+    )
     raise fault("LF-604", what, where=key, fix=fix)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.huggingface import is_embedding
 from loraformat.naming.spaces import TORCH
 from loraformat.resolve import Hints, Match, Resolution
+from loraformat.turned import neutral
 from loraformat_converters.onnx.finding.ladder import Found, climb
 from loraformat_converters.onnx.finding.orient import parameter_of
 from loraformat_converters.onnx.finding.part import Part
@@ -19,6 +21,7 @@ from loraformat_converters.onnx.graph.values import Values
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
+    from loraformat.axes import Placement
 
 __all__ = ["resolved"]
 
@@ -44,10 +47,11 @@ def resolved(
     unresolved = [*problems, *unresolved]
     targets: dict[str, tuple[Match, ...]] = {}
     meant = {site.number for place in found.values() for site in place.sites}
+    laid = hints.base.linears(Hints()) if hints.base else {}
     for key, place in found.items():
-        target = _Target(path.name, key, adapter, place)
+        target = _Target(path.name, key, adapter, place, hints.spec(key) or _spec(adapter, key, laid))
         try:
-            targets[key] = tuple(target.match(site, hints) for site in place.sites)
+            targets[key] = tuple(target.match(site) for site in place.sites)
             if moves_along(adapter[key]):
                 targets[key] += partners(targets[key][0], index, meant, path.parent)
         except LoraFormatError as error:
@@ -55,16 +59,24 @@ def resolved(
     return Resolution(targets, tuple(unresolved), tuple(ambiguous))
 
 
+def _spec(adapter: Adapter, key: str, laid: Mapping[str, Placement | None]) -> str | None:
+    """How ``--base`` says that a matrix lies, where that counts: a whole tensor that the file does not place."""
+    place = laid.get(key)
+    silent = neutral(adapter[key]) or adapter[key].placement is not None or is_embedding(key)
+    return None if place is None or silent else place.spec
+
+
 @dataclass(frozen=True)
 class _Target:
-    """One target, and what was found of it in a file."""
+    """One target, what was found of it in a file, and what is said of how its parameter lies."""
 
     file: str
     key: str
     adapter: Adapter
     found: Found
+    spec: str | None
 
-    def match(self, site: Site, hints: Hints) -> Match:
+    def match(self, site: Site) -> Match:
         """One use of its weight.
 
         Raises:
@@ -75,7 +87,7 @@ class _Target:
         evidence = (*found.evidence, f"operator: {site.node.op_type} reads the weight as [{site.placement.spec}]")
         order = found.order or site.permute
         whole = site.refusal or found.rows or order
-        parameter = None if whole else parameter_of(key, self.adapter[key], site, hints.spec(key))
+        parameter = None if whole else parameter_of(key, self.adapter[key], site, self.spec)
         where = (self.file, site.node.name, site.root_name, site.placement)
         said = (evidence, found.confidence, parameter, site)
         return Match(*where, *said, rows=found.rows, permute=order)

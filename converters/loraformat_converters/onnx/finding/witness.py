@@ -11,7 +11,7 @@ from loraformat.names import nearest
 from loraformat.naming.spaces import TORCH
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.align import Alignment, align, under
-from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of
+from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of, second_reading
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.site import Order
@@ -50,6 +50,7 @@ class Names:
     def __init__(self, index: Index, adapter: Adapter, hints: Hints, part: Part | None = None) -> None:
         self.index, self.hints = index, hints
         self.tables = {rung: _table(index.sites, rung) for rung in RUNGS}
+        self.copies = {key: site for site in index.sites if (key := own_copy(site.root_name))}
         spoken = adapter.names == TORCH  # in another name space the same words may mean something else
         self.aligned = {
             rung: _aligned(adapter, table, part) if spoken else Alignment() for rung, table in self.tables.items()
@@ -70,13 +71,19 @@ class Names:
                 said.append(self._witness(rung, name, rule=self.aligned[rung].rule))
         return _of_kind(said, embedding)
 
+    def own(self, key: str) -> list[Witness]:
+        """The copy that an earlier merge made for a target is its weight, whatever else goes by the old name or looks like it."""
+        site = self.copies.get(key)
+        sites = self.index.uses(site.root_name) if site else []
+        return [Witness("initializer", key, tuple(sites))] if sites else []
+
     def silence(self, key: str, seen: str) -> LoraFormatError:
         """Why no witness speaks: LF-603 where names fit in several ways, else LF-602 with the nearest names."""
         for rung in RUNGS:
             if rivals := self.aligned[rung].rivals:
                 what = f"{rung} fits in {len(rivals)} ways: {', '.join(rivals)}"
                 return fault("LF-603", what, where=key, fix=map_stub(key))
-        spoken = ", ".join(f"{len(table)} {rung}s" for rung, table in self.tables.items() if table)
+        spoken = ", ".join(f"{len(table)} by {rung}" for rung, table in self.tables.items() if table)
         close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
         what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
         if self.index.compiled:
@@ -124,15 +131,15 @@ def map_stub(key: str) -> str:
 
 
 def _table(sites: Sequence[Site], rung: str) -> dict[str, list[Site]]:
-    """Name → sites. The copy that a merge made for a target is its weight, whatever else goes by the old name."""
-    stored: dict[str, list[Site]] = {}
-    copied: dict[str, list[Site]] = {}
+    """Name → sites; under a second reading of a node's name, where no other site has that."""
+    first: dict[str, list[Site]] = {}
+    second: dict[str, list[Site]] = {}
     for site in sites:
-        name = parameter_of(site, rung)
-        if name is not None:
-            own = rung == "initializer" and own_copy(site.root_name)
-            (copied if own else stored).setdefault(name, []).append(site)
-    return {**stored, **copied}
+        if (name := parameter_of(site, rung)) is not None:
+            first.setdefault(name, []).append(site)
+            if (other := second_reading(site, rung)) is not None:
+                second.setdefault(other, []).append(site)
+    return {**second, **first}
 
 
 def _aligned(adapter: Adapter, table: Mapping[str, Sequence[Site]], part: Part | None) -> Alignment:

@@ -33,6 +33,10 @@ _TOLERANCES: Mapping[int, float] = {
 ROUNDED = 5e-2
 """The same where products are rounded to 8 bits: a difference of one bit in a float becomes one of a whole step."""
 
+_RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+
 _BFLOAT16, _FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 
 
@@ -45,7 +49,7 @@ def compare(written: Path, other: Path, base: Path, feeds: Mapping[str, Array], 
     """How far the outputs of ``written`` and ``other`` are from each other, and from those of ``base``.
 
     Raises:
-        LoraFormatError: LF-611 the written model is not valid; LF-704 ONNX Runtime is not installed; LF-705 it cannot
+        LoraFormatError: LF-611 the written model is not valid, or the base draws at random; LF-704 ONNX Runtime is not installed; LF-705 it cannot
             run the model on these inputs.
     """
     try:
@@ -55,8 +59,19 @@ def compare(written: Path, other: Path, base: Path, feeds: Mapping[str, Array], 
     found, wanted, before = (_run(path, feeds) for path in (written, other, base))
     errors = {name: _distance(found[name], wanted[name]) for name in wanted}
     worst = max(errors, key=lambda name: errors[name])
+    if errors[worst] > limit and (drawn := _drawn(base)):
+        what = f"{drawn} draws at random, in every graph other numbers: nothing is proved by running it"
+        fix = "the weights are proved by loraformat verify; to run it, export it in eval mode, or with seeds"
+        raise fault("LF-611", what, where=worst, fix=fix)
     moved = max(_distance(found[name], before[name]) for name in before)
     return Proof(errors[worst], limit, moved, worst)
+
+
+def _drawn(path: Path) -> str:
+    """The first node that draws at random, "" if none does. ONNX Runtime (1.32) adds the node's number to its seed."""
+    nodes = (node for scope in scopes(onnx.load(str(path), load_external_data=False)) for node in scope.nodes)
+    random = (n for n in nodes if n.op_type in _RANDOM or (n.op_type == "Dropout" and len(n.input) > 2 and n.input[2]))
+    return next((n.name or n.op_type for n in random if all(a.name != "seed" for a in n.attribute)), "")
 
 
 def _run(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:

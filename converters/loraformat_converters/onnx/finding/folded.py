@@ -1,0 +1,81 @@
+"""Whether a weight still has the values of the module that it is named after, or something was folded into it.
+
+A batch normalisation behind a convolution becomes γ/σ times every row of W. torch's exporters do it (2.13, both by
+default), and so do ONNX Runtime (1.32), onnxsim and onnxslim; the operator keeps the module's name, dynamo's weight even
+its own. ΔW was trained beside W and not beside that, so neither W + ΔW nor a branch would be what the module computes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loraformat.errors import fault
+from loraformat_converters.onnx.finding.names import names_of, own_copy
+from loraformat_converters.onnx.graph.index import Site
+
+if TYPE_CHECKING:
+    from loraformat_converters.onnx.finding.witness import Witness
+
+__all__ = ["require_own_values"]
+
+_RULES = "pkg.onnxscript.rewriter.rule_name"
+_FOLDING = re.compile(r"FuseBatchNorm|ConvAffine|AffineConv")
+"""What onnxscript (0.7.2, the last step of torch's dynamo exporter) calls the rewrites that change a weight."""
+
+_REWRITTEN = re.compile(r"node_Conv(Transpose)?_\d+")
+"""How it calls a convolution that it wrote anew, for a normalisation or a padding: metadata says which, and tools drop it."""
+
+_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|MatMulBnFusion)_.*")
+"""How ONNX Runtime (1.32) calls what it computes of a weight."""
+
+_RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
+"""How TorchScript (2.13) and onnxsim (0.8) call it. A torch module's weight has a name where nothing was computed of it."""
+
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"})
+
+_SAME = 0.995
+"""The least cosine at which a convolution's weight is the very one: rounding to 8 bits leaves more, a folded γ/σ less."""
+
+_FIX = (
+    "export without folding (dynamo: optimize=False; TorchScript: training=TrainingMode.PRESERVE, "
+    "do_constant_folding=False), or merge into the checkpoint and export that; --base CHECKPOINT shows if its values are W's"
+)
+
+
+def require_own_values(key: str, site: Site, said: Sequence[Witness]) -> None:
+    """LF-608 where a target's weight is not the module's own any more, or nothing shows that it is.
+
+    Equal values settle it. A sketch does not: it has no scale, and of a γ/σ that varies little it sees nothing.
+    """
+    if any(witness.rung == "fingerprint" for witness in said) or own_copy(site.root_name):
+        return
+    if why := _changed(site) or _unproved(site, said):
+        what = f"{site.node.name or site.operator}: {why}: W + ΔW is not what the module computes"
+        raise fault("LF-608", what, where=key, fix=_FIX)
+
+
+def _changed(site: Site) -> str:
+    """What says that the values were changed."""
+    rules = next((p.value for p in site.node.metadata_props if p.key == _RULES), "")
+    if _FOLDING.search(rules):
+        return f"a batch normalisation was folded into its {site.parameter} ({rules})"
+    if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
+        return f"a batch normalisation was folded into its {site.parameter}, now {site.root_name}"
+    return ""
+
+
+def _unproved(site: Site, said: Sequence[Witness]) -> str:
+    """Why the values of a convolution may have been changed."""
+    if site.node.op_type not in _CONVOLUTIONS:
+        return ""
+    alike = [witness.cosine for witness in said if witness.rung == "sketch"]
+    named = len(alike) < len(said)
+    if named and _RENAMED.fullmatch(names_of(site, "initializer") or ""):
+        return f"its {site.parameter} lost its name and is {site.root_name}: a batch normalisation was folded into it"
+    if alike and max(alike) < _SAME:
+        return f"its {site.parameter} is like W (cosine {max(alike):.3f}) and not W: a batch normalisation may be folded into it"
+    if not alike and _REWRITTEN.fullmatch(site.node.name) and not site.node.metadata_props and site.bias:
+        return "the exporter wrote it anew: a batch normalisation may be folded into it"
+    return ""

@@ -1,0 +1,158 @@
+"""A batch normalisation that was folded into a weight: the name is the module's, the values are not, and that is said."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from graphs import adapter, model, save, session
+from onnx import numpy_helper
+from safetensors.numpy import save_file
+
+import loraformat as lf
+from loraformat.registry import open_base
+from loraformat.testing import relative_error
+from loraformat.verbs.merge import attach, merge
+
+KERNEL = (9, 5, 2, 3)
+
+
+def graph(node="/c/Conv", weight="onnx::Conv_7", rule="", values=None, bias=True):
+    """One convolution; ``rule``: what dynamo's exporter notes of the rewrites that made it."""
+    made = model(
+        f"""g (float[N,5,4,6] x) => (float[N,9,3,4] y) {"<float[9] b>" * bias}
+        {{ ["{node}"] y = Conv(x, w{", b" * bias}) }}"""
+    )
+    made.graph.node[0].input[1] = weight
+    values = np.random.default_rng(5).standard_normal(KERNEL) if values is None else values
+    made.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), weight))
+    if rule:
+        made.graph.node[0].metadata_props.add(key="pkg.onnxscript.rewriter.rule_name", value=rule)
+    return made
+
+
+def convolution():
+    draw = np.random.default_rng(3)
+    a, b = draw.standard_normal((2, 5, 2, 3)), draw.standard_normal((9, 2, 1, 1))
+    pair = lf.Lora(a.reshape(2, -1).astype(np.float32), b.reshape(9, 2).astype(np.float32), 3.0, "alpha/r")
+    return adapter({"c.weight": lf.Update((pair,), lf.Placement(KERNEL, (0,), (1, 2, 3)))})
+
+
+def problems(made, tmp_path, given=None, **hints):
+    found = open_base(save(made, tmp_path / "base.onnx")).resolve(given or convolution(), lf.Hints(**hints))
+    return [problem.rule for problem in (*found.unresolved, *found.ambiguous)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"weight": "onnx::Conv_7"},
+        {"weight": "ConvBnFusion_W_c.weight"},
+        {"weight": "ConvBnFusion_W_c.weight_quantized"},
+        {"weight": "_v_51"},
+        {"node": "node_Conv_46", "weight": "c.weight", "rule": "FuseBatchNormIntoConv, RemoveOptionalBiasFromConv"},
+        {"node": "node_Conv_46", "weight": "c.weight"},
+    ],
+    ids=["TorchScript", "ONNX Runtime", "quantised after it", "onnxsim", "dynamo", "dynamo, then a tool"],
+)
+def test_a_name_is_no_proof_of_a_weight_into_which_something_may_be_folded(form, tmp_path):
+    assert problems(graph(**form), tmp_path) == ["LF-608"]
+
+
+@pytest.mark.parametrize(("node", "bias"), [("/c/Conv", True), ("node_conv2d", True), ("node_Conv_46", False)])
+def test_a_weight_under_its_own_name_is_the_modules(node, bias, tmp_path):
+    """dynamo's exporter writes a convolution anew for a padding too; a normalisation always leaves a bias."""
+    assert problems(graph(node, "c.weight", bias=bias), tmp_path) == []
+
+
+def checkpoint(tmp_path, values):
+    (tmp_path / "base").mkdir()
+    save_file({"c.weight": values}, tmp_path / "base" / "model.safetensors")
+    return open_base(tmp_path / "base")
+
+
+def test_equal_values_prove_a_weight_without_a_name_and_like_ones_do_not(tmp_path):
+    """γ/σ of 1 ± 0.15 leaves a cosine of 0.98, and a factor for all leaves 1."""
+    values = np.random.default_rng(5).standard_normal(KERNEL).astype(np.float32)
+    base = checkpoint(tmp_path, values)
+    assert problems(graph(values=values), tmp_path, base=base) == []
+    folded = values * np.linspace(0.7, 1.3, 9, dtype=np.float32)[:, None, None, None]
+    assert problems(graph(values=folded), tmp_path, base=base) == ["LF-608"]
+    assert problems(graph(values=folded * 0 + values * 2), tmp_path, base=base) == ["LF-608"]
+    assert problems(graph("anonymous", "w7", values=folded), tmp_path, base=base) == ["LF-608"]
+    half = values.astype(np.float16).astype(np.float32)
+    assert problems(graph("anonymous", "w7", values=half), tmp_path, base=base) == []
+
+
+def test_a_normalisation_that_onnx_runtime_folds_offline_is_seen(tmp_path):
+    made = model(
+        """g (float[N,5,4,6] x) => (float[N,9,3,4] y) <float[9,5,2,3] w, float[9] s, float[9] b, float[9] m>
+        { ["/c/Conv"] h = Conv(x, w)  ["/n/BatchNormalization"] y = BatchNormalization(h, s, b, m, v) }"""
+    )
+    made.graph.initializer.append(numpy_helper.from_array(np.linspace(0.3, 4, 9, dtype=np.float32), "v"))
+    next(t for t in made.graph.initializer if t.name == "w").name = "c.weight"
+    made.graph.node[0].input[1] = "c.weight"
+    assert problems(made, tmp_path) == []
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "base.onnx"), options, providers=["CPUExecutionProvider"])
+    assert problems(onnx.load(tmp_path / "optimised.onnx"), tmp_path) == ["LF-608"]
+
+
+def test_the_user_cannot_state_it_away(tmp_path):
+    assert problems(graph(), tmp_path, names={"c.weight": "/c/Conv"}) == ["LF-608"]
+    assert problems(graph(), tmp_path, names={"c.weight": "onnx::Conv_7"}) == ["LF-608"]
+
+
+# As torch exports it.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A convolution, a linear layer, and a normalisation behind each, as PEFT adapts them and torch exports them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    layers = {"c": torch.nn.Conv2d(3, 8, 3), "n": torch.nn.BatchNorm2d(8), "flat": torch.nn.Flatten()}
+    layers |= {"fc": torch.nn.Linear(8 * 16, 7), "last": torch.nn.BatchNorm1d(7)}
+    net = torch.nn.Sequential()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    for norm in (net.n, net.last):
+        torch.nn.init.normal_(norm.weight, 1.5)
+        torch.nn.init.uniform_(norm.running_var, 0.3, 3)
+    net.eval()
+    folder, x = tmp_path_factory.mktemp("trained"), torch.randn(2, 3, 6, 6)
+    raw = {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESERVE}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for exporter, folded, whole in (("torchscript", {}, raw), ("dynamo", {}, {"optimize": False})):
+            for name, more in ((exporter, folded), (f"{exporter}-whole", whole)):
+                options = {"dynamo": exporter == "dynamo", "input_names": ["x"], "output_names": ["y"]}
+                torch.onnx.export(net, (x,), str(folder / f"{name}.onnx"), **options, **more)
+    tuned = get_peft_model(net, LoraConfig(r=2, lora_alpha=5, target_modules=["c", "fc"])).eval()
+    for name, factor in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(factor, 0, 0.3)
+    tuned.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        return folder, x.numpy(), tuned(x).numpy()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("change", [merge, attach])
+def test_a_model_that_torch_exported_takes_the_adapter_as_peft_does_or_refuses(exporter, change, trained, tmp_path):
+    folder, x, truth = trained
+    given = lf.load(folder / "adapter")
+    with pytest.raises(lf.LoraFormatError) as caught:
+        change(given, open_base(folder / f"{exporter}.onnx"), tmp_path / "out.onnx")
+    assert {problem.rule for problem in caught.value.problems} == {"LF-608"}
+    assert not (tmp_path / "out.onnx").exists()
+    change(given, open_base(folder / f"{exporter}-whole.onnx"), tmp_path / "out.onnx")
+    assert relative_error(session(tmp_path / "out.onnx").run(None, {"x": x})[0], truth) <= 1e-5
