@@ -41,6 +41,7 @@ ORDER = (
         "canonical",
         "mapped",
         "ranges",
+        "pieced",
         "container",
         "progress",
         "shapes",
