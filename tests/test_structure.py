@@ -83,6 +83,7 @@ ORDER = (
         "naming.cut",
         "naming.fuse",
         "naming.stacked",
+        "naming.transposed",
         "naming.translate",
         "naming.decoders",
         "algebra.refactored",

@@ -146,6 +146,24 @@ def test_a_transposed_tensor_is_changed_alike(kind):
     np.testing.assert_allclose(turned.apply(base.T), update.apply(base).T, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MATRIX if kind not in ("shared lora", "lokr", "everything")])
+def test_a_tensor_that_is_kept_transposed_has_in_for_out(kind):
+    update, base = made(kind, Placement.of((12, 8), "out,in")), normal(12, 8, seed=9)
+    there = Link(Seat("a.weight"), Seat("b.weight"), "test: said", transposed=True)
+    turned = moved(update, there)["b.weight"]
+    assert turned.placement == Placement.of((8, 12), "out,in")
+    np.testing.assert_allclose(turned.apply(base.T), update.apply(base).T, rtol=1e-5, atol=1e-6)
+    back = translate(Adapter({"b.weight": turned}), [there.reversed()], "torch").adapter["a.weight"]
+    np.testing.assert_array_equal(back.apply(base), update.apply(base))
+
+
+def test_what_has_no_transpose_of_its_kind_is_refused():
+    there = Link(Seat("a.weight"), Seat("b.weight"), "test: said", transposed=True)
+    assert "--to-lora" in refused("LF-612", there, a=made("lokr", Placement.of((12, 8), "out,in")))
+    unplaced = Update((Lora(normal(2, 5), normal(4, 2), 1.0, "factor"), lf.Magnitude(1 + abs(normal(4)))))
+    assert "bind" in refused("LF-604", there, a=unplaced)
+
+
 def test_a_kernel_with_heads_is_placed_by_its_shape():
     update, base = made("dora", Placement.of((12, 8), "out,in")), normal(12, 8, seed=9)
     there = Seat("b.kernel", axes="in,out,out", shape=(8, 3, 4))
