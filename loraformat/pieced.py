@@ -98,6 +98,8 @@ class Pieced(NDArrayOperatorsMixin):
         return np.asarray(self[:], dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **more: Any) -> Any:
+        if any(isinstance(out, Pieced) for out in more.get("out", ())):  # nothing is written into it
+            return NotImplemented
         return getattr(ufunc, method)(*(np.asarray(i) if isinstance(i, Pieced) else i for i in inputs), **more)
 
     def __getattr__(self, name: str) -> Any:

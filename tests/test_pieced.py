@@ -63,6 +63,11 @@ def test_it_is_taken_for_an_array():
     np.testing.assert_array_equal(found.reshape(3, 15), plain.reshape(3, 15))
     assert found.reshape(9, 5) is found.reshape((9, 5)) is found
     assert not hasattr(found, "__array_interface__")  # of memory that nobody holds
+    with pytest.raises(TypeError):
+        found += 1
+    total = np.zeros(plain.shape, np.float32)
+    total += found
+    np.testing.assert_array_equal(total, plain)
 
 
 @pytest.mark.parametrize("case", CASES)
