@@ -2,8 +2,9 @@
 
 A language model's (rank 256 on the seven linears of each layer, bfloat16) goes from PEFT to the native file and back, to
 MLX, whose factors lie transposed, and to GGUF, whose rows of q and k lie in another order; an image model's (SDXL's
-attentions, float32) from diffusers to kohya and back. The copy is ``cp -r`` and a sync, as a conversion syncs what it
-writes. Memory is what is a process's own (RssAnon): what it reads is mapped, and the system's to keep or not.
+attentions, float32) from diffusers to kohya and back, and Flux. The copy is ``cp -r`` and a sync, as a conversion syncs what it
+writes. Of Flux (rank 256 on every Linear of its blocks, bfloat16) a file of kohya's has q, k and v in one pair of three times
+the rank, and the MLP in a fourth block of it: it is 1.8 times as large. Memory is what is a process's own (RssAnon): what it reads is mapped, and the system's to keep or not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import loraformat as lf
 from bench.measure import Run, command, interleave, row
 from loraformat import registry
 from loraformat.verbs.convert import save
+from loraformat_converters.spaces.mmdit import flux
 from loraformat_converters.spaces.unet import unet
 
 HIDDEN, INNER, NARROW, LAYERS, RANK = 4096, 14336, 1024, 48, 256
@@ -53,6 +55,8 @@ CASES = {
     "PEFT → GGUF": ("peft", "gguf", "out.gguf"),
     "diffusers → kohya": ("diffusers", "kohya", "out.safetensors"),
     "kohya → diffusers": ("kohya", "diffusers", "out.safetensors"),
+    "diffusers → kohya, Flux": ("flux.diffusers", "kohya", "out.safetensors"),
+    "kohya → diffusers, Flux": ("flux.kohya", "diffusers", "out.safetensors"),
 }
 """Name → source, target, the name of what is written."""
 
@@ -75,6 +79,21 @@ def image() -> Iterator[tuple[str, tuple[int, int]]]:
         yield f"unet:{name}.weight", known.get(name.rpartition(".")[2], (width, width))
 
 
+def blocks() -> Iterator[tuple[str, tuple[int, int]]]:
+    """Parameter → [out, in] of the Linears of Flux's blocks."""
+    width, inner = 3072, 12288
+    known = {
+        "proj": (inner, width),
+        "2": (width, inner),
+        "proj_mlp": (inner, width),
+        "proj_out": (width, width + inner),
+    }
+    for line in flux():
+        name, leaf = line.torch.rpartition(".")[::2]
+        if leaf == "weight" and "transformer_blocks." in name and ".norm" not in name:
+            yield f"transformer:{name}.weight", known.get(name.rpartition(".")[2], (width, width))
+
+
 def adapter(shapes: Iterator[tuple[str, tuple[int, int]]], dtype: type, components: tuple[str, ...] = ()) -> lf.Adapter:
     """Pairs that share their factors in memory, but not on the disk."""
     draw, factors, targets = np.random.default_rng(0), {}, {}
@@ -95,6 +114,9 @@ def make(folder: Path) -> None:
     made = adapter(image(), np.float32, ("unet",))
     save(made, folder / "diffusers.safetensors", registry.layout("diffusers"))
     lf.convert(folder / "diffusers.safetensors", folder / "kohya.safetensors", to_layout="kohya")
+    made = adapter(blocks(), ml_dtypes.bfloat16, ("transformer",))
+    save(made, folder / "flux.diffusers.safetensors", registry.layout("diffusers"))
+    lf.convert(folder / "flux.diffusers.safetensors", folder / "flux.kohya.safetensors", to_layout="kohya")
 
 
 def fresh(out: Path, run: Run) -> Run:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["DTYPES", "Container", "TensorInfo", "dtype_name", "header_bytes", "parse_header", "raw", "tensor_order"]
+__all__ = [
+    "DTYPES",
+    "Container",
+    "TensorInfo",
+    "dtype_name",
+    "header_bytes",
+    "parse_header",
+    "raw",
+    "slabs",
+    "tensor_order",
+]
 
 HEADER_CAP = 100_000_000
 """Bytes: the reference reader's own cap (safetensors 0.8 MAX_HEADER_SIZE)."""
@@ -263,7 +273,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, s
     file.write(header_bytes(infos, metadata))
     for name in order:
         if not _copied(file, tensors[name]):
-            for slab in _slabs(tensors[name]):
+            for slab in slabs(tensors[name]):
                 append(file, raw(slab))
 
 
@@ -277,8 +287,13 @@ def _copied(file: BinaryIO, tensor: Array) -> bool:
     return True
 
 
-def _slabs(tensor: Array) -> Iterator[Array]:
-    """A transposed matrix some rows at a time: they are turned and written while they are in the cache."""
+def slabs(tensor: Array) -> Iterator[Array]:
+    """A tensor, in runs of rows where they are made, or of a transposed matrix turned, and used while they are in the cache."""
+    from loraformat.pieced import Pieced
+
+    if isinstance(tensor, Pieced):
+        yield from tensor.runs()
+        return
     if not _is_turned(tensor):
         yield tensor
         return

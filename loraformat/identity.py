@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical, progress
-from loraformat.container import dtype_name, raw
+from loraformat.container import dtype_name, raw, slabs
 from loraformat.metadata import part_json
 from loraformat.parts import roles_of
 
@@ -53,7 +53,7 @@ def _of(content: Mapping[str, Any]) -> str:
 
 def tensor_sha256(tensor: npt.NDArray[Any]) -> str:
     """SHA-256 of a tensor's row-major little-endian bytes."""
-    return runs_sha256([tensor])
+    return runs_sha256(slabs(tensor))
 
 
 def runs_sha256(runs: Iterable[npt.NDArray[Any]]) -> str:

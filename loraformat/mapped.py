@@ -33,10 +33,10 @@ def remember(mapped: mmap.mmap, descriptor: int) -> None:
 
 def place(tensor: npt.NDArray[Any]) -> tuple[int, int] | None:
     """(descriptor, offset) of the very bytes of a large tensor in its file; None where they lie in none so."""
-    if tensor.nbytes < _LEAST or not tensor.flags.c_contiguous:
-        return None
     owner = _owner(tensor)
     if owner is None or (descriptor := _descriptors.get(owner)) is None:
+        return None
+    if tensor.nbytes < _LEAST or not tensor.flags.c_contiguous:
         return None
     return descriptor, _offset(tensor, owner)
 

@@ -8,10 +8,11 @@ from mutants import net
 from updates import normal
 
 import loraformat as lf
-from loraformat import Adapter, Lora, Placement, Update, parts
+from loraformat import Adapter, Lora, Placement, Update, parts, pieced
 from loraformat.naming import cut, fuse, links, translate
 from loraformat.verbs.convert import save
 from loraformat_converters.diffusers import layout, metadata, read, spelling, write
+from loraformat_converters.kohya import layout as kohya
 from loraformat_converters.peft import lora
 
 
@@ -52,6 +53,20 @@ def flux_is_fused(tmp_path):
     np.testing.assert_allclose(fused, np.concatenate(wanted), rtol=1e-6)
 
 
+def flux_is_fused_and_cut(tmp_path):
+    """Each pair as it was: its A, its B, its scale."""
+    stem = "transformer:single_transformer_blocks.0"
+    sizes = {f"{stem}.attn.to_q": 3, f"{stem}.attn.to_k": 3, f"{stem}.attn.to_v": 3, f"{stem}.proj_mlp": 12}
+    before = {f"{key}.weight": pair(size, seed=n) for n, (key, size) in enumerate(sizes.items())}
+    fused = lf.retarget(Adapter(before, components=("transformer",)), "kohya").adapter
+    save(fused, tmp_path / FILE, kohya)
+    back = lf.retarget(lf.load(tmp_path / FILE), "torch").adapter
+    for key, update in before.items():
+        assert back[key].scale == update.scale
+        np.testing.assert_array_equal(back[key]["lora"].lora_A, update["lora"].lora_A)
+        np.testing.assert_array_equal(back[key]["lora"].lora_B, update["lora"].lora_B)
+
+
 def permuted_and_back(tmp_path):
     place = Placement.of((6, 5), "out,in")
     update = Update((*pair(6).parts, lf.Magnitude(1 + abs(normal(6)))), place)
@@ -69,6 +84,7 @@ CHECKS = {
     **{f"again {case}": again(case) for case in ("sd", "sdxl", "flux-dora")},
     "flux is cut": flux_is_cut,
     "flux is fused": flux_is_fused,
+    "flux is fused and cut": flux_is_fused_and_cut,
     "permuted and back": permuted_and_back,
 }
 
@@ -167,6 +183,21 @@ def fused_out_of_place(patch):
     patch.setattr(translate, "fuse", lambda pieces, total, spec: whole([(r[::-1], u) for r, u in pieces], total, spec))
 
 
+def rows_a_row_too_high(patch):
+    whole = pieced._put
+    patch.setattr(pieced, "_put", lambda out, start, *given: whole(out, start + 1, *given))
+
+
+def ranks_of_another_block(patch):
+    whole = cut._used_but
+    patch.setattr(cut, "_own_ranks", lambda b, own, rows: np.flatnonzero(whole(b, rows))[: own.shape[1] // 4])
+
+
+def scale_of_all_blocks(patch):
+    whole = cut._pair
+    patch.setattr(cut, "_pair", lambda part, rows: replace(whole(part, rows), alpha=part.alpha))
+
+
 def order_not_undone(patch):
     patch.setattr(np, "argsort", np.asarray)
 
@@ -192,6 +223,9 @@ MUTANTS = [
     (text_encoder_skipped, "again sdxl"),
     (wrong_share, "flux is cut"),
     (fused_out_of_place, "flux is fused"),
+    (rows_a_row_too_high, "flux is fused and cut"),
+    (ranks_of_another_block, "flux is fused and cut"),
+    (scale_of_all_blocks, "flux is fused and cut"),
     (order_not_undone, "permuted and back"),
     (magnitude_left_behind, "permuted and back"),
 ]

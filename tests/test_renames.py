@@ -3,10 +3,12 @@
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers_models
 from mutants import net
 from safetensors.numpy import load_file, save_file
 
@@ -118,7 +120,7 @@ def pair_of(shape):
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe, dinov2_swiglu])
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, dinov2_swiglu, *transformers_models.CONVERTED])
 def test_a_merge_into_the_file_is_the_merge_in_memory(make, tmp_path):
     """The adapter has the names that the model has in memory; the file has tensors that these are made of."""
     import torch
@@ -142,6 +144,29 @@ def test_a_merge_into_the_file_is_the_merge_in_memory(make, tmp_path):
         if name in adapter:
             wanted = adapter[name].apply(wanted)
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.peer
+def test_a_merge_into_experts_that_lie_transposed_in_an_older_file(tmp_path):
+    """transformers 5.23 transposes them where their shape is not the model's; pairs without a placement fit one way alone."""
+    import torch
+
+    torch.manual_seed(0)
+    model = transformers_models.qwen3_vl_moe()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    stored = load_file(file)
+    experts = [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    turned = {name: np.ascontiguousarray(stored[name].swapaxes(1, 2)) for name in experts}
+    save_file(stored | turned, file, {"format": "pt"})
+    pairs = {name: pair_of(stored[name].shape) for name in experts}
+    adapter = Adapter({name: replace(update, placement=None) for name, update in pairs.items()})
+    base = lf.open_base(tmp_path / "base")
+    lf.merge(lf.retarget(adapter, base=base).adapter, base, tmp_path / "merged")
+    again = dict(type(model).from_pretrained(tmp_path / "merged").named_parameters())
+    assert len(experts) == 4
+    for name, update in pairs.items():
+        np.testing.assert_allclose(again[name].detach().numpy(), update.apply(stored[name]), rtol=1e-5, atol=1e-5)
 
 
 # timm: its own model computed the goldens; transformers' model has the same weights under its names.

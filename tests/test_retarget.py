@@ -10,6 +10,7 @@ from updates import normal
 import loraformat as lf
 from loraformat import Adapter, Lora, Update, registry
 from loraformat.naming.links import Link, Seat
+from loraformat.verbs.convert import save
 from loraformat_converters.spaces.families import FAMILIES
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -112,6 +113,50 @@ def test_pairs_that_were_trained_apart_are_one_for_kohya_at_the_sum_of_their_ran
     assert fused.rank == 4
     wanted = [*(apart[key].matrix() for key in keys[:2]), np.zeros((6, 5))]
     np.testing.assert_allclose(fused.matrix(), np.concatenate(wanted), rtol=1e-6)
+
+
+FUSED = {
+    "flux": ([f"transformer:single_transformer_blocks.3.{n}.weight" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")],
+             "lora_unet_single_blocks_3_linear1.weight"),
+    "sd3": ([f"transformer:transformer_blocks.7.attn.add_{n}_proj.weight" for n in "qkv"],
+            "lora_unet_joint_blocks_7_context_block_attn_qkv.weight"),
+}  # fmt: skip
+ONLY = {"flux": "transformer:context_embedder.weight", "sd3": "transformer:pos_embed.proj.weight"}
+
+
+def apart(name, ranks):
+    """Pairs of what is fused, of these ranks; and of a parameter that only such a model has."""
+    sizes = {key: 24 if "proj_mlp" in key else 6 for key in FUSED[name][0]}
+    pairs = [
+        Update((Lora(normal(r, 5, seed=n), normal(size, r, seed=n), 1.5, "factor"),))
+        for n, (size, r) in enumerate(zip(sizes.values(), ranks, strict=False))
+    ]
+    return Adapter({**dict(zip(sizes, pairs, strict=True)), ONLY[name]: pair(seed=9)}, components=("transformer",))
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (3, 1, 2, 4)], ids=str)
+def test_what_was_fused_comes_back_as_the_pairs_that_it_was(name, ranks):
+    before = apart(name, ranks)
+    fused = lf.retarget(before, "kohya").adapter
+    assert fused[FUSED[name][1]].rank == sum(ranks[: len(FUSED[name][0])])
+    back = lf.retarget(fused, "torch").adapter
+    for key, update in before.items():
+        assert back[key].scale == update.scale
+        for role in ("lora_A", "lora_B"):
+            np.testing.assert_array_equal(getattr(back[key]["lora"], role), getattr(update["lora"], role), err_msg=key)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_was_cut_is_one_pair_again_whose_a_is_stored_once(name, tmp_path):
+    sizes = 42 if name == "flux" else 18
+    known = {"flux": "lora_unet_txt_in.weight", "sd3": "lora_unet_x_embedder_proj.weight"}
+    whole = Adapter({FUSED[name][1]: pair(sizes, rank=4), known[name]: pair(seed=9)}, "kohya")
+    save(whole, tmp_path / "whole.safetensors", registry.layout("kohya"))
+    lf.convert(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors", to_layout="diffusers")
+    assert {update.rank for update in lf.load(tmp_path / "cut.safetensors").values()} == {4, 2}
+    lf.convert(tmp_path / "cut.safetensors", tmp_path / "again.safetensors", to_layout="kohya")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_scale_and_shift_change_places_in_the_last_norm():

@@ -77,6 +77,45 @@ def test_pairs_of_their_own_are_fused_at_the_sum_of_their_ranks():
     np.testing.assert_allclose(fused.matrix(), np.concatenate([q.matrix(), k.matrix(), np.zeros((4, 5))]), rtol=1e-6)
 
 
+THIRDS = [link(there=f"{n}.weight", rows=Share(i, i + 1, 3)) for i, n in enumerate("qkv")]
+
+
+def cut_in_three(b):
+    update = Update((Lora(normal(b.shape[1], 5), b, 3.0, "alpha/r"),))
+    found = moved(update, *THIRDS)
+    for i, n in enumerate("qkv"):
+        np.testing.assert_allclose(found[f"{n}.weight"].matrix(), np.split(update.matrix(), 3)[i], rtol=1e-6)
+    return [found[f"{n}.weight"].rank for n in "qkv"]
+
+
+def blocks(*columns):
+    """B of three rows a block, whose values lie in these columns."""
+    b = np.zeros((9, 7), np.float32)
+    for i, own in enumerate(columns):
+        b[3 * i : 3 * i + 3, own] = normal(3, len(own), seed=i)
+    return b
+
+
+@pytest.mark.parametrize(
+    ("columns", "ranks"),
+    [
+        (([0, 1], [2, 3, 4], [5, 6]), [2, 3, 2]),
+        (([0], [3, 4], [6]), [3, 3, 1]),  # a column without a value belongs with the one before it
+        (([5, 6], [0, 1], [2, 3, 4]), [2, 2, 3]),
+        (([0, 2], [1, 3], [4, 5, 6]), [2, 2, 3]),
+        (([0, 1], [1, 2], [3, 4, 5, 6]), [7, 7, 4]),  # q and k share one
+        (([0, 1, 2], [], [3, 4, 5, 6]), [3, 7, 4]),  # of k nothing is known but that it does not change
+        (([], [], []), [7, 7, 7]),
+        (([0, 1], [], []), [7, 7, 7]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_rows_of_a_block_diagonal_b_have_the_ranks_of_their_block(columns, ranks, zero):
+    b = blocks(*columns)
+    assert cut_in_three(np.where(b == 0, np.float32(zero), b)) == ranks
+
+
 def test_pairs_of_different_scale_are_not_fused():
     links = [link(f"{n}.weight", "qkv", there_rows=Share(i, i + 1, 2)) for i, n in enumerate("qk")]
     first, second = (Update((Lora(normal(2, 5, seed=s), normal(4, 2), float(s), "alpha/r"),)) for s in (2, 3))
@@ -105,6 +144,24 @@ def test_a_transposed_tensor_is_changed_alike(kind):
     ]
     assert turned.placement.spec == "in,out"
     np.testing.assert_allclose(turned.apply(base.T), update.apply(base).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MATRIX if kind not in ("shared lora", "lokr", "everything")])
+def test_a_tensor_that_is_kept_transposed_has_in_for_out(kind):
+    update, base = made(kind, Placement.of((12, 8), "out,in")), normal(12, 8, seed=9)
+    there = Link(Seat("a.weight"), Seat("b.weight"), "test: said", transposed=True)
+    turned = moved(update, there)["b.weight"]
+    assert turned.placement == Placement.of((8, 12), "out,in")
+    np.testing.assert_allclose(turned.apply(base.T), update.apply(base).T, rtol=1e-5, atol=1e-6)
+    back = translate(Adapter({"b.weight": turned}), [there.reversed()], "torch").adapter["a.weight"]
+    np.testing.assert_array_equal(back.apply(base), update.apply(base))
+
+
+def test_what_has_no_transpose_of_its_kind_is_refused():
+    there = Link(Seat("a.weight"), Seat("b.weight"), "test: said", transposed=True)
+    assert "--to-lora" in refused("LF-612", there, a=made("lokr", Placement.of((12, 8), "out,in")))
+    unplaced = Update((Lora(normal(2, 5), normal(4, 2), 1.0, "factor"), lf.Magnitude(1 + abs(normal(4)))))
+    assert "bind" in refused("LF-604", there, a=unplaced)
 
 
 def test_a_kernel_with_heads_is_placed_by_its_shape():

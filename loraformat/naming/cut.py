@@ -14,6 +14,7 @@ import numpy as np
 from loraformat.axes import Placement
 from loraformat.errors import fault
 from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Part, Replace, Rows
+from loraformat.pieced import bits
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Indices = npt.NDArray[np.intp]
 
-__all__ = ["cut", "out_axis", "out_size", "resized"]
+__all__ = ["cut", "out_axis", "out_size", "resized", "run_of"]
 
 
 def cut(update: Update, rows: Indices, spec: str | None = None) -> Update:
@@ -87,20 +88,74 @@ def resized(place: Placement, size: int) -> Placement:
 def _cut(part: Part, rows: Indices, update: Update, spec: str | None, size: int) -> Part:
     match part:
         case Lora():
-            return replace(part, lora_B=part.lora_B.take(rows, -2))
+            return _pair(part, rows)
         case Loha():
             axis = 0 if part.t1 is None else 1
-            return replace(part, hada_w1_a=part.hada_w1_a.take(rows, axis), hada_w2_a=part.hada_w2_a.take(rows, axis))
+            return replace(
+                part, hada_w1_a=_taken(part.hada_w1_a, rows, axis), hada_w2_a=_taken(part.hada_w2_a, rows, axis)
+            )
         case Lokr():
             return _kronecker(part, rows)
         case Delta():
-            return replace(part, delta=part.delta.take(rows, 0 if part.delta.ndim == 1 else -2))
+            return replace(part, delta=_taken(part.delta, rows, 0 if part.delta.ndim == 1 else -2))
         case Magnitude():
             return _magnitude(part, rows, update, spec, size)
         case Replace():
-            return replace(part, replace=part.replace.take(rows, out_axis(update, spec, part.replace.ndim)))
+            return replace(part, replace=_taken(part.replace, rows, out_axis(update, spec, part.replace.ndim)))
         case Rows():
             return _rows(part, rows, out_axis(update, spec, part.values.ndim))
+
+
+def run_of(rows: Indices) -> slice | Indices:
+    """The same rows as a slice where each follows the one before it: what is taken by it is a view."""
+    start = int(rows[0]) if len(rows) else 0
+    return slice(start, start + len(rows)) if np.array_equal(rows, np.arange(start, start + len(rows))) else rows
+
+
+def _taken(tensor: Array, rows: Indices, axis: int) -> Array:
+    """``tensor.take(rows, axis)``."""
+    run = run_of(rows)
+    if isinstance(run, slice) and run.stop <= tensor.shape[axis]:
+        taken: Array = tensor[(slice(None),) * (axis % tensor.ndim) + (run,)]
+        return taken
+    return tensor.take(rows, axis)
+
+
+def _pair(part: Lora, rows: Indices) -> Lora:
+    """Rows of B; of one that is block-diagonal with the ranks of their own block, which is the pair that was fused."""
+    b = _taken(part.lora_B, rows, -2)
+    ranks = _own_ranks(part.lora_B, b, rows) if part.mid is None else None
+    if ranks is None:
+        return replace(part, lora_B=b)
+    return Lora(part.lora_A[..., ranks, :], b[..., ranks], part.scale, "factor")
+
+
+def _own_ranks(whole: Array, b: Array, rows: Indices) -> slice | Indices | None:
+    """The columns that are zero in all rows but these; None where they share one with others, or have none.
+
+    A column that is zero in all of them belongs with the one before it.
+    """
+    if len(rows) == whole.shape[-2] or _used(b[..., :1, :]).all():  # dense, as nearly every B: its first row says so
+        return None
+    own, others = _used(b), _used_but(whole, rows)
+    if not own.any() or not others.any() or (own & others).any():
+        return None
+    used = np.flatnonzero(own | others)
+    owners = used[np.maximum(0, np.searchsorted(used, np.arange(len(own)), "right") - 1)]
+    return run_of(np.flatnonzero(own[owners]))
+
+
+def _used_but(whole: Array, rows: Indices) -> npt.NDArray[np.bool_]:
+    """The same of all rows but these."""
+    run = run_of(rows)
+    if isinstance(run, slice):  # of views: B may be large
+        return _used(whole[..., : run.start, :]) | _used(whole[..., run.stop :, :])
+    return _used(np.delete(whole, rows, -2))
+
+
+def _used(b: Array) -> npt.NDArray[np.bool_]:
+    """[r]: whether a column of B has a value that is not zero, of either sign."""
+    return np.asarray(np.bitwise_or.reduce(bits(b), axis=tuple(range(b.ndim - 1))) << 1, np.bool_)
 
 
 def _kronecker(part: Lokr, rows: Indices) -> Lokr:

@@ -6,6 +6,7 @@ A and B block by block, so that the ranks add up. Rows that no update changes ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.errors import fault
-from loraformat.naming.cut import out_axis, resized
+from loraformat.naming.cut import out_axis, resized, run_of
 from loraformat.parts import ORDER, Delta, Loha, Lora, Magnitude, Part, Replace, Rows
+from loraformat.pieced import bits, pieced
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
@@ -90,14 +92,21 @@ def _pairs(held: Placed, total: int) -> Lora:
     if first.mid is not None:
         raise fault("LF-612", "pairs around different cores are none together", fix="--to-lora R")
     alpha = _common(held, "factor")
-    a = np.concatenate(_alike([p.lora_A for p in parts]), -2)
-    shape = (*first.lora_B.shape[:-2], total, a.shape[-2])
-    blocks = _alike([p.lora_B for p in parts])
-    b = np.zeros(shape, blocks[0].dtype)
-    column = 0
-    for (rows, _), block in zip(held, blocks, strict=True):
-        b[..., rows, column : column + block.shape[-1]] = block
-        column += block.shape[-1]
+    if len(shapes := {p.lora_A.shape[:-2] + p.lora_A.shape[-1:] for p in parts}) > 1:
+        raise fault(
+            "LF-606", f"what is fused here has inputs of different sizes: {', '.join(map(str, sorted(shapes)))}"
+        )
+    batch = (slice(None),) * (first.lora_A.ndim - 2)
+    starts = list(itertools.accumulate((p.r for p in parts), initial=0))
+    columns = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+    a = pieced(
+        (*first.lora_A.shape[:-2], starts[-1], first.lora_A.shape[-1]),
+        [((*batch, ranks), p.lora_A) for ranks, p in zip(columns, parts, strict=True)],
+    )
+    b = pieced(
+        (*first.lora_B.shape[:-2], total, starts[-1]),
+        [((*batch, run_of(rows), ranks), p.lora_B) for ranks, (rows, p) in zip(columns, held, strict=True)],
+    )
     return Lora(a, b, **alpha)
 
 
@@ -137,15 +146,14 @@ def _common(held: Placed, rule: str | None = None) -> dict[str, Any]:
 
 def _put(pieces: Sequence[tuple[Indices, Array]], total: int, axis: int) -> Array:
     """A tensor with ``total`` rows along ``axis``, zero where no piece has any."""
-    blocks = _alike([block for _, block in pieces])
-    axis %= blocks[0].ndim
-    if len({(*b.shape[:axis], *b.shape[axis + 1 :]) for b in blocks}) > 1:
-        sizes = ", ".join(str(list(b.shape)) for b in blocks)
+    first = pieces[0][1]
+    axis %= first.ndim
+    if len({(*b.shape[:axis], *b.shape[axis + 1 :]) for _, b in pieces}) > 1:
+        sizes = ", ".join(str(list(b.shape)) for _, b in pieces)
         raise fault("LF-606", f"what is fused here does not fit together: {sizes}")
-    out = np.zeros((*blocks[0].shape[:axis], total, *blocks[0].shape[axis + 1 :]), blocks[0].dtype)
-    for (rows, _), block in zip(pieces, blocks, strict=True):
-        out[(slice(None),) * axis + (rows,)] = block
-    return out
+    before = (slice(None),) * axis
+    shape = (*first.shape[:axis], total, *first.shape[axis + 1 :])
+    return pieced(shape, [((*before, run_of(rows)), block) for rows, block in pieces])
 
 
 def _alike(tensors: Sequence[Array]) -> list[Array]:
@@ -160,4 +168,4 @@ def _alike(tensors: Sequence[Array]) -> list[Array]:
 def _same(one: Array | None, other: Array | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one is other or (one.dtype == other.dtype and np.array_equal(one, other))
+    return one is other or (one.dtype == other.dtype and np.array_equal(bits(one), bits(other)))

@@ -2,6 +2,8 @@
 
     matrix_there[index][rows] = scale · matrix_here[index][rows]      with matrices [*batch, out, in] of ``loraformat.axes``
 
+or the transpose of that, of whole tensors alone.
+
 A renamed parameter is one link. A fused one (q, k and v in one tensor) is several links that fill its rows, a stack of
 layers or experts several that fill its batch, rows in another order one link with their order. Read backwards, the same
 links lead back: fused is cut, stacked is taken apart.
@@ -9,7 +11,7 @@ links lead back: fused is cut, stacked is taken apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,6 +93,8 @@ class Link:
         evidence: what says so, as ``source: detail``: ``table: sdxl``, ``base: its names``, ``config: n_head 32``.
         scale: what the numbers are multiplied by, where the other framework keeps W so.
         op: ``embedding`` of a table, where that is known.
+        transposed: the other framework keeps Wᵀ, and calls its rows out as well: a Linear whose program transposes it. Where
+            the sides say how their tensors lie, ``axes`` say it of the same matrix.
     """
 
     here: Seat
@@ -98,11 +102,16 @@ class Link:
     evidence: str
     scale: float = 1.0
     op: str | None = None
+    transposed: bool = False
 
     def reversed(self) -> Link:
         """The way back."""
-        return Link(self.there, self.here, self.evidence, 1.0 if self.scale == 1.0 else 1.0 / self.scale, self.op)
+        scale = 1.0 if self.scale == 1.0 else 1.0 / self.scale
+        return replace(self, here=self.there, there=self.here, scale=scale)
 
     def same(self, other: Link) -> bool:
         """Whether both say the same, whatever says so."""
-        return (self.here, self.there, self.scale) == (other.here, other.there, other.scale)
+        return self._says() == other._says()
+
+    def _says(self) -> tuple[Any, ...]:
+        return self.here, self.there, self.scale, self.transposed

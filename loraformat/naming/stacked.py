@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loraformat.axes import Placement
 from loraformat.errors import fault
 from loraformat.parts import ORDER, Delta, Lora, Magnitude, Part, Replace
+from loraformat.pieced import pieced
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
@@ -107,13 +106,9 @@ def _put(pieces: Sequence[tuple[int, Array]], count: int, axis: int) -> Array:
     shapes = {block.shape for _, block in pieces}
     if len(shapes) > 1:
         raise fault("LF-606", f"what is stacked here has different shapes: {', '.join(map(str, sorted(shapes)))}")
-    dtypes = {block.dtype for _, block in pieces}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
     (shape,) = shapes
-    out = np.zeros((*shape[:axis], count, *shape[axis:]), dtype)
-    for i, block in pieces:
-        out[(slice(None),) * axis + (i,)] = block
-    return out
+    before = (slice(None),) * axis
+    return pieced((*shape[:axis], count, *shape[axis:]), [((*before, i), block) for i, block in pieces])
 
 
 def _common(held: Held) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from loraformat.naming.cut import cut, out_size
 from loraformat.naming.fuse import fuse
 from loraformat.naming.links import Link, Seat, Share
 from loraformat.naming.stacked import stack, unstack
+from loraformat.naming.transposed import transposed
 from loraformat.parts import Additive, Replace
 from loraformat.shapes import shape_problems
 from loraformat.turned import neutral, turned
@@ -98,6 +99,8 @@ def _taken(key: str, update: Update, found: Mapping[str, list[Link]]) -> list[tu
     covered: dict[int | None, list[tuple[Indices, int, Link]]] = {}
     for link in links:
         seat, piece = link.here, _times(update, link.scale)
+        if link.transposed:
+            piece = transposed(piece)
         if seat.index is not None:
             piece = unstack(piece, *seat.index, seat.axes)
         if seat.rows is not None:

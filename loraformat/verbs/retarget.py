@@ -39,6 +39,8 @@ def retarget(
 ) -> Translated:
     """The adapter under the names of the space ``to``, or of ``base``.
 
+    A tensor that is put together of others (q, k and v in one) is made where it is read: ``numpy.asarray`` gives all of it.
+
     Args:
         to: a name space: ``torch``, ``kohya``, …; default: that of ``base``.
         base: a model under the wanted names, or, where ``to`` is another space than its own, the model that they mean.

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat.container import dtype_name, raw
+from loraformat.container import dtype_name, raw, slabs
 from loraformat.ranges import append
 from loraformat_converters.gguf.cursor import ARRAY, SCALARS, STRING, Value
 from loraformat_converters.gguf.file import ALIGNMENT, MAGIC, TYPES, aligned
@@ -36,7 +36,8 @@ def write(file: BinaryIO, values: Mapping[str, Value], tensors: Mapping[str, Arr
         end += aligned(tensor.nbytes)
     file.write(head + b"\0" * (-len(head) % ALIGNMENT))
     for tensor in tensors.values():
-        append(file, raw(tensor))
+        for slab in slabs(tensor):
+            append(file, raw(slab))
         file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
 
 

@@ -60,7 +60,7 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
             continue
         a = part.lora_A
         count = tuple(map(max, zip(a.shape[:-2], b.shape[:-2], strict=True)))  # each expert has factors of its own
-        a, b = (np.broadcast_to(f, (*count, *f.shape[-2:])) for f in (a, b))
+        a, b = (f if f.shape[:-2] == count else np.broadcast_to(f, (*count, *f.shape[-2:])) for f in (a, b))
         tensors[f"{key}.lora_a"], tensors[f"{key}.lora_b"] = a.T if key.endswith(EMBEDDING) else a, b
     if problems:
         raise LoraFormatError(problems)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat.mapped import read_ahead
 from loraformat.parts import Lora
+from loraformat.pieced import bits
 from loraformat_converters.kohya.header import trained_with
 
 if TYPE_CHECKING:
@@ -37,18 +39,24 @@ def blocks(b: Array) -> int:
     2
     """
     width = b.shape[1]
-    if width < 2 or (b[:1, width // 2 :] != 0).any():  # nearly every B is dense, and its first row says so
-        return 1
-    used = b != 0
-    rows = used.any(axis=1)
-    first, last = used.argmax(axis=1)[rows], width - 1 - used[:, ::-1].argmax(axis=1)[rows]
-    for n in range(min(_MOST, width), 1, -1):
-        if width % n:
-            continue
-        block = first // (width // n)
-        if (block == last // (width // n)).all() and (np.diff(block) >= 0).all() and len(set(block.tolist())) == n:
-            return n
-    return 1
+    read_ahead(b)
+    return next((n for n in range(min(_MOST, width), 1, -1) if width % n == 0 and _diagonal(b, n)), 1)
+
+
+def _diagonal(b: Array, n: int) -> bool:
+    """Whether B consists of so many diagonal blocks: each row has values in one of them, and none comes back."""
+    if _held(b[:1], n)[:, 1:].any():  # nearly every B is dense, and its first row says so
+        return False
+    held = _held(b, n)
+    held = held[held.any(axis=1)]
+    block = held.argmax(axis=1)
+    alone = bool((held.sum(axis=1) == 1).all() and (np.diff(block) >= 0).all())
+    return alone and len(set(block.tolist())) == n
+
+
+def _held(b: Array, n: int) -> npt.NDArray[np.bool_]:
+    """[rows, n]: whether a row has a value in each of n runs of columns that is not zero, of either sign."""
+    return np.asarray(np.bitwise_or.reduce(bits(b).reshape(len(b), n, -1), axis=2) << 1, np.bool_)
 
 
 def look(header: Mapping[str, str], draft: Draft) -> None:

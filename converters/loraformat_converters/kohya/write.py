@@ -107,5 +107,6 @@ def _hash(tensors: Mapping[str, Array]) -> str:
     total = hashlib.sha256()
     dtypes = {name: container.dtype_name(tensor.dtype) for name, tensor in tensors.items()}
     for name in container.tensor_order(dtypes):
-        total.update(container.raw(tensors[name]))
+        for slab in container.slabs(tensors[name]):
+            total.update(container.raw(slab))
     return total.hexdigest()

@@ -22,6 +22,8 @@ from loraformat_converters.spaces.conversions import Conversion, converted
 
 __all__ = ["Renames", "newer"]
 
+_DEPTH = 3  # an inner model is model.vision_model at most
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -67,7 +69,7 @@ def newer(older: str, config: Mapping[str, Any]) -> set[str]:
 
 
 def _candidates(older: str, tables: Iterable[Rules]) -> set[str]:
-    """What the name may become by these rules, one list after the other: of a model, or of the one inside it.
+    """What the name may become by these rules, one list after the other: of a model, or of one inside it.
 
     The rules of an inner model see its own names only; which list is whose, transformers knows from the live modules. A
     candidate counts where the model has such a name.
@@ -75,8 +77,10 @@ def _candidates(older: str, tables: Iterable[Rules]) -> set[str]:
     found = {older}
     for table in tables:
         for name in tuple(found):
-            scope, _, inner = name.partition(".")
-            found |= {_renamed(name, table), f"{scope}.{_renamed(inner, table)}"}
+            words = name.split(".")
+            for depth in range(min(_DEPTH, len(words))):
+                scope, inner = words[:depth], ".".join(words[depth:])
+                found.add(".".join([*scope, _renamed(inner, table)]))
     return found
 
 
@@ -113,7 +117,7 @@ def _table() -> dict[str, Rules]:
     lists = [
         Rules(
             [[(re.compile(old), new) for old, new in rule] for rule in entry["rename"]],
-            [Conversion(kind, [re.compile(old) for old in olds], news) for kind, olds, news in entry["convert"]],
+            [Conversion.of(*said) for said in entry["convert"]],
         )
         for entry in value["rules"]
     ]

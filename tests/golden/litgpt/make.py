@@ -2,7 +2,8 @@
 
 Run ``python make.py`` in an environment with litgpt, lightning and torch (the versions are in ``golden.json``);
 ``python make.py loads``, where loraformat is too, has litgpt load what loraformat writes of each case, strictly, and
-compares its logits with those of the case. One folder a case, as ``litgpt finetune_lora`` leaves it:
+compares its logits with those of the case. It wants an older huggingface-hub than transformers 5, and so is none of the
+peers that are installed with the tests. One folder a case, as ``litgpt finetune_lora`` leaves it:
 
 ``lit_model.pth.lora``     ``{"model": factors}``, by ``torch.save``
 ``hyperparameters.yaml``   the numbers that litgpt's own merge reads; ``model_config.yaml`` the model's

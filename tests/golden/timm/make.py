@@ -1,8 +1,11 @@
 """A tiny vision transformer of timm 1.0.31, an adapter in its names, and what it computes with both.
 
     python tests/golden/timm/make.py FOLDER
+    python tests/golden/timm/make.py FOLDER loads
 
-takes timm from FOLDER, where its wheel is unpacked; torchvision, which only its transforms need, is stood in for.
+takes timm from FOLDER, where its wheel is unpacked; torchvision, which only its transforms need, is stood in for: its wheel
+does not load beside a torch without CUDA, and so timm is none of the peers that are installed with the tests. ``loads`` has
+timm load what loraformat merges, of the adapter and of the same one out of transformers' names, and compares the logits.
 
 ``base.safetensors``      its state dict
 ``adapter.safetensors``   pairs on query-key-value, projections, MLP and head, in the native layout
@@ -15,13 +18,14 @@ import importlib.abc
 import importlib.machinery
 import json
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loraformat as lf
 from loraformat.axes import Placement
@@ -60,16 +64,39 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """There is nothing in it."""
 
 
-@torch.no_grad()
-def main(folder: Path) -> None:
-    sys.path.insert(0, str(folder))
-    sys.meta_path.insert(0, _Finder())
-    import timm
+def made() -> torch.nn.Module:
+    """The model, as timm begins with it."""
     from timm.models.vision_transformer import VisionTransformer
 
-    torch.manual_seed(9)
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model = VisionTransformer(mlp_ratio=20 / 12, **sizes).eval()
+    return VisionTransformer(mlp_ratio=20 / 12, **sizes).eval()
+
+
+@torch.no_grad()
+def check_loads() -> None:
+    """The relative error of the logits, of what timm loads; 0 (measured)."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    from test_renames import vit_file
+
+    truth, base = load_file(HERE / "truth.safetensors"), lf.open_base(HERE / "base.safetensors")
+    adapter = lf.load(HERE / "adapter.safetensors")
+    with tempfile.TemporaryDirectory() as name:
+        there = lf.retarget(adapter, base=lf.open_base(vit_file(Path(name) / "hf"))).adapter
+        for what, own in (("timm", adapter), ("transformers", lf.retarget(there, base=base).adapter)):
+            merged = Path(name) / f"{what}.safetensors"
+            lf.merge(own, base, merged)
+            model = made()
+            model.load_state_dict(load_file(merged), strict=True)
+            wanted = truth["merged"]
+            print(what, float((model(truth["x"]) - wanted).norm() / wanted.norm()))
+
+
+@torch.no_grad()
+def main() -> None:
+    import timm
+
+    torch.manual_seed(9)
+    model = made()
     for parameter in model.parameters():
         parameter.copy_(0.4 * torch.randn(parameter.shape))
     save_file(model.state_dict(), HERE / "base.safetensors")
@@ -90,4 +117,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    sys.path.insert(0, sys.argv[1])
+    sys.meta_path.insert(0, _Finder())
+    check_loads() if sys.argv[2:] == ["loads"] else main()
