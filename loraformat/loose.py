@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraformat.adapter import Adapter
 from loraformat.container import dtype_name
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Loose", "by_module"]
 
+T = TypeVar("T")
 
-def by_module(
-    tensors: Mapping[str, Array], endings: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+
+def by_module(tensors: Mapping[str, T], endings: Mapping[str, str]) -> tuple[dict[str, dict[str, T]], dict[str, T]]:
     """(module → role → tensor, the rest by name), of names that are ``<module><ending>``.
 
     >>> by_module({"a.q.lora_A": 1, "a.bias": 2}, {".lora_A": "lora_A"})
     ({'a.q': {'lora_A': 1}}, {'a.bias': 2})
     """
-    modules: dict[str, dict[str, Array]] = {}
-    rest: dict[str, Array] = {}
+    modules: dict[str, dict[str, T]] = {}
+    rest: dict[str, T] = {}
     for name in tensors:
         ending = next((end for end in endings if name.endswith(end) and len(name) > len(end)), None)
         if ending is None:

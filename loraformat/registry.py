@@ -97,7 +97,11 @@ def detect(source: Source) -> tuple[Layout, str]:
 
 def _unclaimed(source: Source) -> LoraFormatError:
     what, fix = f"no known layout claims {source.path}", f"known layouts: {', '.join(layouts())}"
-    if source.file is None or source.torch or source.file.suffix == ".safetensors":  # else no tensors are no wonder
+    if source.distributed:
+        fix = "export the adapter to PEFT with the framework that wrote it: NeMo's or ms-swift's export"
+    if (
+        source.file is None or source.torch or source.distributed or source.file.suffix == ".safetensors"
+    ):  # else no tensors are no wonder
         what += f"; its first tensors: {', '.join(list(source.tensors)[:3]) or 'none'}"
     else:
         bases = [kind.describes for kind in _loaded("loraformat.bases")[0].values() if kind.recognises(source.path)]

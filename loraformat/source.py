@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from loraformat.container import Container
 from loraformat.errors import LoraFormatError, fault
 from loraformat.names import nearest
-from loraformat.pickled import is_torch
+from loraformat.pickled import INDEX, is_torch
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from loraformat.pickled.distributed import Distributed
     from loraformat.pickled.file import TorchFile
 
     Array = npt.NDArray[Any]
@@ -41,14 +42,17 @@ class Source:
         self.folder = path if path.is_dir() else path.parent
         self.file: Path | None = path if not path.is_dir() else _tensor_file(path)
         self._container: Container | None = None
-        self._tensors: TorchFile | None = None
+        self._tensors: TorchFile | Distributed | None = None
 
     @property
     def container(self) -> Container:
         """The opened tensor file; LF-1xx where it is damaged, LF-501 where there is none."""
         if self.file is None:
-            loose = sorted(path.name for path in self.path.iterdir() if path.suffix in _LOOSE)
-            fix = f"name the file that is meant: {', '.join(loose[:3])}" if loose else ""
+            steps = [path.parent for path in self.path.glob(f"*/{INDEX}")]  # of a run that saves one after the other
+            loose = sorted(
+                path.name for path in (*self.path.iterdir(), *steps) if path.suffix in _LOOSE or path in steps
+            )
+            fix = f"name what is meant: {', '.join(loose[:3])}" if loose else ""
             raise fault("LF-501", f"{self.path} holds no adapter: no tensor file in it goes by a known name", fix=fix)
         if self._container is None:
             self._container = Container(self.file)
@@ -68,24 +72,30 @@ class Source:
     @cached_property
     def torch(self) -> bool:
         """Whether the tensor file is one of ``torch.save``, by its first bytes."""
-        return self.file is not None and is_torch(self.file)
+        return self.file is not None and not self.distributed and is_torch(self.file)
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the tensors are those of a distributed checkpoint of torch, whose index is the tensor file."""
+        return self.file is not None and self.file.name == INDEX
 
     @property
     def tensors(self) -> Mapping[str, Array]:
-        """Tensor name → array, of a safetensors file or, by a reader that runs nothing, of one of ``torch.save``."""
-        if not self.torch:
+        """Tensor name → array, of a safetensors file or, by a reader that runs nothing, of what torch saves."""
+        if not self.torch and not self.distributed:
             return self.container
         if self._tensors is None:
-            from loraformat.pickled.file import TorchFile  # the machinery is loaded only where it is needed
+            from loraformat.pickled.distributed import Distributed  # the machinery is loaded only where it is needed
+            from loraformat.pickled.file import TorchFile
 
             assert self.file is not None
-            self._tensors = TorchFile(self.file)
+            self._tensors = Distributed(self.file.parent) if self.distributed else TorchFile(self.file)
         return self._tensors
 
     @property
     def header(self) -> Mapping[str, str]:
-        """The container's own metadata strings; a PyTorch file has none."""
-        return {} if self.torch else self.container.metadata
+        """The container's own metadata strings; what torch saves has none."""
+        return {} if self.torch or self.distributed else self.container.metadata
 
     def sidecar(self, name: str) -> str | None:
         """The text of a file beside the tensors, or None where there is none."""
@@ -153,10 +163,8 @@ def _tensor_file(folder: Path) -> Path | None:
     for name in ("adapter_model.pt", "lit_model.pth.lora"):  # torchtune, litgpt
         if (folder / name).is_file():
             return folder / name
-    if (folder / ".metadata").is_file() and any(folder.glob("*.distcp")):
-        what = f"{folder} is a distributed checkpoint of torch (.metadata, *.distcp), in whose tensors a framework's own cut is"
-        fix = "export the adapter to PEFT there: Megatron-Bridge's AutoBridge.export_adapter_ckpt, NeMo's or ms-swift's export"
-        raise fault("LF-504", what, fix=fix)
+    if (folder / INDEX).is_file() and any(folder.glob("*.distcp")):
+        return folder / INDEX
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
         raise fault(

@@ -13,11 +13,11 @@ import loraformat as lf
 from loraformat import testing
 from loraformat.layout import ReadOptions, WriteOptions
 from loraformat.parts import Delta
+from loraformat.plain_yaml import scalars
 from loraformat.source import open_source
 from loraformat.verbs.convert import save
 from loraformat.verbs.retarget import retarget
 from loraformat_converters.litgpt import NAMES, layout, read, write
-from loraformat_converters.litgpt.files import scalars
 from loraformat_converters.litgpt.heads import heads_of
 
 HERE = Path(__file__).parent / "golden/litgpt"

@@ -279,16 +279,3 @@ def test_a_scale_that_no_alpha_of_float64_gives_is_refused(tmp_path):
     problems = problems_of(rewritten, scratch(p=lora(3, 7, 6, 1e308, "factor")), tmp_path)
     assert [p.rule for p in problems] == ["LF-508"]
     assert not (tmp_path / "peft").exists()
-
-
-def test_a_distributed_checkpoint_is_refused_with_the_export_that_leads_out_of_it(tmp_path, run):
-    (tmp_path / "iter_0000100").mkdir()
-    for name in (".metadata", "__0_0.distcp", "common.pt", "run_config.yaml"):
-        (tmp_path / "iter_0000100" / name).write_bytes(b"\x80\x02}.")
-    with pytest.raises(lf.LoraFormatError) as caught:
-        lf.load(tmp_path / "iter_0000100")
-    (problem,) = caught.value.problems
-    assert problem.rule == "LF-504"
-    assert "export_adapter_ckpt" in problem.fix
-    told = run("info", "iter_0000100")
-    assert (told.code, "LF-504" in told.err) == (1, True)

@@ -53,8 +53,8 @@ ORDER = (
     ),
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
-    "pickled.write",
-    *("source", "memory", "layout", "loose", "base", "loaders", "registry", "walk"),
+    *("pickled.distributed", "pickled.write"),
+    *("source", "memory", "layout", "loose", "plain_yaml", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description"),
     *("patch", "checkpoint.requantised"),
     *("checkpoint.eight_bits", "checkpoint.four_bits", "checkpoint.gptq"),
@@ -195,7 +195,7 @@ def test_the_core_imports_no_framework_and_no_converter(module):
 def test_a_layout_of_tensors_imports_no_framework_either():
     allowed = sys.stdlib_module_names | THIRD_PARTY | {"loraformat", "loraformat_converters"}
     allowed |= {"gguf"}  # a package of numpy alone, and only for models of quantised types
-    for layout in ("diffusers", "gguf", "kohya", "litgpt", "loralib", "mlx", "peft", "torchtune", "trtllm"):
+    for layout in ("diffusers", "gguf", "kohya", "litgpt", "loralib", "megatron", "mlx", "peft", "torchtune", "trtllm"):
         for path in (CONVERTERS / layout).glob("*.py"):
             assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 

@@ -3,7 +3,8 @@
 A pickle is a program, and loading it runs what it says. Here nothing can be run: the few instructions that a
 ``state_dict`` needs are carried out by a machine of our own (``machine``), whose only functions note where a tensor
 lies (``tensors``). Around the pickle lies a zip archive (``archive``) or, before torch 1.6, a bare stream (``stream``);
-``file`` opens either and serves the tensors as views of the mapped file.
+``file`` opens either and serves the tensors as views of the mapped file. A checkpoint of many processes
+is a folder of such archives, a chunk of a tensor in each, and an index (``distributed``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["is_torch"]
+__all__ = ["INDEX", "is_torch"]
+
+INDEX = ".metadata"
+"""The file of a distributed checkpoint that says where its tensors lie."""
 
 _ZIP = b"PK\x03\x04"
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from loraformat.errors import fault
 
-__all__ = ["Function", "run"]
+__all__ = ["Function", "Kind", "Record", "run"]
 
 _MOST_STEPS = 2_000_000
 """A tensor takes some forty instructions: room for 50,000 tensors."""
@@ -33,6 +33,18 @@ class Function:
 
     def __init__(self, name: str, note: Callable[..., Any]) -> None:
         self.name, self.note = name, note
+
+
+class Kind(Function):
+    """A function whose value may also be asked for as a new object, as of a class."""
+
+
+class Record:
+    """What an object of some class held: the name of the class, and the state that the pickle gives it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: Any = None
 
 
 def run(program: BinaryIO, known: Callable[[str], Any], persistent: Callable[[Any], Any]) -> Any:
@@ -110,10 +122,17 @@ class _Machine:
             raise fault("LF-510", f"the pickle calls {type(function).__name__}, which is no function")
         self.stack.append(function.note(*arguments))
 
+    def _newobj(self, _: None) -> None:
+        if len(self.stack) < 2 or not isinstance(self.stack[-2], Kind):
+            raise fault("LF-510", "the pickle has the instruction NEWOBJ, which no state dict needs")
+        self._reduce(None)
+
     def _build(self, _: None) -> None:
         """A state dict is an OrderedDict whose attribute ``_metadata`` tells versions of modules: not needed."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Record):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], dict):
             raise fault("LF-510", f"the pickle sets attributes of {type(self.stack[-1]).__name__}")
 
     def _tuple(self, _: None) -> None:
@@ -147,7 +166,7 @@ class _Machine:
 
     def _set(self, key: Any, value: Any) -> None:
         # The hash of a tuple is that of its members, again and again: sixty nested pairs would take for ever.
-        if not isinstance(key, (str, int, float, type(None))):
+        if not isinstance(key, (str, int, float, type(None), Record)):
             raise fault("LF-510", f"the pickle has a dict whose key is a {type(key).__name__}")
         self._container(dict)[key] = value
 

@@ -10,7 +10,7 @@ from loraformat.container import DTYPES
 from loraformat.errors import fault
 from loraformat.pickled.machine import Function, run
 
-__all__ = ["Storage", "View", "read_views"]
+__all__ = ["DTYPE_NAMES", "Storage", "View", "read_view", "read_views"]
 
 # torch 2.13 storage.py _dtype_to_storage_type_map; an untyped one is bytes, and the tensor says what they are.
 _STORAGES = {
@@ -18,7 +18,7 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
 }  # fmt: skip
-_DTYPES = {
+DTYPE_NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "uint16": "U16", "uint32": "U32",
     "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -76,12 +76,20 @@ def read_views(program: BinaryIO) -> dict[str, View]:
     return _state_dict(run(program, _known, _persistent))
 
 
+def read_view(program: BinaryIO) -> View:
+    """The view of a pickle that holds one tensor and nothing else; LF-510 as ``read_views``."""
+    value = run(program, _known, _persistent)
+    if not isinstance(value, View):
+        raise fault("LF-510", f"the pickle holds a {type(value).__name__}, not a tensor")
+    return value
+
+
 def _known(name: str) -> Any:
     module, _, last = name.rpartition(".")
     if module in ("torch", "torch.cuda", "torch.storage") and last in _STORAGES:
         return _StorageType(_STORAGES[last])
-    if module == "torch" and last in _DTYPES:
-        return _Dtype(_DTYPES[last])
+    if module == "torch" and last in DTYPE_NAMES:
+        return _Dtype(DTYPE_NAMES[last])
     if name not in _FUNCTIONS:
         fix = "load it where you trust it, and save the tensors alone: safetensors.torch.save_file"
         raise fault("LF-510", f"the pickle asks for {name}, which could run code or has no tensor form here", fix=fix)

@@ -7,28 +7,17 @@ litgpt 0.5.13 scripts/merge_lora.py: ``hyperparameters.yaml`` has the arguments 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from loraformat import canonical
 from loraformat.errors import fault
+from loraformat.plain_yaml import scalars
 
-__all__ = ["HYPER", "MODEL", "PARTS", "hyperparameters", "kept", "scalars"]
+__all__ = ["HYPER", "MODEL", "PARTS", "hyperparameters", "kept"]
 
 HYPER, MODEL = "hyperparameters.yaml", "model_config.yaml"
 PARTS = ("lora_query", "lora_key", "lora_value")
-
-# A scalar at the beginning of a line: all that is asked for of either file.
-_SCALAR = re.compile(r"^(\w+): *(?:(true|false)|(-?\d+)|(-?\d+\.\d*(?:e[+-]?\d+)?)|([\w./-]+)) *$", re.MULTILINE)
-
-
-def scalars(text: str | None) -> dict[str, Any]:
-    """Name → value of the plain members of a YAML mapping."""
-    found: dict[str, Any] = {}
-    for name, boolean, integer, number, word in _SCALAR.findall(text or ""):
-        found[name] = boolean == "true" if boolean else int(integer) if integer else float(number) if number else word
-    return found
 
 
 def kept(text: str | None) -> dict[str, str]:

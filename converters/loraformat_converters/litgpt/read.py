@@ -10,8 +10,9 @@ from loraformat.axes import Placement
 from loraformat.layout import Reading, ReadOptions
 from loraformat.loose import Loose, by_module
 from loraformat.parts import Lora
+from loraformat.plain_yaml import scalars
 from loraformat_converters.litgpt import NAMES
-from loraformat_converters.litgpt.files import HYPER, MODEL, PARTS, scalars
+from loraformat_converters.litgpt.files import HYPER, MODEL, PARTS
 from loraformat_converters.litgpt.fused import whole
 from loraformat_converters.litgpt.heads import heads_of
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
 from loraformat.pickled.write import write as write_torch
+from loraformat.plain_yaml import scalars
 from loraformat.scale import alpha_for
 from loraformat_converters.litgpt import NAMES, is_adapted
 from loraformat_converters.litgpt.complete import completed, joined
-from loraformat_converters.litgpt.files import HYPER, MODEL, PARTS, hyperparameters, kept, scalars
+from loraformat_converters.litgpt.files import HYPER, MODEL, PARTS, hyperparameters, kept
 from loraformat_converters.litgpt.fused import adapted, apart
 from loraformat_converters.litgpt.heads import heads_of
 
