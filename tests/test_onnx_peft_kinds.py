@@ -124,8 +124,8 @@ KINDS = {
         Picture, picture, 4, target_modules=["wide", "steps", "point", "head"], r=3, lora_alpha=5, use_dora=True
     ),
     "dora of Conv1D": recipe(
-        exports._gpt2,
-        exports._tokens,
+        exports.gpt2,
+        exports.tokens,
         8,
         target_modules=["c_attn", "c_proj", "c_fc"],
         r=4,
@@ -135,7 +135,7 @@ KINDS = {
     ),
     "tokens": recipe(
         llama(False),
-        exports._tokens,
+        exports.tokens,
         3,
         target_modules=["q_proj"],
         r=3,
@@ -144,7 +144,7 @@ KINDS = {
     ),
     "tied tokens": recipe(
         llama(True),
-        exports._tokens,
+        exports.tokens,
         3,
         target_modules=["q_proj"],
         r=3,

