@@ -158,6 +158,36 @@ def test_slots_that_no_dora_asked_for_take_none(tmp_path):
         Session(tmp_path / "out.onnx").load("dora", dora())
 
 
+MISFITS = {
+    "another in": dora(Placement((7, 6), (0,), (1,))),
+    "another out": dora(Placement((8, 5), (0,), (1,))),
+    "a magnitude of another out": Adapter(
+        {KEY: lf.Update((*plain()[KEY].parts, lf.Magnitude(np.ones(6, np.float32))))}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_dora_of_other_sizes_is_refused(case, tmp_path):
+    base = open_base(save(model(MATMUL), tmp_path / "base.onnx"))
+    put(base, tmp_path / "out.onnx", [("a", dora())])
+    with pytest.raises(LoraFormatError, match="LF-606"):
+        Session(tmp_path / "out.onnx").load("a", MISFITS[case])
+
+
+def test_a_weight_that_is_not_there_any_more_is_a_fault(tmp_path):
+    base = open_base(save(model(MATMUL), tmp_path / "base.onnx"))
+    put(base, tmp_path / "out.onnx", [("a", dora())])
+    made = onnx.load(tmp_path / "out.onnx")
+    for node in made.graph.node:
+        node.input[:] = ["v" if name == "w" else name for name in node.input]
+    next(tensor for tensor in made.graph.initializer if tensor.name == "w").name = "v"
+    running = Session(save(made, tmp_path / "x.onnx"))
+    running.load("plain", plain())
+    with pytest.raises(LoraFormatError, match=r"LF-608.*0 operators of the model read w"):
+        running.load("dora", dora())
+
+
 @pytest.mark.parametrize("gain", [3, [], ["n", [7], "w"], ["n", "x", "w", [1]]])
 def test_a_gain_that_cannot_be_read_is_a_fault(gain, tmp_path):
     base = open_base(save(model(MATMUL), tmp_path / "base.onnx"))

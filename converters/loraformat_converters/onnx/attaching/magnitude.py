@@ -68,7 +68,8 @@ def beside(index: Index, folder: Path) -> Callable[[Gain, Update], Array]:
     """What the magnitude of an update divides by, on the weight that a slot stands beside; LF-608 where it has none."""
 
     def norms(gain: Gain, update: Update) -> Array:
-        sites = [s for s in index.sites if (s.root_name, s.placement.out) == (gain.weight, gain.out)]
+        wanted = gain.weight, gain.out, update.matrix_shape()
+        sites = [s for s in index.sites if (s.root_name, s.placement.out, s.placement.matrix_shape) == wanted]
         if len({id(site.root) for site in sites}) != 1:  # inner graphs may use one name each
             what = f"{len(sites)} operators of the model read {gain.weight} as the one beside the slot does"
             raise fault("LF-608", what, where=gain.name, fix="attach the DoRA as a branch, or merge it")

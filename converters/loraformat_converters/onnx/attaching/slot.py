@@ -7,6 +7,7 @@ The gain is there where a DoRA is to be fed: m/‖V‖ − 1, by which B is mult
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,13 @@ class Slot:
         """Name → shape."""
         more = {self.gain.name: self.gain.shape} if self.gain else {}
         return {self.a: self.a_shape, self.b: self.b_shape, **more}
+
+    @property
+    def matrix_shape(self) -> tuple[int | None, int]:
+        """(out, in) of what a pair without a batch gives."""
+        if self.form == "linear":
+            return self.b_shape[-1], int(self.a_shape[-2] or 0)
+        return self.b_shape[0], math.prod(n or 0 for n in self.a_shape[1:])
 
     def off(self) -> dict[str, Array]:
         """What changes nothing, by input."""

@@ -106,11 +106,21 @@ class Slots:
 
         Args:
             norms: ‖V‖ of an update of the weight beside a slot. Only DoRAs need it.
+
+        Raises:
+            LoraFormatError: LF-606 a magnitude of other sizes than its own pair; LF-608 V cannot be computed.
         """
         targets, gains = dict(adapter.items()), {}
         for key, update in adapter.items():
             slot = self.slots.get(key)
-            if slot is not None and slot.gain is not None and _is_dora(update):
+            if slot is None or slot.gain is None or not _is_dora(update):
+                continue
+            if update.matrix_shape() != slot.matrix_shape:
+                targets[key] = replace(update, parts=(update["lora"],))  # the pair's sizes are told
+            elif update["magnitude"].magnitude.size != slot.matrix_shape[0]:
+                what = f"its magnitude is {list(update['magnitude'].magnitude.shape)}, and W has {slot.matrix_shape[0]} rows"
+                raise fault("LF-606", what, where=key, fix="is this the base that the adapter was trained on?")
+            else:
                 with np.errstate(divide="ignore", invalid="ignore"):  # ``feeds`` refuses what is not finite
                     ratio = update["magnitude"].magnitude.astype(np.float64) / norms(slot.gain, update)
                     gains[key], targets[key] = ratio - 1, _rescaled(update, ratio)
