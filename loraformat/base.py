@@ -196,6 +196,9 @@ class Graph(Base, Protocol):
     def inlined(self) -> Graph:
         """The base with its functions written out, where their weights can be changed."""
 
+    def check_provable(self, plan: Plan, inputs: Path | None = None) -> None:
+        """Refuse now what ``prove`` could not do once the plan is carried out."""
+
     def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
         """Run what ``apply`` wrote against base and adapter put together in another way.
 

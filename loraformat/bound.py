@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_bound"]
 
+_CAST = frozenset({"F16", "BF16"})
+"""What exported graphs are cast to; the digest is then another."""
+
 
 def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
     """LF-607 where the adapter says which weights it was bound to, and these are others."""
@@ -44,16 +47,19 @@ def _other(key: str, update: Update, base: Base, match: Match, parameter: Parame
         found = runs_sha256(tile for _, tile in read_runs(base, parameter))
         if found == update.base_sha256:
             return None
-        what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
-        return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
+        if not (match.node and parameter.dtype in _CAST):
+            what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
+            return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
     recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
     if update.sketch is None or update.placement is None or recognised or not update.sketch.any():
         return None
     if parameter is None and not isinstance(base, Recognising):
         return None
     drawn = _drawn(base, match, parameter)
-    like = 0.0 if drawn is None else cosine(update.sketch, drawn)
-    if like >= ACCEPT:
+    if drawn is None:
+        what = f"{match.weight} cannot be read, nor compared with the tensor that the adapter was bound to"
+        return Problem("LF-607", what, key, "--any-base takes it unseen")
+    if (like := cosine(update.sketch, drawn)) >= ACCEPT:
         return None
     what = f"{match.weight} is not like the tensor that the adapter was bound to: their sketches have cosine {like:.2f}"
     return Problem(

@@ -419,6 +419,16 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("verb", ["attach --to", "merge --into"])
+def test_what_cannot_be_proved_is_told_before_anything_is_written(verb, run, files):
+    made = onnx.load(files / "m.onnx")
+    made.graph.input[0].type.tensor_type.ClearField("shape")
+    save(made, files / "m.onnx")
+    verb, flag = verb.split()
+    done = run(verb, "a.safetensors", flag, "m.onnx", "-o", "out.onnx", "--verify")
+    assert (done.code, "LF-705" in done.err, (files / "out.onnx").exists()) == (2, True, False)
+
+
 def test_what_was_folded_beforehand_is_proved_by_running_it(run, files):
     done = run("attach", "a.safetensors", "--to", "m.onnx", "-o", "out.onnx", "--prefold", "--verify")
     assert (done.code, "≤ 1e-05 at y" in done.err) == (0, True)

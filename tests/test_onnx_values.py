@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +13,7 @@ from safetensors.numpy import save_file
 
 import loraformat as lf
 from loraformat.base import Options
+from loraformat.identity import runs_sha256
 from loraformat.registry import open_base
 from loraformat.sketch import sketch
 from loraformat.verbs.merge import merge, prepare
@@ -449,7 +452,28 @@ def test_that_a_head_takes_the_tokens_of_its_table_is_said(tmp_path):
     )
     made.graph.initializer[1].name = made.graph.node[0].input[0] = "e.weight"
     tokens = lf.Rows(normal(2, 5, seed=1), np.array([2, 7]))
-    given = lf.Adapter({"e.weight": lf.Update((tokens,), lf.Placement((9, 5), (1,), (0,)), op="embedding")})
+    given = lf.Adapter({"e.weight": lf.Update((tokens,))})
+    made.graph.node[0].name = "/e/Gather"
     base = open_base(save(made, tmp_path / "base.onnx"))
     plan = prepare("merge", [("a", given)], base, Options(tmp_path / "out.onnx"))
     assert "e.weight: /head/MatMul has the same values and changes too, as in transformers' models" in plan.notes
+
+
+@pytest.mark.parametrize(("cast", "like"), [(np.float16, True), (np.float32, True), (np.float16, False)])
+def test_a_graph_that_was_cast_is_the_one_that_the_adapter_was_bound_to(cast, like, tmp_path):
+    """A kernel lies in a graph as in the checkpoint, so that its bytes are compared first; cast they are others."""
+    kernel = normal(9, 4, 3)
+    place = lf.Placement(kernel.shape, (0,), (1, 2))
+    update = lf.Update(lora(9, 12).parts, place, sketch=sketch(kernel, place))
+    bound = lf.Adapter({"c.weight": replace(update, base_sha256=runs_sha256([kernel]))})
+    letter = {np.float16: "float16", np.float32: "float"}[cast]
+    made = model(f'g ({letter}[N,4,8] x) => ({letter}[N,9,6] y) {{ ["/c/Conv"] y = Conv(x, w) }}')
+    stored_so = (kernel if like else normal(9, 4, 3, seed=1)).astype(cast)
+    made.graph.initializer.append(numpy_helper.from_array(stored_so, "c.weight"))
+    made.graph.node[0].input[1] = "c.weight"
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    if like:
+        merge(bound, base, tmp_path / "merged.onnx")
+        return
+    with pytest.raises(lf.LoraFormatError, match="LF-607"):
+        merge(bound, base, tmp_path / "merged.onnx")

@@ -215,7 +215,7 @@ class _Asked:
 
 def _carry_out(asked: _Asked) -> None:
     from loraformat.atomic import check_free
-    from loraformat.verbs.graph import inlined, prove
+    from loraformat.verbs.graph import check_provable, inlined, prove
     from loraformat.verbs.merge import prepare
 
     if not asked.plan_only:
@@ -231,13 +231,15 @@ def _carry_out(asked: _Asked) -> None:
         warn(gathered.warnings)
         for note in alike(plan.notes):
             click.echo(f"note: {note}", err=True)
+    proves = asked.verify and "prove" in base.verbs
+    if proves:
+        check_provable(base, plan, asked.inputs)
     with progress_bar(asked.verb, plan.writes, quiet=asked.as_json):
         outcome = base.apply(plan, force=asked.force)
-    held = (
-        asked.mode != "swap" and not asked.prefold
-    )  # what is fed or folded is in no model: it is proved by running alone
+    # What is fed or folded is in no model: it is proved by running alone.
+    held = asked.mode != "swap" and not asked.prefold
     verdict = _read_again(base, plan, stated) if asked.verify and held else None
-    proof = prove(base, plan, asked.inputs) if asked.verify and "prove" in base.verbs else None
+    proof = prove(base, plan, asked.inputs) if proves else None
     holds = not (verdict is not None and verdict.problems) and (proof is None or proof.holds)
     if asked.as_json:
         echo_json(json_of(plan, outcome, verdict, proof, gathered.warnings))

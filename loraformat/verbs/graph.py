@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loraformat.base import Base, Graph
     from loraformat.plan import Outcome, Plan, Proof
 
-__all__ = ["detach", "extract", "inlined", "prove"]
+__all__ = ["check_provable", "detach", "extract", "inlined", "prove"]
 
 
 def detach(base: Base, out: str | os.PathLike[str], *, force: bool = False) -> Outcome:
@@ -48,6 +48,15 @@ def extract(base: Base, *, name: str | None = None) -> Adapter:
 def inlined(base: Base) -> Base:
     """A graph with its local functions written out."""
     return _graph(base, "inline").inlined()
+
+
+def check_provable(base: Base, plan: Plan, inputs: str | os.PathLike[str] | None = None) -> None:
+    """Refuse, before anything is written, what cannot be proved by running it.
+
+    Raises:
+        LoraFormatError: LF-608 a use of which nothing can be proved; LF-705 inputs that cannot be made up or read.
+    """
+    _graph(base, "prove").check_provable(plan, Path(inputs) if inputs else None)
 
 
 def prove(base: Base, plan: Plan, inputs: str | os.PathLike[str] | None = None) -> Proof:

@@ -46,6 +46,7 @@ from loraformat_converters.onnx.graph.store import Storage
 from loraformat_converters.onnx.graph.values import Values
 from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.info import describe
+from loraformat_converters.onnx.proving.dense import check_products
 from loraformat_converters.onnx.proving.fusions import unfused
 from loraformat_converters.onnx.proving.inputs import generated, stated
 from loraformat_converters.onnx.proving.prove import ROUNDED, compare, tolerance
@@ -250,11 +251,21 @@ class OnnxBase:
 
         return OnnxBase(self.path, inliner.inline_local_functions(self.model))
 
+    def check_provable(self, plan: Plan, inputs: Path | None = None) -> None:
+        """LF-608 where the other verb's result could not be made; LF-705 where there are no inputs for it."""
+        self._feeds(inputs)
+        if plan.verb == "merge" and plan.options.requantize:
+            check_products(plan.state)
+        elif plan.verb == "merge":
+            for _, jobs in cases(plan):
+                self.plan("attach", jobs, Options(_other(plan)))
+
+    def _feeds(self, inputs: Path | None) -> Mapping[str, Array]:
+        return stated(inputs) if inputs else generated(self.model, self.index)
+
     def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
         """Run what ``apply`` wrote against the other verb's result, which is made beside it and deleted."""
-        feeds = stated(inputs) if inputs else generated(self.model, self.index)
-        out = plan.options.out
-        other = out.with_name(f".{out.name}.proof.onnx")
+        feeds, out, other = self._feeds(inputs), plan.options.out, _other(plan)
         limit = tolerance({spot.sites[0].dtype for spot in plan.state})
         if any(spot.rounds for spot in plan.state):
             limit = max(limit, ROUNDED)
@@ -290,3 +301,8 @@ class OnnxBase:
 def _is_matrix(site: Site) -> bool:
     """Whether it is stored, or read, as one: no kernel, no stack."""
     return 2 in (len(site.placement.shape), len(site.operand.shape))
+
+
+def _other(plan: Plan) -> Path:
+    """Where the other verb's result is for as long as the two are compared."""
+    return plan.options.out.with_name(f".{plan.options.out.name}.proof.onnx")

@@ -236,6 +236,11 @@ class OnnxFolder:
         fed = {(Path(f).parent / name).as_posix() for f, m in self.models.items() for name in m.base.fed}
         return self._write(out, storages, {}, force, without=fed)
 
+    def check_provable(self, plan: Plan, inputs: Path | None = None) -> None:
+        """The same of each model that changes."""
+        for file, own in plan.state.items():
+            self.models[file].base.check_provable(own, inputs)
+
     def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
         """The worst of what running each changed model proves."""
         proofs = [

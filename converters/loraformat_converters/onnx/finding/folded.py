@@ -70,12 +70,13 @@ def _unproved(site: Site, said: Sequence[Witness]) -> str:
     """Why the values of a convolution may have been changed."""
     if site.node.op_type not in _CONVOLUTIONS:
         return ""
-    alike = [witness.cosine for witness in said if witness.rung == "sketch"]
-    named = len(alike) < len(said)
+    alike = max((witness.cosine for witness in said if witness.rung == "sketch"), default=0.0)
+    named = any(witness.rung != "sketch" for witness in said)
+    rewritten = bool(_REWRITTEN.fullmatch(site.node.name)) and not site.node.metadata_props and bool(site.bias)
     if named and _RENAMED.fullmatch(names_of(site, "initializer") or ""):
         return f"its {site.parameter} lost its name and is {site.root_name}: a batch normalisation was folded into it"
-    if alike and max(alike) < _SAME:
-        return f"its {site.parameter} is like W (cosine {max(alike):.3f}) and not W: a batch normalisation may be folded into it"
-    if not alike and _REWRITTEN.fullmatch(site.node.name) and not site.node.metadata_props and site.bias:
+    if alike < _SAME and rewritten:
         return "the exporter wrote it anew: a batch normalisation may be folded into it"
+    if alike < _SAME and not named:
+        return f"its {site.parameter} is like W (cosine {alike:.3f}) and not W: a batch normalisation may be folded into it"
     return ""

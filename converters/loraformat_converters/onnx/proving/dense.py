@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import helper, numpy_helper
 
-from loraformat.errors import fault
+from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat_converters.onnx.changing.spots import Spot
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.nodes import Editor
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["beside"]
+__all__ = ["beside", "check_products"]
+
+_FIX = "leave --verify out; loraformat verify compares the weights"
 
 _KERNELS = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides", "output_padding", "output_shape")
 _ATTRIBUTES = {
@@ -41,15 +43,22 @@ def beside(index: Index, values: Values, spots: Iterable[Spot], merged: Values |
     Args:
         merged: another model's weights, which are W + ΔW; without them ΔW is what the changes say.
     """
-    editor = Editor(index)
+    editor, spots = Editor(index), list(spots)
+    check_products(spots)
     for spot in spots:
         for site in spot.sites:
-            if site.refusal:
-                what = f"{site.node.name or site.operator}: its product is not at hand: nothing can be proved of it"
-                raise fault("LF-608", what, where=spot.key, fix="leave --verify out")
             delta = _delta(values, spot, site) if merged is None else _between(values, merged, site)
             _add(index, editor, site, delta)
     editor.finish()
+
+
+def check_products(spots: Iterable[Spot]) -> None:
+    """LF-608 for the uses beside which nothing can be put."""
+    unseen = [(spot.key, site) for spot in spots for site in spot.sites if site.refusal]
+    what = "{}: its product is not at hand: nothing can be proved of it"
+    problems = [Problem("LF-608", what.format(site.node.name or site.operator), key, _FIX) for key, site in unseen]
+    if problems:
+        raise LoraFormatError(problems)
 
 
 def _delta(values: Values, spot: Spot, site: Site) -> Array:
