@@ -14,7 +14,7 @@ import numpy as np
 from loraformat.axes import Placement
 from loraformat.errors import fault
 from loraformat.parts import Delta, Loha, Lokr, Lora, Magnitude, Part, Replace, Rows
-from loraformat.pieced import bits
+from loraformat.pieced import bits, pieced
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -113,11 +113,13 @@ def run_of(rows: Indices) -> slice | Indices:
 
 
 def _taken(tensor: Array, rows: Indices, axis: int) -> Array:
-    """``tensor.take(rows, axis)``."""
-    run = run_of(rows)
+    """``tensor.take(rows, axis)``: a view where the rows follow each other, and made where it is read where they are all."""
+    run, before = run_of(rows), (slice(None),) * (axis % tensor.ndim)
     if isinstance(run, slice) and run.stop <= tensor.shape[axis]:
-        taken: Array = tensor[(slice(None),) * (axis % tensor.ndim) + (run,)]
+        taken: Array = tensor[(*before, run)]
         return taken
+    if len(rows) == tensor.shape[axis]:
+        return pieced(tensor.shape, [((*before, np.argsort(rows)), tensor)])
     return tensor.take(rows, axis)
 
 
