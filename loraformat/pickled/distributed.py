@@ -177,7 +177,7 @@ def _tensors(index: Record) -> dict[str, _Whole]:
     for key, place in _items(index, "storage_data"):
         name = _field(key, "fqn")
         offset = key.state.get("offset")  # none of what is no tensor
-        if offset is not None:
+        if isinstance(name, str) and offset is not None:
             places[name, _numbers(offset)] = place
     found = {}
     for name, told in _items(index, "state_dict_metadata"):
@@ -190,7 +190,8 @@ def _tensors(index: Record) -> dict[str, _Whole]:
 
 def _whole(name: str, told: Record, places: Mapping[Any, Any]) -> _Whole:
     properties, chunks = _field(told, "properties"), _field(told, "chunks")
-    dtype = properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
+    held = properties.state if isinstance(properties, Record) else None
+    dtype = held[0] if isinstance(held, tuple) and held else None
     if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(chunks, list):
         raise fault("LF-510", "a tensor without a known dtype or without chunks", where=name)
     shape = _numbers(_field(told, "size"))
