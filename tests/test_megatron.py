@@ -273,6 +273,12 @@ def test_what_else_was_trained_is_refused_by_its_name(tmp_path):
     assert any("linear_fc2.vision_.linear_up" in p.where for p in found)
 
 
+def test_one_pair_for_nobody_knows_how_many_experts_is_refused(tmp_path):
+    old, new = b"self_attention.linear_proj.", b"mlp.experts.exp.linear_fc2."
+    found = problems(lf.load, rewritten(tmp_path, (old, new)))
+    assert {(p.rule, "experts" in p.where) for p in found} == {("LF-504", True)}
+
+
 def test_the_state_of_the_optimizer_is_no_part_of_an_adapter(tmp_path):
     old, new = b"decoder.layers.mlp.linear_fc2.", b"optimizer.s.exp_a.linear_fc2."
     adapter = lf.load(rewritten(tmp_path, (old, new + b"x" * (len(old) - len(new)))))

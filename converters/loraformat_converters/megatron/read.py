@@ -125,6 +125,10 @@ def _add(module: str, tensors: Mapping[str, Array], method: Method | None, draft
     if not draft.sound(module, shared, wanted):
         return
     a, b = shared["lora_A"], shared["lora_B"]
+    if axes == 2 and ".experts." in module:
+        what = "no axis of experts: earlier versions stored the pair that the experts of one process share"
+        draft.say("LF-504", what, module, "load it with that version of Megatron-Bridge, and export it there")
+        return
     draft.rule = "alpha/r"
     if method is not None:
         draft.rank = method.expert_dim if ".experts." in module else method.dim
