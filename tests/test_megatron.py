@@ -21,12 +21,12 @@ from loraformat_converters.megatron.settings import Heads, heads_of, method_of
 
 HERE = Path(__file__).parent / "golden/megatron"
 EXPORTED = ("lora", "lora_tensor_parallel", "lora_pipeline", "experts")
-CASES = (*EXPORTED, "canonical", "canonical_tensor_parallel", "dora", "dora_tensor_parallel")
+CASES = (*EXPORTED, "canonical", "canonical_experts", "canonical_tensor_parallel", "dora", "dora_tensor_parallel")
 QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
 
 
 def base_of(case):
-    return HERE / ("moe_base" if case == "experts" else "base")
+    return HERE / ("moe_base" if case.endswith("experts") else "base")
 
 
 def config_of(case):
@@ -271,6 +271,12 @@ def test_what_else_was_trained_is_refused_by_its_name(tmp_path):
     found = problems(lf.load, folder)
     assert {p.rule for p in found} == {"LF-506", "LF-303"}
     assert any("linear_fc2.vision_.linear_up" in p.where for p in found)
+
+
+def test_one_pair_for_nobody_knows_how_many_experts_is_refused(tmp_path):
+    old, new = b"self_attention.linear_proj.", b"mlp.experts.exp.linear_fc2."
+    found = problems(lf.load, rewritten(tmp_path, (old, new)))
+    assert {(p.rule, "experts" in p.where) for p in found} == {("LF-309", True)}
 
 
 def test_the_state_of_the_optimizer_is_no_part_of_an_adapter(tmp_path):

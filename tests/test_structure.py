@@ -53,7 +53,7 @@ ORDER = (
     ),
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
-    *("pickled.distributed", "pickled.write"),
+    *("pickled.index", "pickled.distributed", "pickled.write"),
     *("source", "memory", "layout", "loose", "plain_yaml", "base", "loaders", "registry", "walk"),
     *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description"),
     *("patch", "checkpoint.requantised"),

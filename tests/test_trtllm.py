@@ -11,6 +11,7 @@ import pytest
 from mutants import net
 from peft_goldens import HERE as PEFT
 from peft_goldens import truth_of
+from safetensors.numpy import load_file
 
 import loraformat as lf
 from loraformat import testing
@@ -21,11 +22,12 @@ from loraformat.source import open_source
 from loraformat.updates import Update
 from loraformat.verbs.adapt import adapt
 from loraformat.verbs.convert import save
+from loraformat.verbs.retarget import retarget
 from loraformat_converters.trtllm import CONFIG, MODULES, NAMES, WEIGHTS, layout, read, sizes
 from loraformat_converters.trtllm import write as writing
 
 HERE = Path(__file__).parent / "golden/trtllm"
-CASES = ("plain-float32", "plain-float16", "dora-float32", "dora-float16")
+CASES = ("plain-float32", "plain-float16", "dora-float32", "dora-float16", "manager-llama")
 LLAMA = json.loads((PEFT / "llama/base/config.json").read_text())
 # hf_lora_convert.py, hf_modules_to_trtllm_modules
 TORCH = {
@@ -34,6 +36,7 @@ TORCH = {
     "mlp_gate": "mlp.up_proj",
 }  # fmt: skip
 OPTIONS = ReadOptions(config=LLAMA)
+MIXTRAL = {"model_type": "mixtral", "hidden_size": 24, "intermediate_size": 20, "num_local_experts": 3}
 
 
 def loaded(folder):
@@ -47,22 +50,42 @@ def check_deltas(case):
     for key, update in loaded(HERE / case).items():
         _, layer, module = key.split(".")
         found[f"model.layers.{layer}.{TORCH[module]}.weight"] = update
-    testing.check_golden(lf.Adapter(found), wanted, 1e-6 if case.endswith("32") else 1e-3)
+    testing.check_golden(lf.Adapter(found), wanted, 1e-3 if case.endswith("16") else 1e-6)
+
+
+def experts():
+    return layout.read(open_source(HERE / "manager-experts"), ReadOptions(config=MIXTRAL)).adapter
+
+
+def check_experts():
+    """One row of all experts is, expert by expert, what PEFT merges."""
+    adapter = retarget(experts(), "torch", config=MIXTRAL).adapter
+    testing.check_golden(adapter, load_file(HERE / "experts/truth.safetensors"))
+
+
+def check_experts_written(folder):
+    """Of PEFT's own folder the very rows that TensorRT-LLM makes of it for its runtime."""
+    adapter = retarget(lf.load(HERE / "experts/adapter"), NAMES, config=MIXTRAL).adapter
+    save(adapt(adapter, fold_scale=True).adapter, folder / "again", layout)
+    assert rows_of(folder / "again") == rows_of(HERE / "manager-experts")
+
+
+def rows_of(folder):
+    weights, table = (np.load(folder / name)[0] for name in (WEIGHTS, CONFIG))
+    return {tuple(entry[:3]): row.tobytes() for entry, row in zip(table.tolist(), weights, strict=True)}
 
 
 def check_written(case, folder):
     """Two arrays with the golden's own rows, in another order."""
     save(loaded(HERE / case), folder / "again", layout)
-    rows = [{} for _ in range(2)]
-    for kept, at in zip(rows, (HERE / case, folder / "again"), strict=True):
-        weights, table = (np.load(at / name)[0] for name in (WEIGHTS, CONFIG))
-        kept |= {tuple(entry[:3]): row.tobytes() for entry, row in zip(table.tolist(), weights, strict=True)}
-    assert rows[0] == rows[1]
+    assert rows_of(folder / "again") == rows_of(HERE / case)
 
 
 CHECKS = {
     **{case: lambda folder, case=case: check_deltas(case) for case in CASES},
     **{f"{case} written": lambda folder, case=case: check_written(case, folder) for case in CASES},
+    "experts": lambda folder: check_experts(),
+    "experts written": check_experts_written,
 }
 
 
@@ -81,9 +104,26 @@ def a_behind_b(patch):
     patch.setattr(writing.np, "concatenate", lambda parts: real(parts[::-1]))
 
 
+def the_last_expert_first(patch):
+    real = read.Lora
+    patch.setattr(read, "Lora", lambda a, b, *scale: real(a[::-1] if a.ndim == 3 else a, b, *scale))
+
+
+def pair_by_pair(patch):
+    """A and B of one expert, then those of the next."""
+    real = writing._for_each
+    patch.setattr(writing, "_for_each", lambda part: [f for pair in zip(*real(part), strict=True) for f in pair])
+
+
 test_the_goldens, test_a_mutant_turns_its_check_red = net(
     CHECKS,
-    [(sides_swapped, "plain-float32"), (gate_for_up, "plain-float32"), (a_behind_b, "dora-float32 written")],
+    [
+        (sides_swapped, "plain-float32"),
+        (gate_for_up, "plain-float32"),
+        (a_behind_b, "dora-float32 written"),
+        (the_last_expert_first, "experts"),
+        (pair_by_pair, "experts written"),
+    ],
 )
 
 
@@ -117,6 +157,24 @@ def arrays(folder, weights, table):
     np.save(folder / WEIGHTS, weights)
     np.save(folder / CONFIG, table)
     return open_source(folder)
+
+
+def test_the_manager_of_the_runtime_has_the_rows_of_the_converter():
+    assert rows_of(HERE / "manager-llama") == rows_of(HERE / "dora-float32")
+
+
+def test_experts_of_another_number_or_of_one_axis_are_refused(tmp_path):
+    other = ReadOptions(config=MIXTRAL | {"num_local_experts": 4})
+    assert {rule for rule, _ in problems(layout.read, open_source(HERE / "manager-experts"), other)} == {"LF-309"}
+    flat = {"layers.0.moe_gate": Update((Lora(normal(3, 24), normal(20, 3), 1, "factor"),))}
+    assert problems(save, lf.Adapter(flat, NAMES), tmp_path / "x", layout) == {("LF-508", "layers.0.moe_gate")}
+
+
+def test_a_factor_that_experts_share_is_written_for_each(tmp_path):
+    shared = Lora(normal(1, 3, 24), normal(3, 20, 3), 1, "factor")
+    save(lf.Adapter({"layers.1.moe_gate": Update((shared,))}, NAMES), tmp_path / "out", layout)
+    again = layout.read(open_source(tmp_path / "out"), ReadOptions(config=MIXTRAL)).adapter["layers.1.moe_gate"]
+    assert np.array_equal(again.matrix(), Update((shared,)).matrix())
 
 
 def test_rows_that_say_something_else_are_refused_each(tmp_path):

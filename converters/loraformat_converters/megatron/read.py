@@ -82,9 +82,9 @@ def _in_order(
     Raises:
         LoraFormatError: LF-504 a magnitude that no one weight has.
     """
-    if not {"lora_A", "lora_B"} <= tensors.keys() or min(tensors[role].ndim for role in ("lora_A", "lora_B")) < 2:
+    a, b = (tensors[role].ndim if role in tensors else 0 for role in ("lora_A", "lora_B"))
+    if min(a, b) < 2:
         return tensors  # refused where they are looked at
-    a, b = (tensors[role].ndim for role in ("lora_A", "lora_B"))
     if "magnitude" in tensors and stored.cuts(names["lora_A"], a - 1) > 1:
         # Megatron-Bridge 0.6.2 peft/dora_layers.py _get_weight_norm: of a row-parallel Linear, its columns on the rank
         what = "each rank divided by the norms of its own columns, and only the first one's magnitude was saved"
@@ -118,24 +118,20 @@ def _layers(module: str, tensors: Mapping[str, Array]) -> Iterator[tuple[str, Ma
 
 
 def _add(module: str, tensors: Mapping[str, Array], method: Method | None, draft: Loose) -> None:
-    """One pair, of all experts of a layer where its tensors have an axis of them; with its magnitude."""
-    axes = 3 if max(tensor.ndim for role, tensor in tensors.items() if role != "magnitude") > 2 else 2
-    shared = {role: t[None] if role != "magnitude" and t.ndim == axes - 1 == 2 else t for role, t in tensors.items()}
-    wanted = {"lora_A": axes, "lora_B": axes} | ({"magnitude": axes - 1} if "magnitude" in tensors else {})
-    if not draft.sound(module, shared, wanted):
+    """One pair, with its magnitude; of all experts of a layer where its tensors have an axis of them."""
+    stack = int(".experts." in module)
+    axes = {"lora_A": 2 + stack, "lora_B": 2 + stack} | ({"magnitude": 1} if "magnitude" in tensors else {})
+    if not draft.sound(module, tensors, axes):
         return
-    a, b = shared["lora_A"], shared["lora_B"]
+    a, b = tensors["lora_A"], tensors["lora_B"]
     draft.rule = "alpha/r"
     if method is not None:
-        draft.rank = method.expert_dim if ".experts." in module else method.dim
+        draft.rank = method.expert_dim if stack else method.dim
         draft.alpha = a.shape[-2] if method.alpha is None else method.alpha
     if (scale := draft.scale(module, a.shape[-2])) is None:
         return
-    # The weight of every Linear of Megatron-Core is [out, in], of grouped experts one for each.
-    if axes == 2:
-        place = Placement((b.shape[0], a.shape[1]), (0,), (1,))
-    else:
-        place = Placement((max(a.shape[0], b.shape[0]), b.shape[1], a.shape[2]), (1,), (2,), (0,))
+    # The weight of every Linear of Megatron-Core is [out, in]; those of experts are stored one over the other.
+    place = Placement((*b.shape[:-1], a.shape[-1]), (stack,), (stack + 1,), tuple(range(stack)))
     draft.add(f"{module}.weight", Lora(a, b, *scale), place)
-    if "magnitude" in shared:
-        draft.add(f"{module}.weight", Magnitude(shared["magnitude"]))
+    if "magnitude" in tensors:
+        draft.add(f"{module}.weight", Magnitude(tensors["magnitude"]))

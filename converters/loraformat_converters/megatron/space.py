@@ -41,7 +41,13 @@ _HALVES = {
 }
 # torch's leaf, the stack of all experts in Megatron's checkpoints, which of its rows
 _EXPERT, _STACK = f"{_LAYER}mlp.experts.{{}}.{{leaf}}.weight", f"{_OWN_LAYER}mlp.experts.experts.{{module}}.weight"
-_EXPERTS = (("gate_proj", "linear_fc1", _GATE), ("up_proj", "linear_fc1", _UP), ("down_proj", "linear_fc2", None))
+_EXPERTS = (
+    ("gate_proj", "linear_fc1", _GATE),
+    ("up_proj", "linear_fc1", _UP),
+    ("down_proj", "linear_fc2", None),
+    ("gate_proj", "linear_fc1_gate", None),
+    ("up_proj", "linear_fc1_up", None),
+)
 _QKV = Templates(
     [
         (f"{_LAYER}self_attn.{leaf}.weight", f"{_OWN_LAYER}self_attention.linear_qkv.weight")
@@ -88,7 +94,7 @@ def _torch_keys(known: Known) -> Iterator[str]:
 def _of(key: str, known: Known) -> Iterator[Link]:
     """To each module that holds the parameter; from torch's names, to those that Megatron itself has."""
     for own in _TABLE.there(key):
-        if own in known.adapter if known.adapter.names != TORCH else not own.endswith(_PARTS):
+        if _meant(own, known):
             yield Link(Seat(key, axes="out,in"), Seat(own, axes="out,in"), _EVIDENCE)
     for share, table in _HALVES.items():
         for own in table.there(key):
@@ -106,8 +112,8 @@ def _of(key: str, known: Known) -> Iterator[Link]:
 
 
 def _meant(own: str, known: Known) -> bool:
-    """Whether the module is one of the adapter's, where that is in Megatron's names."""
-    return known.adapter.names == TORCH or own in known.adapter
+    """Whether the module is one of the adapter's; from torch's names, one that Megatron itself has."""
+    return own in known.adapter if known.adapter.names != TORCH else not own.endswith(_PARTS)
 
 
 def _count(own: str, known: Known) -> int:

@@ -1,7 +1,7 @@
 """TensorRT-LLM (its ``hf_lora_convert.py``): ``model.lora_weights.npy`` and ``model.lora_config.npy`` in a folder.
 
 - ``lora_weights`` [1, modules, longest]: a row a module, A [r, in] and then B [out, r], row-major, the scale multiplied
-  into B, zeros behind.
+  into B, zeros behind. Of experts one row has them all: A [experts, r, in], B [experts, out, r].
 - ``lora_config`` int32 [1, modules, 3]: the number of the module, that of the layer, r. A fourth column, of newer
   versions, says whether a magnitude follows that was already divided by the norms of one base: no weight says that.
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraformat.layout import Output, Reading, ReadOptions, WriteOptions
     from loraformat.source import Source
 
-__all__ = ["CONFIG", "MODULES", "NAMES", "WEIGHTS", "Trtllm", "layout"]
+__all__ = ["CONFIG", "MODULES", "NAMES", "STACKED", "WEIGHTS", "Trtllm", "layout"]
 
 NAMES = "com.nvidia.tensorrt-llm"
 """The name space: ``layers.<number>.<module>``."""
@@ -34,6 +34,9 @@ MODULES = (
     "shared_expert_h_to_4h", "shared_expert_4h_to_h", "shared_expert_gate",
     "mamba_in_proj", "mamba_out_proj", "moe_latent_fc1", "moe_latent_fc2",
 )  # fmt: skip
+
+STACKED = frozenset({"moe_h_to_4h", "moe_4h_to_h", "moe_gate"})
+"""The modules of which one row has the factors of all experts: every A, and then every B."""
 
 
 class Trtllm:

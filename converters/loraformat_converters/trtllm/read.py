@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,20 +58,25 @@ def read(source: Source, options: ReadOptions) -> Reading:
     return Reading(draft.finish(str(source.path), names=NAMES), draft.warnings)
 
 
-def _add(key: str, module: str, row: Array, r: int, known: Mapping[str, tuple[int, int]], draft: Loose) -> None:
+def _add(key: str, module: str, row: Array, r: int, known: Mapping[str, tuple[int, ...]], draft: Loose) -> None:
     if module not in known:
         what = "no file says how wide the module is on either side"
         draft.say("LF-504", what, key, "give the model's sizes: --base DIR, or --base config.json")
         return
-    out, in_ = known[module]
-    end = r * (out + in_)
+    *batch, out, in_ = known[module]
+    cut, end = (r * math.prod((*batch, side)) for side in (in_, out + in_))
     if end > len(row) or row[end:].any():
         what = f"a row of {len(row)} values, of which the last that is not zero is {_last(row)}, is no pair of rank {r}"
-        draft.say("LF-309", f"{what} between {in_} and {out}", key, "is this the model that the adapter was made for?")
+        each = "".join(f", for each of {count} experts" for count in batch)
+        draft.say(
+            "LF-309", f"{what} between {in_} and {out}{each}", key, "is this the model that the adapter was made for?"
+        )
         return
     if (scale := draft.scale(key, r)) is not None:
-        a, b = row[: r * in_].reshape(r, in_), row[r * in_ : end].reshape(out, r)
-        draft.add(key, Lora(a, b, *scale), Placement((out, in_), (0,), (1,)))
+        a, b = row[:cut].reshape(*batch, r, in_), row[cut:end].reshape(*batch, out, r)
+        stack = len(batch)
+        place = Placement((*batch, out, in_), (stack,), (stack + 1,), tuple(range(stack)))
+        draft.add(key, Lora(a, b, *scale), place)
 
 
 def _last(row: Array) -> int:

@@ -1,4 +1,4 @@
-"""How wide a module is on both sides, by the ``config.json`` of its model."""
+"""How wide a module is on both sides, and how many experts it is of, by the ``config.json`` of its model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 __all__ = ["sides"]
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
-def sides(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Module → (out, in), of those whose sizes a decoder's configuration states; empty where it states none.
+
+def sides(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Module → (out, in), of all experts together (experts, out, in), of those whose sizes a decoder's configuration states; empty where it states none.
 
     >>> sides({"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40})["attn_k"]
     (12, 24)
@@ -17,7 +19,7 @@ def sides(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     width, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
     heads = _size(config, "num_attention_heads")
     groups = _size(config, "num_key_value_heads") or heads
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     if width and heads:
         head = _size(config, "head_dim") or width // heads
         query, key = heads * head, groups * head
@@ -26,6 +28,11 @@ def sides(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     if width and inner:
         found |= {"mlp_h_to_4h": (inner, width), "mlp_gate": (inner, width), "mlp_4h_to_h": (width, inner)}
         found["mlp_gate_up"] = (2 * inner, width)
+    count = next((size for name in _EXPERTS if (size := _size(config, name))), 0)
+    own = _size(config, "moe_intermediate_size") or inner
+    if count and width and own:
+        found |= {"moe_h_to_4h": (count, own, width), "moe_gate": (count, own, width)}
+        found |= {"moe_4h_to_h": (count, width, own), "moe_router": (count, width)}
     return found
 
 

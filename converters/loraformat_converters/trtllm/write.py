@@ -10,12 +10,13 @@ import numpy as np
 
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output
-from loraformat_converters.trtllm import CONFIG, MODULES, NAMES, WEIGHTS
+from loraformat_converters.trtllm import CONFIG, MODULES, NAMES, STACKED, WEIGHTS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
+    from loraformat.parts import Lora
     from loraformat.updates import Update
 
     Array = npt.NDArray[Any]
@@ -43,7 +44,7 @@ def write(adapter: Adapter) -> Output:
             continue
         layer, module = _KEY.fullmatch(key).groups()  # type: ignore[union-attr]
         part = update["lora"]
-        flat = np.concatenate([part.lora_A.reshape(-1), part.lora_B.reshape(-1)])
+        flat = np.concatenate([factor.reshape(-1) for factor in _for_each(part)])
         rows.append(([MODULES.index(module), int(layer), part.r], flat))
     dtypes = {flat.dtype for _, flat in rows}
     if not problems and (len(dtypes) > 1 or not dtypes <= set(map(np.dtype, _DTYPES))):
@@ -72,10 +73,19 @@ def _refusal(key: str, update: Update) -> tuple[str, str]:
     match, place = _KEY.fullmatch(key), update.placement
     if match is None or match[2] not in MODULES or int(match[1]) >= 2**31:
         return "no module of a layer that TensorRT-LLM has a number for", ""
-    if update.kind != "lora" or update["lora"].mid is not None or update["lora"].lora_A.ndim != 2:
-        return f"a {update.kind} update: TensorRT-LLM holds one pair of two axes", ""
-    if place is not None and (place.out, place.in_) != ((0,), (1,)):
+    stack = match[2] in STACKED
+    if update.kind != "lora" or update["lora"].mid is not None or update["lora"].lora_A.ndim != 2 + stack:
+        held = "one pair of three axes, of all experts" if stack else "one pair of two axes"
+        return f"a {update.kind} update: TensorRT-LLM holds {held}", ""
+    wanted = ((0,), (1,), (2,)) if stack else ((), (0,), (1,))
+    if place is not None and (place.batch, place.out, place.in_) != wanted:
         return f"TensorRT-LLM adapts a Linear [out, in], no {place.spec} of {list(place.shape)}", ""
     if update["lora"].scale != 1.0:
         return f"TensorRT-LLM stores no scale, and here it is {update['lora'].scale:g}", "--fold-scale"
     return "", ""
+
+
+def _for_each(part: Lora) -> list[Array]:
+    """A and B; of experts one for each, where all share one."""
+    batch = np.broadcast_shapes(part.lora_A.shape[:-2], part.lora_B.shape[:-2])
+    return [np.broadcast_to(factor, (*batch, *factor.shape[-2:])) for factor in (part.lora_A, part.lora_B)]

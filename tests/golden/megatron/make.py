@@ -34,6 +34,7 @@ COUNT = {"num_hidden_layers": LAYERS, "vocab_size": 66, "tie_word_embeddings": F
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
 # Of a row-parallel Linear every rank of DoRA divides by the norms of its own columns, each computing something else.
 COLUMNS = ["linear_qkv", "linear_fc1"]
+EXPERTS = ["linear_fc1_gate", "linear_fc1_up", "linear_fc2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ CASES = {
     "lora_pipeline": Case("LoRA", {"dim": 5, "alpha": 7, "target_modules": ["linear_qkv", "linear_fc2"]}, pipeline=3),
     "canonical": Case("CanonicalLoRA", {"dim": 6, "alpha": 10}, exports=False),
     "canonical_tensor_parallel": Case("CanonicalLoRA", {"dim": 6, "alpha": 10}, tensor=3, exports=False),
+    "canonical_experts": Case(
+        "CanonicalLoRA", {"dim": 5, "alpha": 6, "target_modules": EXPERTS}, 1, 1, "moe_base", False
+    ),
     "dora": Case("DoRA", {"dim": 5, "alpha": 12}, exports=False),
     "dora_tensor_parallel": Case("DoRA", {"dim": 6, "alpha": 12, "target_modules": COLUMNS}, tensor=3, exports=False),
     "experts": Case("LoRA", {"dim": 5, "alpha": 8, "target_modules": ["linear_fc1", "linear_fc2"]}, base="moe_base"),
