@@ -13,7 +13,7 @@ import test_onnx_recurrent as recurrent
 import test_onnx_requantised as codes
 from mutants import net
 
-from loraformat_converters.onnx.changing import branched, requantised, rewriting, spots
+from loraformat_converters.onnx.changing import branched, computed, requantised, rewriting, spots, walking
 from loraformat_converters.onnx.graph import index as onnx_index
 from loraformat_converters.onnx.graph import operators, trace
 from loraformat_converters.onnx.graph.nodes import Nodes
@@ -46,6 +46,9 @@ CHECKS = {
     "a Linear over a sequence": found("PEFT, a Linear over a sequence"),
     "a scale in B": found("the scale in B, a base that is multiplied"),
     "a convolution": found("a convolution"),
+    "a DoRA": partial(theirs.test_a_dora_is_found_with_its_magnitude, True),
+    "a bias that is rescaled": partial(theirs.test_what_is_rescaled_otherwise_is_no_dora, {"kept": "h"}),
+    "another factor less": partial(theirs.test_what_is_rescaled_otherwise_is_no_dora, {"less": "other"}),
     "another x": partial(theirs.test_what_is_no_pair_beside_a_weight_is_none, "another x"),
     "a factor that is left over": partial(
         theirs.test_half_of_an_adapter_is_an_error, "a tensor by the name of a factor"
@@ -132,26 +135,44 @@ def kernels_are_read_with_their_channels_first(patch):
 
 
 def the_scale_is_lost(patch):
-    whole = branched._Graph._unscaled
-    patch.setattr(branched._Graph, "_unscaled", lambda self, value, scope: (whole(self, value, scope)[0], 1.0))
+    whole = walking.Constants.unscaled
+    patch.setattr(walking.Constants, "unscaled", lambda self, value, scope: (whole(self, value, scope)[0], 1.0))
 
 
 def the_bases_own_factor_is_forgotten(patch):
-    whole = branched._Graph.update
+    whole = computed.Branches.update
 
     def plain(self, site, branch):
         return whole(self, replace(site, factor=1.0), branch)
 
-    patch.setattr(branched._Graph, "update", plain)
+    patch.setattr(computed.Branches, "update", plain)
 
 
 def any_x_will_do(patch):
-    whole = branched._beside
+    whole = computed._beside
     patch.setattr(
-        branched,
+        computed,
         "_beside",
-        lambda site, branch, scope: whole(site, replace(branch, x=branched._plain(site.x, scope)), scope),
+        lambda site, branch, scope: whole(site, replace(branch, x=computed.plain(site.x, scope)), scope),
     )
+
+
+def a_dora_has_no_scale(patch):
+    whole = computed.Branches._rescaled
+
+    def plain(self, *given):
+        found = whole(self, *given)
+        return found and replace(found, scale=1.0)
+
+    patch.setattr(computed.Branches, "_rescaled", plain)
+
+
+def a_bias_may_be_rescaled_too(patch):
+    patch.setattr(computed.Branches, "_unbiased", lambda *given: True)
+
+
+def any_factor_is_one_less(patch):
+    patch.setattr(computed, "_one_less", lambda g, other: True)
 
 
 def what_is_left_over_is_left_out(patch):
@@ -180,6 +201,9 @@ MUTANTS = [
     (the_scale_is_lost, "a Linear over a sequence"),
     (the_bases_own_factor_is_forgotten, "a scale in B"),
     (any_x_will_do, "another x"),
+    (a_dora_has_no_scale, "a DoRA"),
+    (a_bias_may_be_rescaled_too, "a bias that is rescaled"),
+    (any_factor_is_one_less, "another factor less"),
     (what_is_left_over_is_left_out, "a factor that is left over"),
     (the_last_of_two_wins, "two adapters"),
 ]

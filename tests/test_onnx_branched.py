@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -141,6 +143,52 @@ def test_what_is_no_pair_beside_a_weight_is_none(form, tmp_path):
     base = open_base(save(model(NONE[form]), tmp_path / "base.onnx"))
     with pytest.raises(lf.LoraFormatError, match=r"LF-613 .* nothing attached by loraformat, and no pair"):
         extract(base)
+
+
+def rescaled(kept="k", less="l", biased=True):
+    """DoRA as PEFT's layer computes it; without a bias the product itself is what g − 1 rescales."""
+    base = "h = Add(u, b)" if biased else "h = Identity(u)"
+    return f"""g (float[N,5] x) => (float[N,7] y)
+      <float[5,7] w, float[7] b, float[5,3] a, float[3,7] c, float[1,7] g, float s, float one, float[1,7] other>
+      {{ ["/m/q/MatMul"] u = MatMul(x, w) {base} r = MatMul(x, a) v = MatMul(r, c) l = Sub(g, one) k = Sub(h, b)
+         e = Mul({less}, {kept}) d = Mul(g, v) p = Mul(d, s) i = Add(e, p) y = Add(h, i) }}"""
+
+
+def dora(text):
+    made = model(text)
+    next(t for t in made.graph.initializer if t.name == "one").CopyFrom(numpy_helper.from_array(np.float32(1), "one"))
+    return made
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_dora_is_found_with_its_magnitude(biased, tmp_path):
+    made = dora(rescaled(kept="k" if biased else "h", biased=biased))
+    held = tensors(made)
+    found = extract(open_base(save(made, tmp_path / "base.onnx")))
+    update, g = found[KEY], held["g"].astype(np.float64).ravel()
+    assert update.kind == "dora"
+    whole = held["w"].T + float(held["s"]) * (held["a"] @ held["c"]).T
+    assert relative_error(update["magnitude"].magnitude, g * np.linalg.norm(whole, axis=1)) <= 1e-6
+    placed = replace(update, placement=lf.Placement((7, 5), (0,), (1,)))
+    assert relative_error(placed.apply(np.ascontiguousarray(held["w"].T)), g[:, None] * whole) <= 1e-6
+
+
+def test_a_convolution_that_is_rescaled_is_found_too(tmp_path):
+    made = dora("""g (float[N,5,11] x) => (float[N,7,L] y)
+      <float[7,5,3] w, float[7] b, float[3,5,3] a, float[7,3,1] c, float[1,7,1] g, float one>
+      { h = Conv(x, w, b) r = Conv(x, a) v = Conv(r, c) l = Sub(g, one) k = Sub(h, n) e = Mul(l, k) d = Mul(g, v)
+        i = Add(e, d) y = Add(h, i) }""")
+    held = tensors(made)
+    made.graph.initializer.append(numpy_helper.from_array(held["b"].reshape(1, 7, 1), "n"))
+    update = extract(open_base(save(made, tmp_path / "base.onnx")))["w"]
+    whole = held["w"] + np.einsum("or,rik->oik", held["c"][..., 0], held["a"])
+    assert relative_error(update.apply(held["w"]), held["g"].reshape(7, 1, 1) * whole) <= 1e-6
+
+
+@pytest.mark.parametrize("otherwise", [{"kept": "h"}, {"less": "other"}, {"kept": "k", "biased": False}])
+def test_what_is_rescaled_otherwise_is_no_dora(otherwise, tmp_path):
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613 .* nothing attached by loraformat, and no pair"):
+        extract(open_base(save(dora(rescaled(**otherwise)), tmp_path / "base.onnx")))
 
 
 REFUSED = {

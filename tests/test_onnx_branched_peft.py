@@ -65,6 +65,18 @@ def test_what_a_simplifier_leaves_is_found(tool, exporter, tmp_path):
         assert len(near) == 1
 
 
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("name", ["dora-2d", "dora-3d"])
+def test_a_dora_is_found_with_its_magnitude(name, exporter, tmp_path):
+    path, adapter = unmerged(name, exporter, tmp_path)
+    found, wanted = extract(open_base(path)), lf.load(adapter)
+    same(found, wanted, "")
+    for key, update in found.items():
+        theirs = wanted[key]
+        assert update.kind == theirs.kind == "dora"
+        assert relative_error(update["magnitude"].magnitude, theirs["magnitude"].magnitude) <= 1e-6
+
+
 @pytest.mark.slow
 def test_what_genai_built_with_an_adapter_gives_it_back(tmp_path):
     pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")

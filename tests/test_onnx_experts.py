@@ -89,6 +89,17 @@ def test_every_expert_takes_its_own_change(verb, bound, tmp_path):
         assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("form", ["MoE", "Gather"])
+def test_a_strength_that_would_do_nothing_is_refused(form, tmp_path):
+    """The change is in the weight, and what multiplies branches does not come by."""
+    held = weights()
+    made = graph(held) if form == "MoE" else gathered(*CHOSEN["Gather, on the left"])[0]
+    key = "experts_up" if form == "MoE" else "stack"
+    ours = lf.Adapter({key: pairs(held)[0]["experts_up"]})
+    with pytest.raises(lf.LoraFormatError, match=rf"LF-608  a lora update has no strength [^@]*in the weight  @ {key}"):
+        attach(ours, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx", live_scale=True)
+
+
 def test_rows_of_gate_and_up_in_turns_are_told_by_values_only(tmp_path):
     held = weights()
     base = open_base(save(graph(held, swiglu_fusion=1), tmp_path / "base.onnx"))

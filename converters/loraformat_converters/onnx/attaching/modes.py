@@ -85,7 +85,7 @@ def _unscaled(spots: Sequence[Spot], options: Options) -> Iterator[Problem]:
         )
     for spot in spots:
         for change in spot.changes:
-            if change.update.kind != "lora" or spot.sites[0].vector:
+            if change.update.kind != "lora" or place_of(spot, topology_of(options)) == "weight":
                 what = f"a {change.update.kind} update has no strength that a graph could multiply: it is not linear, or in the weight"
                 yield Problem("LF-608", what, change.key, "leave it out with --only, or attach without --live-scale")
 

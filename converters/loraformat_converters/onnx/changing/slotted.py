@@ -18,7 +18,8 @@ from loraformat.errors import LoraFormatError, Problem
 from loraformat_converters.onnx.attaching.branches import LINEAR
 from loraformat_converters.onnx.attaching.slot import Slot
 from loraformat_converters.onnx.attaching.slots import Slots
-from loraformat_converters.onnx.changing.branched import Branch, pairs
+from loraformat_converters.onnx.changing.branched import pairs
+from loraformat_converters.onnx.changing.computed import Branch
 from loraformat_converters.onnx.graph.index import Index, Site
 
 if TYPE_CHECKING:
@@ -70,7 +71,13 @@ def _slot(key: str, site: Site, branch: Branch) -> Slot | None:
     """As MatMul reads A and B on its right, which is how Olive writes them; None of any other form."""
     a, b, scale = branch.a, branch.b, branch.scale / site.factor
     plain = all(s.like in LINEAR and s.side == 1 and not s.chain and s.operand.out == (1,) for s in (a, b))
-    if not plain or not math.isfinite(scale) or scale == 0 or len(site.operand.matrix_shape) != 2:
+    if (
+        not plain
+        or branch.ratio is not None
+        or not math.isfinite(scale)
+        or scale == 0
+        or len(site.operand.matrix_shape) != 2
+    ):
         return None
     dtype = helper.tensor_dtype_to_np_dtype(a.root.data_type).name
     shapes = (a.operand.shape[0], None), (None, b.operand.shape[1])
