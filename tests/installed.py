@@ -18,6 +18,7 @@ SINCE = {
     "GatherBlockQuantized": (1, 23),
     "MatMulNBits 2": (1, 24),
     "MoE": (1, 24),
+    "QMoE": (1, 28),
 }
 
 
