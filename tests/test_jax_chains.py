@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf_goldens import HERE as GGUF
 from gguf_goldens import truth_of
+from installed import needs
 from jax_goldens import GOLDEN
 from safetensors.numpy import load_file
 
@@ -93,6 +94,7 @@ def by_sketches(adapter, flax, graph):
 @pytest.mark.parametrize("verb", [lf.merge, lf.attach], ids=["merge", "attach"])
 def test_trained_in_nnx_and_put_into_what_jax2onnx_wrote(verb, found, tmp_path):
     """No name is left in such a graph (const_0, …): its weights are found by the values of the JAX checkpoint."""
+    needs("opset 23")
     graph = lf.open_base(JAX2ONNX / "model.onnx")
     adapter = found(lf.load(JAX2ONNX / "lora.msgpack"), lf.open_base(JAX2ONNX / "base.npz"), graph)
     with np.load(JAX2ONNX / "expected.npz") as arrays:

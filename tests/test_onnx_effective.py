@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import updates
 from graphs import adapter, lora, model, save, session
+from installed import needs
 from test_onnx_runtime import CHOICES, GIVEN, TEXT, X, truth  # noqa: F401  (a fixture)
 
 import loraformat as lf
@@ -20,7 +20,6 @@ from loraformat.verbs.merge import merge
 from loraformat_converters.onnx import effective
 from loraformat_converters.onnx.effective import Effective
 
-OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 21)
 BOTH = pytest.mark.parametrize("captured", [False, True])
 
 
@@ -100,8 +99,8 @@ def test_every_operator_reads_what_a_merge_writes(what, kind, tmp_path):
     assert np.array_equal(running.run({"x": x})["y"], before)
 
 
-@pytest.mark.skipif(OLD, reason="onnxruntime before 1.21 does not find the data of a model in memory")
 def test_weights_in_a_data_file_are_read_from_there(truth, tmp_path):  # noqa: F811
+    needs("data of a model in memory")
     onnx.save(model(TEXT), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     running = Effective(tmp_path / "m.onnx", {"q": GIVEN["q"]})  # v and b stay in the file
     running.use("q")

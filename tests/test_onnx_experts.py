@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import lora, model, run, save, session
+from installed import needs
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
@@ -63,6 +64,7 @@ def pairs(held, *, bound=False):
 @pytest.mark.parametrize("bound", [False, True], ids=["by names", "by sketches"])
 @both_verbs
 def test_every_expert_takes_its_own_change(verb, bound, tmp_path):
+    needs("MoE")
     held = weights()
     adapter, changed = pairs(held, bound=bound)
     stored = {f"w{i}": v for i, v in enumerate(held.values())} if bound else held
@@ -125,6 +127,7 @@ def gated(up, down, x, p):
 @pytest.mark.parametrize("turned", [False, True], ids=["gate and up in turns too", "gate, then up"])
 @both_verbs
 def test_values_tell_in_which_order_a_module_has_gate_and_up(verb, turned, way, tmp_path):
+    needs("MoE")
     draw = np.random.default_rng(7)
     module = draw.standard_normal((E, INNER, IN)).astype(np.float32)  # [gate | up], or in turns
     down = draw.standard_normal((E, IN, INNER // 2)).astype(np.float32)

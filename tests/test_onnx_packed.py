@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import inputs, lora, model, run, save, session
+from installed import needs
 from onnx import numpy_helper
 from quantised_graphs import packed as packed_bits
 
@@ -38,6 +39,7 @@ def product(form, w):
     """x·Wᵀ without a name."""
     head = f"g (float[N,T,{IN}] x) => (float[N,T,{OUT}] y)"
     if form == "MatMulNBits":
+        needs("MatMulNBits 8")
         step = (np.abs(w.reshape(OUT, 1, IN)).max(-1) / 100).astype(np.float32)
         codes = np.round(w / step).astype(int) + 128
         filled = np.pad(codes, [(0, 0), (0, 12)]).reshape(OUT, 1, 32)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import feeds, lora, run, save, session
+from installed import needs
 from quantised_graphs import FORMS, IN, KEY, OUT
 
 import loraformat as lf
@@ -29,6 +30,7 @@ TOLERANCE = 2e-6
 
 def given(form, tmp_path, *, zero=False):
     """(path of the base, adapter, what the change adds to y)."""
+    needs(form)
     made, _ = FORMS[form]()
     path = save(made, tmp_path / "base.onnx")
     convolved = "Conv" in form

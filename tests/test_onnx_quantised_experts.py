@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import model, save, session
+from installed import needs
 from onnx import helper, numpy_helper
 
 import loraformat as lf
@@ -129,6 +130,7 @@ def fields(bytes_, bits):
 @pytest.mark.parametrize("bound", [False, True], ids=["by names", "by sketches"])
 @forms
 def test_every_expert_is_rounded_to_its_own_codes(form, bound, tmp_path):
+    needs("QMoE")
     made, held, steps = case(form)
     names = dict(zip(SHAPES, ("w1", "w2") if bound else SHAPES, strict=True))
     rename(made, names)
@@ -176,6 +178,7 @@ def rename(made, names):
 
 
 def test_scales_of_16_bits_are_read_too(tmp_path):
+    needs("QMoE")
     form = "4 bits, blocks, zero points"
     made, held, steps = case(form, np.float16)
     path, out = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx"

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import feeds, lora, model, outputs, save, session
+from installed import needs
 from quantised_graphs import FORMS, IN, KEY, OUT, PER_OUT, scales
 
 import loraformat as lf
@@ -106,6 +107,7 @@ def test_the_codes_are_the_nearest_and_nothing_else_changes(form, tmp_path):
 
 @pytest.mark.parametrize("form", STEPS)
 def test_the_written_model_is_verified_and_proved(form, tmp_path):
+    needs(form)
     made, _ = FORMS[form]()
     path, out, ours = save(made, tmp_path / "base.onnx"), tmp_path / "out.onnx", update_of(form)
     base = open_base(path)

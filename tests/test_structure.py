@@ -253,8 +253,8 @@ def test_every_public_name_exists():
 
 
 def test_an_entry_point_gives_the_same_object_whatever_was_imported_before():
-    # what is live is of a framework, and no entry point
-    paths = [path for path in CONVERTERS.glob("*/*.py") if not path.parent.name.endswith("_live")]
+    # what is live is of a framework, and no entry point; a maker of tables is a script
+    paths = [p for p in CONVERTERS.glob("*/*.py") if not p.parent.name.endswith("_live") and p.name != "make.py"]
     everything = "".join(f"import loraformat_converters.{dotted(path, CONVERTERS)}\n" for path in paths)
     code = f"{everything}from loraformat import registry\nprint(*(type(o).__name__ for g in ('layouts', 'bases') for o in registry._loaded(f'loraformat.{{g}}')[0].values()))"
     assert "module" not in loaded_by(code)
