@@ -162,7 +162,8 @@ def convert(
     )
     what = " · ".join([f"{done.source.name} → {done.destination.name} ({why})", *_changed(done.adapted)])
     more = {"residuals": dict(done.adapted.residuals), "dropped": list(done.adapted.dropped)}
-    told = command("info", destination)
+    # What was written for one model is run with it, and a DoRA's file says nothing without it.
+    told = command("info", model, "--how", "python") if model else command("info", destination)
     _proof(done.adapter, destination, what, as_json, told, done.warnings, more, done.digest)
 
 
