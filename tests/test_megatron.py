@@ -17,7 +17,7 @@ from loraformat.source import open_source
 from loraformat.verbs.convert import save
 from loraformat.verbs.retarget import retarget
 from loraformat_converters.megatron import NAMES, layout, read, space
-from loraformat_converters.megatron.settings import Heads, heads_of, method_of
+from loraformat_converters.megatron.settings import Heads, heads_of_model, heads_of_run, method_of
 
 HERE = Path(__file__).parent / "golden/megatron"
 EXPORTED = ("lora", "lora_tensor_parallel", "lora_pipeline", "experts")
@@ -214,13 +214,24 @@ def test_a_configuration_without_adapters_says_nothing(text):
     assert method_of(text) is None
 
 
-def test_heads_are_those_of_the_run_or_else_of_the_model():
+def test_heads_are_those_of_the_run_and_of_the_model():
     text = (HERE / "lora/checkpoint/run_config.yaml").read_text()
-    assert heads_of(text, {}) == heads_of(None, config_of("lora")) == Heads(groups=3, queries=2, size=4)
-    assert heads_of(None, {"num_attention_heads": 4, "hidden_size": 20}) == Heads(groups=4, queries=1, size=5)
+    assert heads_of_run(text) == heads_of_model(config_of("lora")) == Heads(groups=3, queries=2, size=4)
+    assert heads_of_run(text.replace("num_query_groups: 3", "num_query_groups: null")) == Heads(6, 1, 4)
+    assert heads_of_run(None) is None
+    assert heads_of_model({"num_attention_heads": 4, "hidden_size": 20}) == Heads(groups=4, queries=1, size=5)
     for wrong in ({}, {"num_attention_heads": 4}, {"num_attention_heads": 10**9, "hidden_size": 10**9}):
-        assert heads_of(None, wrong) is None
-    assert heads_of(None, {"num_attention_heads": 4, "num_key_value_heads": 3, "head_dim": 2}) is None
+        assert heads_of_model(wrong) is None
+    assert heads_of_model({"num_attention_heads": 4, "num_key_value_heads": 3, "head_dim": 2}) is None
+
+
+def test_heads_of_another_model_are_refused_and_without_the_run_they_are_the_models(tmp_path):
+    adapter = lf.load(HERE / "lora/checkpoint")
+    (first, *_) = problems(retarget, adapter, "torch", config=config_of("lora") | {"num_key_value_heads": 6})
+    assert (first.rule, "3 groups of 2 queries of 4" in first.what) == ("LF-606", True)
+    bare = layout.read(open_source(scratch(tmp_path)), ReadOptions(alpha=8)).adapter
+    assert lf.digest(retarget(bare, "torch", config=config_of("lora")).adapter) == lf.digest(in_torch("lora"))
+    assert {p.rule for p in problems(retarget, bare, "torch", config={"model_type": "llama"})} == {"LF-604"}
 
 
 def test_a_model_whose_names_are_not_known_takes_names():

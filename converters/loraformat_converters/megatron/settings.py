@@ -9,7 +9,7 @@ from typing import Any
 from loraformat.errors import fault
 from loraformat.plain_yaml import scalars, section
 
-__all__ = ["CONFIG", "Heads", "Method", "heads_of", "method_of"]
+__all__ = ["CONFIG", "Heads", "Method", "heads_of_model", "heads_of_run", "method_of"]
 
 CONFIG = "run_config.yaml"
 
@@ -41,6 +41,9 @@ class Heads:
     queries: int
     size: int
 
+    def __str__(self) -> str:
+        return f"{self.groups} groups of {self.queries} queries of {self.size}"
+
 
 def method_of(text: str | None) -> Method | None:
     """The section ``peft``; None where there is none.
@@ -61,15 +64,22 @@ def method_of(text: str | None) -> Method | None:
     return Method(None if alpha == "null" else alpha, dim, None if said.get("normalize_moe_lora") else dim)
 
 
-def heads_of(text: str | None, config: Mapping[str, Any]) -> Heads | None:
-    """By the section ``model``, else by the ``config.json`` of Hugging Face; None where neither says it."""
+def heads_of_run(text: str | None) -> Heads | None:
+    """By the section ``model``; None where it does not say."""
     said = scalars(section(text, "model"))
-    heads, groups, size = (said.get(name) for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
-    if heads is None:
-        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-        groups, size = config.get("num_key_value_heads", heads), config.get("head_dim")
-        if size is None and type(width) is int and type(heads) is int and heads > 0:
-            size = width // heads
+    heads, groups = said.get("num_attention_heads"), said.get("num_query_groups")
+    return _heads(heads, heads if groups == "null" else groups, said.get("kv_channels"))
+
+
+def heads_of_model(config: Mapping[str, Any]) -> Heads | None:
+    """By the ``config.json`` of Hugging Face; None where it does not say."""
+    heads, width, size = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
+    if size is None and type(width) is int and type(heads) is int and heads > 0:
+        size = width // heads
+    return _heads(heads, config.get("num_key_value_heads", heads), size)
+
+
+def _heads(heads: Any, groups: Any, size: Any) -> Heads | None:
     if type(heads) is not int or type(groups) is not int or type(size) is not int:
         return None
     if min(heads, groups, size) < 1 or heads % groups or heads * size > _MOST:

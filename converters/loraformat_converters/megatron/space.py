@@ -13,7 +13,7 @@ from loraformat.naming.links import Link, Seat, Share
 from loraformat.naming.spaces import TORCH, Known
 from loraformat.naming.templates import Templates, numbered
 from loraformat_converters.megatron import NAMES
-from loraformat_converters.megatron.settings import Heads, heads_of
+from loraformat_converters.megatron.settings import Heads, heads_of_model, heads_of_run
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -123,14 +123,16 @@ def _count(own: str, known: Known) -> int:
 
 
 def _fused(key: str, own: str, known: Known) -> Link:
-    heads = heads_of(known.adapter.extensions.get("megatron"), text_config(known.config))
+    run, model = heads_of_run(known.adapter.extensions.get("megatron")), heads_of_model(text_config(known.config))
+    if run is not None and model is not None and run != model:
+        raise fault("LF-606", f"the run had {run}, the model has {model}", where=own, fix="is this the run's base?")
+    heads = run or model
     if heads is None:
         raise fault("LF-604", "how many groups of heads the query, key and value are is not known", where=key, fix=FIX)
     rows = _rows(key.split(".")[-2], heads)
     width = text_config(known.config).get("hidden_size")
     shape = (heads.groups * (heads.queries + 2) * heads.size, width) if type(width) is int else None
-    told = f"config: {heads.groups} groups of {heads.queries} queries of {heads.size}"
-    return Link(Seat(key, axes="out,in"), Seat(own, rows=rows, axes="out,in", shape=shape), told)
+    return Link(Seat(key, axes="out,in"), Seat(own, rows=rows, axes="out,in", shape=shape), f"config: {heads}")
 
 
 def _rows(leaf: str, heads: Heads) -> npt.NDArray[np.intp]:
