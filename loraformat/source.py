@@ -115,6 +115,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     found = existing(path)
     if found.suffix == ".json" and not found.is_dir():
         raise fault("LF-501", f"{found} holds no tensors", fix=f"name the folder that it lies in: {found.parent}")
+    if found.suffix == ".distcp" and not found.is_dir():
+        what = f"{found} is what one rank saved of a distributed checkpoint"
+        raise fault("LF-501", what, fix=f"name the folder that it lies in: {found.parent}")
     return Source(found)
 
 

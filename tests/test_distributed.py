@@ -140,3 +140,13 @@ def test_the_folder_of_a_run_names_its_steps(tmp_path):
     with pytest.raises(lf.LoraFormatError, match="iter_0000100") as caught:
         lf.load(tmp_path)
     assert [p.rule for p in caught.value.problems] == ["LF-501"]
+
+
+def test_a_file_of_one_rank_names_its_folder():
+    with pytest.raises(lf.LoraFormatError, match="one rank") as caught:
+        lf.load(CUT / "__0_0.distcp")
+    assert [(p.rule, str(CUT) in p.fix) for p in caught.value.problems] == [("LF-501", True)]
+
+
+def test_a_checkpoint_is_read_by_its_index_too():
+    assert lf.digest(lf.load(WHOLE / ".metadata")) == lf.digest(lf.load(WHOLE))

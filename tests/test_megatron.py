@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 import loraformat as lf
 from loraformat import testing
 from loraformat.layout import ReadOptions
+from loraformat.pickled import distributed
 from loraformat.pickled.distributed import Distributed
 from loraformat.source import open_source
 from loraformat.verbs.convert import save
@@ -85,6 +87,18 @@ def the_magnitude_the_other_way(patch):
     patch.setattr(read, "from_ranks", read.from_halves)
 
 
+def the_chunks_exchanged(patch):
+    """Each where the next one lies."""
+    real = distributed.describe
+
+    def wrong(*told):
+        found = real(*told)
+        pairs = zip(found.chunks, found.chunks[1:] + found.chunks[:1], strict=True)
+        return replace(found, chunks=tuple(replace(next_one, offsets=chunk.offsets) for chunk, next_one in pairs))
+
+    patch.setattr(distributed, "describe", wrong)
+
+
 def up_for_gate(patch):
     patch.setattr(read, "_PARTS", read._PARTS | {"gate": "linear_fc1_up", "up": "linear_fc1_gate"})
 
@@ -122,6 +136,8 @@ test_the_goldens, test_a_mutant_turns_its_check_red = net(
         (the_halves_the_other_way, "canonical_tensor_parallel"),
         (the_magnitude_as_it_is_stored, "dora_tensor_parallel"),
         (the_magnitude_the_other_way, "dora_tensor_parallel"),
+        (the_chunks_exchanged, "lora_tensor_parallel"),
+        (the_chunks_exchanged, "lora_pipeline exported"),
         (up_for_gate, "canonical"),
         (the_layers_backwards, "lora_pipeline"),
         (queries_of_all_groups_first, "lora"),
