@@ -256,9 +256,10 @@ def test_a_model_whose_names_are_not_known_takes_names():
         assert {p.rule for p in problems(retarget, adapter, "torch", config=config)} == {"LF-604"}
 
 
-def test_back_in_megatrons_names_every_part_is_in_its_module():
-    adapter, torch = lf.load(HERE / "lora/checkpoint"), in_torch("lora")
-    again = retarget(torch, NAMES, config=config_of("lora")).adapter
+@pytest.mark.parametrize("case", EXPORTED)
+def test_back_in_megatrons_names_every_part_is_in_its_module(case):
+    adapter = lf.load(HERE / case / "checkpoint")
+    again = retarget(in_torch(case), NAMES, config=config_of(case)).adapter
     assert again.keys() == adapter.keys()
     testing.check_golden(again, {key: update.matrix() for key, update in adapter.items()})
 

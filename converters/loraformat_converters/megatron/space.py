@@ -54,6 +54,7 @@ _QKV = Templates(
         for leaf in ("q_proj", "k_proj", "v_proj")
     ]
 )
+_NUMBERS = ("num_local_experts", "num_experts")
 _MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _PARTS = tuple(f"{name}.weight" for name in ("linear_q", "linear_k", "linear_v", "linear_fc1_gate", "linear_fc1_up"))
 _EVIDENCE = "table: Megatron-Bridge"
@@ -119,7 +120,7 @@ def _meant(own: str, known: Known) -> bool:
 def _count(own: str, known: Known) -> int:
     """How many experts there are: by the stack itself, else by the model's config.json."""
     shape = known.adapter[own].matrix_shape() if own in known.adapter else None
-    return shape[0] if shape is not None and len(shape) == 3 else number(known.config, ("num_experts",), own)
+    return shape[0] if shape is not None and len(shape) == 3 else number(known.config, _NUMBERS, own)
 
 
 def _fused(key: str, own: str, known: Known) -> Link:
