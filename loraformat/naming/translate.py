@@ -144,7 +144,7 @@ def _check_cover(key: str, parts: Sequence[tuple[Indices, int, Link]]) -> None:
     times = np.bincount(np.concatenate([rows for rows, _, _ in parts]), minlength=size)
     if (times > 1).any():
         told = ", ".join(f"{link.there.name} ({link.evidence})" for _, _, link in parts)
-        fix = "give --base, whose names decide, or --names MAP"
+        fix = "give --base CHECKPOINT, whose names decide (a config.json has none), or --names MAP"
         raise fault("LF-603", f"several names are possible: {told}", where=key, fix=fix)
     if not times.all():
         told = ", ".join(link.there.name for _, _, link in parts)

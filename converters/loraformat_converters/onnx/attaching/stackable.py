@@ -44,7 +44,10 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
             )
             continue
         for change in spot.changes:
-            if change.update.kind == "dora" and all(_rescaled(site, change, options) for site in spot.sites):
+            if change.update.kind == "dora" and all(_rescaled(site, change) for site in spot.sites):
+                if options.select == "weights":
+                    what = "a dora update is not linear in its weight, in PEFT: a row can choose it, and not mix it"
+                    yield Problem("LF-608", what, change.key, "--select index; or merge it, or --mode branch")
                 continue
             if change.update.kind != "lora" or change.update["lora"].mid is not None:
                 what = f"a {change.update.kind} update is no pair A, B, of which a row could choose one"
@@ -56,10 +59,10 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
                 yield Problem("LF-608", what, change.key, ways)
 
 
-def _rescaled(site: Site, change: Change, options: Options) -> bool:
-    """Whether a row can choose g = m/‖V‖ of a DoRA too: mixed by weights, it would be linear in them, as PEFT's is not."""
+def _rescaled(site: Site, change: Change) -> bool:
+    """Whether a row can choose g = m/‖V‖ of a DoRA too."""
     plain = site.like in LINEAR and site.product is None and change.update["lora"].mid is None
-    return plain and options.select == "index" and change.update["magnitude"].magnitude_axes is None
+    return plain and change.update["magnitude"].magnitude_axes is None
 
 
 def _refusal(site: Site, rows: RowsOf) -> str:
