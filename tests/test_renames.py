@@ -147,6 +147,28 @@ def test_a_merge_into_the_file_is_the_merge_in_memory(make, tmp_path):
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize("make", transformers_models.PREFIXED)
+def test_a_merge_into_a_file_whose_names_have_another_prefix(make, tmp_path):
+    import torch
+
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    older = {transformers_models.PREFIXED[make](name): tensor for name, tensor in load_file(file).items()}
+    save_file(older, file, {"format": "pt"})
+    memory = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    adapter = Adapter({name: pair_of(tuple(p.shape)) for name, p in memory.items()})
+    assert not adapter.keys() & older.keys() - {"lm_head.weight"}
+    base = lf.open_base(tmp_path / "base")
+    lf.merge(lf.retarget(adapter, base=base).adapter, base, tmp_path / "merged")
+    again = dict(type(model).from_pretrained(tmp_path / "merged").named_parameters())
+    for name, parameter in memory.items():
+        wanted = adapter[name].apply(parameter.detach().numpy())
+        np.testing.assert_allclose(again[name].detach().numpy(), wanted, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.peer
 def test_a_merge_into_experts_that_lie_transposed_in_an_older_file(tmp_path):
     """transformers 5.23 transposes them where their shape is not the model's; pairs without a placement fit one way alone."""
     import torch

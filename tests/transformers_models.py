@@ -81,5 +81,28 @@ def qwen3_vl_moe():
     return Qwen3VLMoeForConditionalGeneration(config)
 
 
+def siglip_vision():
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**{**VISION, "num_attention_heads": 2, "image_size": 8}))
+
+
+def qwen2_5_vl():
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "hidden_size": 12, "num_heads": 2, "intermediate_size": 20, "patch_size": 4}
+    vision |= {"out_hidden_size": 16, "fullatt_block_indexes": [0]}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
+    )
+
+
+PREFIXED = {
+    siglip_vision: lambda name: name if name.startswith("vision_model.") else f"vision_model.{name}",
+    qwen2_5_vl: lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual."),
+}
+"""Models whose published files have another prefix than they have in memory, and what the files call a tensor."""
+
 CONVERTED = (ernie, molmo2, step3p7, kimi_k25, gradium_phonon_tts)
 """Those whose files transformers writes as it reads them."""

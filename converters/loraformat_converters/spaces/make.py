@@ -24,7 +24,7 @@ OUT = Path(__file__).with_name("transformers.json")
 def patterns(rule: Any) -> list[list[str]] | None:
     """(pattern, replacement) pairs of a renaming; None of another change."""
     # A group renames only where it met the older one of two names that it gives: a base has the older ones or the newer.
-    if type(rule) not in (WeightRenaming, core.GroupWeightRename):
+    if type(rule) not in (WeightRenaming, core.GroupWeightRename, core.PrefixChange):
         return None
     sources, targets = words(rule)
     if len(targets) == 1:
