@@ -145,11 +145,12 @@ def test_what_is_no_pair_beside_a_weight_is_none(form, tmp_path):
         extract(base)
 
 
-def rescaled(kept="k", less="l", biased=True):
+def rescaled(kept="k", less="l", biased=True, twice=False):
     """DoRA as PEFT's layer computes it; without a bias the product itself is what g − 1 rescales."""
     base = "h = Add(u, b)" if biased else "h = Identity(u)"
+    base = "q = Add(u, bb) h = Add(q, b)" if twice else base
     return f"""g (float[N,5] x) => (float[N,7] y)
-      <float[5,7] w, float[7] b, float[5,3] a, float[3,7] c, float[1,7] g, float s, float one, float[1,7] other>
+      <float[5,7] w, float[7] b, float[7] bb, float[5,3] a, float[3,7] c, float[1,7] g, float s, float one, float[1,7] other>
       {{ ["/m/q/MatMul"] u = MatMul(x, w) {base} r = MatMul(x, a) v = MatMul(r, c) l = Sub(g, one) k = Sub(h, b)
          e = Mul({less}, {kept}) d = Mul(g, v) p = Mul(d, s) i = Add(e, p) y = Add(h, i) }}"""
 
@@ -185,7 +186,9 @@ def test_a_convolution_that_is_rescaled_is_found_too(tmp_path):
     assert relative_error(update.apply(held["w"]), held["g"].reshape(7, 1, 1) * whole) <= 1e-6
 
 
-@pytest.mark.parametrize("otherwise", [{"kept": "h"}, {"less": "other"}, {"kept": "k", "biased": False}])
+@pytest.mark.parametrize(
+    "otherwise", [{"kept": "h"}, {"less": "other"}, {"kept": "k", "biased": False}, {"twice": True}]
+)
 def test_what_is_rescaled_otherwise_is_no_dora(otherwise, tmp_path):
     with pytest.raises(lf.LoraFormatError, match=r"LF-613 .* nothing attached by loraformat, and no pair"):
         extract(open_base(save(dora(rescaled(**otherwise)), tmp_path / "base.onnx")))

@@ -26,7 +26,6 @@ FORMS = {
     for block in (0, 32)
     for zeros in (False, True)
 }
-forms = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.fixture(autouse=True)
@@ -127,8 +126,13 @@ def fields(bytes_, bits):
     return ((bytes_[..., None] >> np.arange(0, 8, bits)) & (2**bits - 1)).reshape(*bytes_.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("bound", [False, True], ids=["by names", "by sketches"])
-@forms
+@pytest.mark.parametrize(
+    ("form", "bound"),
+    [
+        *((form, False) for form in FORMS),
+        *((form, True) for form in ("4 bits, blocks, zero points", "8 bits, columns")),
+    ],
+)
 def test_every_expert_is_rounded_to_its_own_codes(form, bound, tmp_path):
     needs("QMoE")
     made, held, steps = case(form)

@@ -133,18 +133,21 @@ class Branches:
         return None
 
     def _unbiased(self, value: str, base: str, scope: Scope) -> bool:
-        """Whether a value is a product without the bias that ``base`` has."""
+        """Whether a value is ``base``, a weight's product and its bias, without the bias."""
         value, base = plain(value, scope), plain(base, scope)
         given, node = producer(base, scope), producer(value, scope)
-        biases = [name for name in given.input if scope.home(name, "constant")] if given and is_sum(given) else []
-        if given is not None and given.op_type in ("Gemm", "Conv"):
-            biases = [name for name in given.input[2:] if name]
-        if not biases:
+        added = [name for name in given.input if scope.home(name, "constant")] if given and is_sum(given) else []
+        product = next((name for name in given.input if name not in added), "") if given and added else base
+        site = self.of_end.get((id(scope), plain(product, scope, AS_ROWS)))
+        if site is None or site.bias is None or (site.bias and added):
+            return False
+        biases = added or [site.bias]
+        if biases == [""]:
             return value == base
         if node is None or node.op_type != "Sub" or node.domain not in STANDARD or len(node.input) != 2:
             return False
-        less, *own = (self.walk.vector(name, scope) for name in (node.input[1], *biases))
-        alike = less is not None and all(bias is not None and np.array_equal(less, bias) for bias in own)
+        less, own = (self.walk.vector(name, scope) for name in (node.input[1], biases[0]))
+        alike = less is not None and own is not None and np.array_equal(less, own)
         return alike and plain(node.input[0], scope) == base
 
     def _branch(self, value: str, scope: Scope, *, summed: bool = False) -> Branch | None:
