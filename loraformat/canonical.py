@@ -50,7 +50,7 @@ def loads(text: str) -> Any:
         ValueError: also for duplicate keys, NaN, Infinity and lone surrogates, which ``json.loads`` lets pass.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=no_constant)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a pair
     except RecursionError:
@@ -97,5 +97,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _no_constant(word: str) -> Any:
+def no_constant(word: str) -> Any:
+    """For ``json.loads``, as its ``parse_constant``: it reads NaN and Infinity, which JSON has not."""
     raise ValueError(f"{word} is no JSON number")

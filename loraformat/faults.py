@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.names import nearest
 
-__all__ = ["Faults", "brief"]
+__all__ = ["Faults", "brief", "is_number", "is_rank"]
 
 
 class Faults:
@@ -65,6 +66,22 @@ def _is(value: Any, kind: Any) -> bool:
     if isinstance(kind, list):
         return isinstance(value, list) and all(_is(item, kind[0]) for item in value)
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number that float64 holds: JSON has no limit of its own, and true is no number.
+
+    >>> is_number(0.5), is_number(10**400), is_number(float("nan")), is_number(True)
+    (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**53
+
+
+def is_rank(value: Any) -> bool:
+    """Whether a JSON value is a whole number that a rank can be: at least 1, and one that every tool's int holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def brief(value: Any) -> str:

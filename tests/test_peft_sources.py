@@ -38,6 +38,8 @@ from loraformat_converters.peft import config as configs
         ({"alora_invocation_tokens": [1, 2]}, "LF-504", "aLoRA acts only after certain tokens"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "LF-504", "layer_replication changes the base's layers"),
         ({"use_bdlora": {"target_modules_bd_a": ["fc"], "nblocks": 0}}, "LF-503", "a positive nblocks"),
+        ({"use_bdlora": {"target_modules_bd_a": "fc"}}, "LF-503", "must be lists of names"),
+        ({"use_bdlora": {"target_modules_bd_b": 5}}, "LF-503", "must be lists of names"),
         ({"use_bdlora": {"target_modules_bd_a": ["fc"], "nblocks": 4}}, "LF-309", "has no 4 blocks of rows"),
         (
             {"use_bdlora": {"target_modules_bd_a": ["fc"], "target_modules_bd_b": ["mlp"]}},

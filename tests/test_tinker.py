@@ -180,6 +180,7 @@ def test_what_no_tool_of_tinkers_reads_is_refused(tmp_path):
         {
             "[": "LF-503", "{}": "LF-503", '{"r": 4}': "LF-503", '{"r": 4, "lora_alpha": true}': "LF-503",
             '{"r": 5, "lora_alpha": 7}': "LF-507", '{"r": 4, "lora_alpha": 7, "use_rslora": true}': "LF-504",
+            f'{{"r": 4, "lora_alpha": {10**400}}}': "LF-503",
         }.items()
     ):  # fmt: skip
         assert problems(lf.load, changed(tmp_path / str(i), config)) == {rule}

@@ -125,6 +125,7 @@ def test_a_configuration_beside_the_file_states_the_scale(tmp_path):
         '{"r": 3}',
         '{"r": 0, "lora_alpha": 8}',
         '{"r": 3, "lora_alpha": "8"}',
+        f'{{"r": 3, "lora_alpha": {10**400}}}',
         '{"r": true, "lora_alpha": 8}',
     ):
         (path.parent / "adapter_config.json").write_text(text)

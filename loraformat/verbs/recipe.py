@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat import canonical, registry
 from loraformat.combining.settings import How
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.faults import is_number
 from loraformat.identity import digest
 from loraformat.verbs.combine import Combined, combine
 
@@ -133,7 +133,7 @@ def _faults(value: Any) -> list[str]:
             continue
         faults += _members(item, _INPUT, tuple(_INPUT), f"{where}.")
         weight = item.get("weight")
-        if isinstance(weight, dict) and not all(_number(number) for number in weight.values()):
+        if isinstance(weight, dict) and not all(is_number(number) for number in weight.values()):
             faults.append(f"{where}.weight maps patterns to numbers")
     return faults
 
@@ -143,14 +143,10 @@ def _members(value: Mapping[str, Any], types: Mapping[str, Any], required: Seque
     faults = [f"unknown field {where}{name}" for name in value if name not in types]
     faults += [f"{where}{name} is missing" for name in required if name not in value]
     for name, kind in types.items():
-        if name in value and not (_number(value[name]) if kind is float else _is(value[name], kind)):
+        if name in value and not (is_number(value[name]) if kind is float else _is(value[name], kind)):
             faults.append(f"{where}{name} must not be {value[name]!r}")
     return faults
 
 
 def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

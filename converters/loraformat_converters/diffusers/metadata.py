@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loraformat import canonical
 from loraformat.errors import Problem, fault
 from loraformat_converters.diffusers.spelling import KEY
 from loraformat_converters.peft import config as configs
@@ -24,7 +25,7 @@ def parse(said: str, components: Iterable[str | None]) -> tuple[dict[str | None,
         LoraFormatError: LF-503 it cannot be read, or speaks of no component; LF-504 see ``peft.config``.
     """
     try:
-        value = json.loads(said, parse_constant=_no_constant)
+        value = json.loads(said, parse_constant=canonical.no_constant)
     except (ValueError, RecursionError) as error:
         raise fault("LF-503", f"not valid JSON: {error or 'nested too deeply'}", where=KEY) from None
     if not isinstance(value, dict):
@@ -68,7 +69,3 @@ def text(settings: Mapping[str | None, Mapping[str, Any]]) -> str:
     """What the header says of these components, spelt as diffusers does."""
     flat = {f"{c}.{key}" if c else key: item for c, own in settings.items() for key, item in own.items()}
     return json.dumps(flat, indent=2, sort_keys=True)
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no JSON number")

@@ -6,14 +6,13 @@ where mlx-lm came from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.faults import brief
+from loraformat.faults import brief, is_number, is_rank
 from loraformat.names import nearest
 
 if TYPE_CHECKING:
@@ -126,10 +125,10 @@ def _faults(value: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for name in ("scale", "alpha"):
         number = (parameters or {}).get(name)
-        if number is not None and not _finite(number):
+        if number is not None and not is_number(number):
             found.append((f"{name} is {brief(number)}; it is a finite number", f"{FILE}: lora_parameters.{name}"))
     rank = (parameters or {}).get("rank")
-    if rank is not None and (type(rank) is not int or rank < 1):
+    if rank is not None and not is_rank(rank):
         found.append((f"rank is {brief(rank)}; it is an integer of at least 1", f"{FILE}: lora_parameters.rank"))
     keys = (parameters or {}).get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
@@ -137,15 +136,6 @@ def _faults(value: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not isinstance(value.get("fine_tune_type") or "", str):
         found.append((f"fine_tune_type is {brief(value['fine_tune_type'])}; it is a word", f"{FILE}: fine_tune_type"))
     return found
-
-
-def _finite(number: Any) -> bool:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return False
-    try:
-        return math.isfinite(float(number))
-    except OverflowError:
-        return False
 
 
 def _unknown(value: Mapping[str, Any]) -> list[Problem]:

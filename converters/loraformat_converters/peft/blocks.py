@@ -35,10 +35,12 @@ def _blocks(module: str, a: Array, b: Array, setting: Any, draft: Draft) -> tupl
     if not isinstance(setting, dict) or not isinstance(n := setting.get("nblocks", 1), int) or n < 1:
         draft.say("LF-503", "use_bdlora must be an object with a positive nblocks", module)
         return None
+    said = [setting.get(f"target_modules_bd_{side}") or [] for side in "ab"]
+    if not all(map(_is_names, said)):
+        draft.say("LF-503", "target_modules_bd_a and target_modules_bd_b of use_bdlora must be lists of names", module)
+        return None
     # The patterns are substrings of the module's path there, no components of it.
-    in_a, in_b = (
-        any(isinstance(p, str) and p in module for p in setting.get(f"target_modules_bd_{side}") or []) for side in "ab"
-    )
+    in_a, in_b = (any(name in module for name in names) for names in said)
     factor = a if in_a else b
     if in_a and in_b:
         draft.say("LF-504", "use_bdlora means both factors of this module: PEFT refuses that too", module)

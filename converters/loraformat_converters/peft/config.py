@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.faults import brief
+from loraformat.faults import brief, is_number, is_rank
 from loraformat.scale import ScaleRule
 from loraformat_converters.peft import settings
 from loraformat_converters.peft.methods import READ, why_not
@@ -127,15 +126,11 @@ def _loads(text: str, where: str) -> tuple[Any, list[Problem]]:
         return out
 
     try:
-        value = json.loads(text, object_pairs_hook=once, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=once, parse_constant=canonical.no_constant)
         canonical.dumps(value)  # 1e999, 2^64 and lone surrogates pass as JSON, and could not be written back
     except (ValueError, RecursionError) as error:
         raise fault("LF-503", f"not valid JSON: {error or 'nested too deeply'}", where=where) from None
     return value, twice
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no JSON number")
 
 
 def _type_problems(config: Config, where: str) -> Iterator[Problem]:
@@ -154,9 +149,9 @@ def _type_problems(config: Config, where: str) -> Iterator[Problem]:
             except ValueError as error:
                 yield Problem("LF-503", f"{name} key {brief(pattern)} is no regular expression to use: {error}", where)
     for name, number in numbers.items():
-        wanted = _is_rank if name.startswith(("r", "init_r")) else _is_alpha
+        wanted = is_rank if name.startswith(("r", "init_r")) else is_number
         if (number is not None or "[" in name) and not wanted(number):
-            what = "a positive integer" if wanted is _is_rank else "a finite number"
+            what = "a positive integer" if wanted is is_rank else "a finite number"
             yield Problem("LF-503", f"{name} must be {what}, not {brief(number)}", where)
     for name in ("modules_to_save", "target_parameters"):
         names = value.get(name) or []
@@ -165,17 +160,6 @@ def _type_problems(config: Config, where: str) -> Iterator[Problem]:
     for name in ("use_rslora", "use_dora", "lora_bias", "save_projection"):
         if not isinstance(value.get(name) or False, bool):
             yield Problem("LF-503", f"{name} must be true or false, not {brief(value[name])}", where)
-
-
-def _is_rank(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number < 2**31
-
-
-def _is_alpha(number: Any) -> bool:
-    """A finite number that float64 holds: JSON has no limit of its own."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return False
-    return math.isfinite(number) if isinstance(number, float) else abs(number) <= 2**53
 
 
 def targets_match(target_modules: Any, module: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical
 from loraformat.axes import Placement
 from loraformat.errors import fault
+from loraformat.faults import brief, is_number, is_rank
 from loraformat.layout import Reading, ReadOptions
 from loraformat.loose import Loose, by_module
 from loraformat.parts import Lora
@@ -79,9 +79,10 @@ def _configure(draft: Loose, text: str | None) -> None:
     except ValueError as error:
         raise fault("LF-503", f"not valid JSON: {error}", where=CONFIG) from None
     rank, alpha = (value.get(name) if isinstance(value, dict) else None for name in ("r", "lora_alpha"))
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    if not number or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise fault("LF-503", f"r and lora_alpha are {rank!r} and {alpha!r}, not a rank and a number", where=CONFIG)
+    if not (is_rank(rank) and is_number(alpha)):
+        raise fault(
+            "LF-503", f"r and lora_alpha are {brief(rank)} and {brief(alpha)}, not a rank and a number", where=CONFIG
+        )
     if on := [name for name in _UNKNOWN if value.get(name)]:
         raise fault("LF-504", f"{', '.join(on)}: Tinker's own tools do not know this setting", where=CONFIG)
     draft.alpha, draft.rank, draft.rule = alpha, rank, "alpha/r"
