@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -55,12 +55,22 @@ class Names:
         self.aligned = {
             rung: _aligned(adapter, table, part) if spoken else Alignment() for rung, table in self.tables.items()
         }
+        if spoken:
+            self._read_again(adapter, part)
         known = {a.prefix for a in self.aligned.values() if a.prefix is not None}
         if len(known) == 1 and part is None:  # a model that lies under a prefix does so for every witness
             (prefix,) = known
             for rung, silent in self.aligned.items():
                 if silent.prefix is None:
                     self.aligned[rung] = under(prefix, adapter, self.tables[rung])
+
+    def _read_again(self, adapter: Adapter, part: Part | None) -> None:
+        """Take the nodes' names in their second reading too, where more targets are found so."""
+        for rung, first in self.aligned.items():
+            more = {**_table(self.index.sites, rung, second_reading), **self.tables[rung]}
+            found = _aligned(adapter, more, part) if len(more) > len(self.tables[rung]) and not first.rivals else first
+            if len(found.names) > len(first.names):
+                self.tables[rung], self.aligned[rung] = more, found
 
     def of(self, key: str, *, embedding: bool) -> list[Witness]:
         """What each witness says; nothing where none speaks."""
@@ -130,16 +140,15 @@ def map_stub(key: str) -> str:
     return f'say which: --names map.json with {{"{key}": "NODE OR WEIGHT"}}'
 
 
-def _table(sites: Sequence[Site], rung: str) -> dict[str, list[Site]]:
-    """Name → sites; under a second reading of a node's name, where no other site has that."""
-    first: dict[str, list[Site]] = {}
-    second: dict[str, list[Site]] = {}
+def _table(
+    sites: Sequence[Site], rung: str, reading: Callable[[Site, str], str | None] = parameter_of
+) -> dict[str, list[Site]]:
+    """Name → sites."""
+    table: dict[str, list[Site]] = {}
     for site in sites:
-        if (name := parameter_of(site, rung)) is not None:
-            first.setdefault(name, []).append(site)
-            if (other := second_reading(site, rung)) is not None:
-                second.setdefault(other, []).append(site)
-    return {**second, **first}
+        if (name := reading(site, rung)) is not None:
+            table.setdefault(name, []).append(site)
+    return table
 
 
 def _aligned(adapter: Adapter, table: Mapping[str, Sequence[Site]], part: Part | None) -> Alignment:
