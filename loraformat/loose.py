@@ -1,6 +1,6 @@
 """Sources of loose tensors: a name ends with a role, and no configuration says the scale. For authors of layouts.
 
-``Loose`` gathers parts and everything that is wrong; ``finish`` gives the adapter, or all problems at once.
+``Loose`` is ``Gathered`` with what such sources have in common; ``finish`` gives the adapter, or all problems at once.
 """
 
 from __future__ import annotations
@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraformat.adapter import Adapter
 from loraformat.container import dtype_name
-from loraformat.errors import LoraFormatError, Problem
-from loraformat.names import key_fault
-from loraformat.parts import ORDER
-from loraformat.shapes import FLOATS, shape_problems
-from loraformat.updates import Update
+from loraformat.gathered import Gathered
+from loraformat.shapes import FLOATS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat.axes import Placement
     from loraformat.layout import ReadOptions
-    from loraformat.parts import Part
     from loraformat.scale import ScaleRule
 
     Array = npt.NDArray[Any]
@@ -48,7 +43,7 @@ def by_module(tensors: Mapping[str, T], endings: Mapping[str, str]) -> tuple[dic
     return modules, rest
 
 
-class Loose:
+class Loose(Gathered):
     """An adapter in the making.
 
     Attributes:
@@ -58,22 +53,12 @@ class Loose:
     """
 
     def __init__(self, options: ReadOptions, tool: str) -> None:
+        super().__init__()
         self.options = options
         self.tool = tool
         self.alpha: float | None = None
         self.rank: int | None = None
         self.rule: ScaleRule | None = None
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
-        self._updates: dict[str, Update] = {}
-
-    def say(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        """Note an error."""
-        self.problems.append(Problem(rule, what, where, fix))
-
-    def warn(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        """Note a warning."""
-        self.warnings.append(Problem(rule, what, where, fix, "warning"))
 
     def sound(self, module: str, roles: Mapping[str, Array], wanted: Mapping[str, int]) -> bool:
         """Whether exactly the ``wanted`` roles are there, floats, not empty, each of so many axes.
@@ -122,26 +107,6 @@ class Loose:
             return None
         return alpha, rule
 
-    def add(
-        self, key: str, part: Part, place: Placement | None = None, *, op: str | None = None, assumed: bool = False
-    ) -> None:
-        """One part of one parameter's update; ``assumed`` where the parameter's name is that of the usual module."""
-        old = self._updates.get(key, Update(()))
-        if part.kind in old:
-            self.say("LF-506", f"two different {part.kind} parts for one parameter: which is it?", key)
-        parts = sorted((*old.parts, part), key=lambda p: ORDER.index(p.kind))
-        names = ("name",) if assumed or old.assumed else ()
-        self._updates[key] = Update(tuple(parts), old.placement or place, old.op or op, names)
-
     def finish(self, where: str, **fields: Any) -> Adapter:
         """The adapter, sorted by key, or every problem at once; ``fields`` are those of ``Adapter``."""
-        for key, update in self._updates.items():
-            if why := key_fault(key):
-                self.say("LF-301", why, repr(key))
-            else:
-                self.problems += shape_problems(key, update)
-        if not self._updates and not self.problems:
-            self.say("LF-304", "no adapter's tensor in the file: it would change nothing", where)
-        if self.problems:
-            raise LoraFormatError(self.problems)
-        return Adapter({key: self._updates[key] for key in sorted(self._updates)}, **fields)
+        return Adapter(self.checked(where), **fields)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraformat.axes import Placement
-from loraformat.errors import LoraFormatError, fault
+from loraformat.errors import LoraFormatError, Problem, fault
 
 if TYPE_CHECKING:
     from loraformat.updates import Update
 
-__all__ = ["place"]
+__all__ = ["place", "unplaced"]
 
 
 def place(
@@ -48,6 +48,12 @@ def place(
             raise fault("LF-605", what, where=key, fix="one of them is wrong; nothing is changed until they agree")
     _check(key, update, first[0], matrix)
     return first[0], tuple(evidence for _, evidence in said)
+
+
+def unplaced(key: str) -> Problem:
+    """LF-604 for a weight that is to become a target, and of which nothing says how it lies."""
+    fix = f"say it: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel)"
+    return Problem("LF-604", "nothing says which axis is out and which is in", key, fix)
 
 
 def _own(key: str, update: Update, shape: tuple[int, ...]) -> Placement:

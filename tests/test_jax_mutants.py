@@ -85,8 +85,10 @@ def each_factor(monkeypatch, change):
 
 
 def each_part(monkeypatch, change):
-    whole = pairs.Draft.add
-    monkeypatch.setattr(pairs.Draft, "add", lambda self, key, part, *more: whole(self, key, change(key, part), *more))
+    whole = pairs.Draft.target
+    monkeypatch.setattr(
+        pairs.Draft, "target", lambda self, key, part, *more: whole(self, key, change(key, part), *more)
+    )
 
 
 def factors_are_swapped(monkeypatch):

@@ -36,8 +36,10 @@ def _complete_method(ctx: click.Context, param: click.Parameter, incomplete: str
 
 def _rank_of(ctx: click.Context, param: click.Parameter, value: str | None) -> int | Literal["full"] | None:
     """A number, or ``full``."""
-    if value is None or value == "full":
-        return value  # type: ignore[return-value]
+    if value is None:
+        return None
+    if value == "full":
+        return "full"
     try:
         return int(value)
     except ValueError:

@@ -15,6 +15,7 @@ from loraformat.base import FewBits
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.huggingface import is_embedding
 from loraformat.parts import Lora
+from loraformat.placing import unplaced
 from loraformat.quantised import form_of
 from loraformat.registry import model_config
 from loraformat.resolve import Hints, Match, matches
@@ -97,7 +98,7 @@ def linears(base: Base, tuned: Base, only: Sequence[str], hints: Hints) -> list[
         raise LoraFormatError(problems)
     known = base.linears(Hints(axes=hints.axes))
     meant = {key: p for key, p in known.items() if not is_embedding(key) and (not only or matches(key, only))}
-    problems = [_unplaced(key) for key, place in meant.items() if place is None and key.endswith("weight")]
+    problems = [unplaced(key) for key, place in meant.items() if place is None and key.endswith("weight")]
     probe = Adapter(
         {key: _probe(place) for key, place in meant.items() if place is not None}, components=_components(meant)
     )
@@ -150,11 +151,6 @@ def _used(axes: Mapping[str, str], probe: Adapter) -> dict[str, str]:
 def _used_names(names: Mapping[str, str], probe: Adapter) -> dict[str, str]:
     stated = Hints(names)
     return {key: name for key in probe if (name := stated.mapped(key)) is not None}
-
-
-def _unplaced(key: str) -> Problem:
-    fix = f"say it: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel)"
-    return Problem("LF-604", "nothing says which axis is out and which is in", key, fix)
 
 
 def quantised_problems(base: Base, only: Sequence[str] = ()) -> Iterator[Problem]:

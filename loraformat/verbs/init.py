@@ -14,6 +14,7 @@ from loraformat.names import nearest
 from loraformat.naming.spaces import space_of
 from loraformat.normal import normal, uniform
 from loraformat.parts import Lora
+from loraformat.placing import unplaced
 from loraformat.resolve import Hints, matches
 from loraformat.scale import ScaleRule
 from loraformat.updates import Update
@@ -58,7 +59,7 @@ def init(
     known = base.linears(hints or Hints())
     problems = [p for p in (_missing(pattern, known) for pattern in targets) if p]
     chosen = {key: place for key, place in known.items() if matches(key, targets)}
-    problems += [_unplaced(key) for key, place in chosen.items() if place is None]
+    problems += [unplaced(key) for key, place in chosen.items() if place is None]
     if problems:
         raise LoraFormatError(problems)
     keep = "attach" not in base.verbs  # a graph's own orientation is not that of the named parameter
@@ -88,8 +89,3 @@ def _missing(pattern: str, known: Collection[str]) -> Problem | None:
     leaves = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in known})
     close = nearest(pattern, leaves) or leaves[:6]
     return Problem("LF-602", f"no weight of the base is meant by this pattern; modules: {', '.join(close)}", pattern)
-
-
-def _unplaced(key: str) -> Problem:
-    fix = f"say it: --axes '{key}=out,in' (a torch Linear) or '=in,out' (Conv1D, a JAX kernel)"
-    return Problem("LF-604", "nothing says which axis is out and which is in", key, fix)

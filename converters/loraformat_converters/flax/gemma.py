@@ -86,7 +86,7 @@ class Gemma(OfTrees):
             key = _weight(stem)
             try:
                 part, place = _read(key, a, b, shapes.get(key))
-                draft.add(key, part, place)
+                draft.target(key, part, place)
             except LoraFormatError as error:
                 draft.problems += error.problems
         return Reading(draft.finish("flax", {"gemma": json.dumps(form_of(tree))}, str(source.path)))

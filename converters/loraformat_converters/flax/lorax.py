@@ -71,7 +71,7 @@ class Lorax(OfTrees):
             elif scale is not None:
                 shape = (*b.shape[:-1], a.shape[-1])
                 place = Placement(shape, (len(shape) - 1,), tuple(range(len(shape) - 1)))
-                draft.add(key, Lora(*as_matrices(b, a.reshape(rank, -1)), *scale), place)
+                draft.target(key, Lora(*as_matrices(b, a.reshape(rank, -1)), *scale), place)
         return Reading(draft.finish("flax", {"lorax": json.dumps(form_of(tree))}, str(source.path)))
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:

@@ -84,7 +84,7 @@ class MaxText(OfTrees):
             elif (a.ndim, b.ndim) not in _PLAIN | _SCANNED or not _fit(a, b):
                 draft.say("LF-309", f"a {list(a.shape)} and b {list(b.shape)} are no pair of MaxText's", key)
             elif scale is not None:
-                draft.add(key, *_pair(a, b, scale))
+                draft.target(key, *_pair(a, b, scale))
         form = form_of(tree) | {"config": {k: v for k, v in config.items() if k not in ("r", "lora_alpha")}}
         return Reading(draft.finish("flax", {"maxtext": json.dumps(form, sort_keys=True)}, str(source.path)))
 

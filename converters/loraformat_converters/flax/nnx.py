@@ -59,7 +59,7 @@ class Nnx(OfTrees):
                 draft.say("LF-309", f"lora_a {list(a.shape)} and lora_b {list(b.shape)} are no matrices", stem)
                 continue
             part = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), 1.0, "factor")
-            draft.add(_parameter(stem), part, Placement((a.shape[0], b.shape[1]), (1,), (0,)))
+            draft.target(_parameter(stem), part, Placement((a.shape[0], b.shape[1]), (1,), (0,)))
         form = form_of(tree) | {"inner": sorted(_parameter(s) for s in stems if s.endswith(_INNER))}
         return Reading(draft.finish("flax", {"nnx": json.dumps(form, sort_keys=True)}, str(source.path)))
 

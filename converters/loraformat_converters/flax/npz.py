@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -33,7 +34,7 @@ def read(path: Path) -> dict[str, Array]:
             found = {str(name): arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError, NotImplementedError) as error:
         raise fault("LF-503", f"{path} is no npz archive of plain arrays: {error}") from None
-    except zipfile.zlib.error as error:  # type: ignore[attr-defined]
+    except zlib.error as error:
         raise fault("LF-503", f"{path} is damaged: {error}") from None
     for name, array in found.items():
         if array.dtype.kind == "V":

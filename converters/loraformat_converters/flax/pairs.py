@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
 from loraformat.container import dtype_name
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.errors import Problem
+from loraformat.gathered import Gathered
 from loraformat.names import key_fault
 from loraformat.parts import Lora
 from loraformat.shapes import FLOATS, shape_problems
@@ -52,17 +52,12 @@ def grouped(
     return stems, others
 
 
-@dataclass
-class Draft:
-    """An adapter in the making, and everything that is wrong with it."""
+class Draft(Gathered):
+    """Pairs of a tree's leaves in the making, and everything that is wrong with them."""
 
-    tree: Mapping[str, Array]
-    updates: dict[str, Update] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def say(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        """Note a fault."""
-        self.problems.append(Problem(rule, what, where, fix))
+    def __init__(self, tree: Mapping[str, Array]) -> None:
+        super().__init__()
+        self.tree = tree
 
     def pairs(
         self, stems: Mapping[str, Mapping[str, str]], roles: tuple[str, str]
@@ -83,7 +78,7 @@ class Draft:
             else:
                 yield stem, a, b
 
-    def add(self, key: str, part: Lora, place: Placement | None, assumed: tuple[str, ...] = ()) -> None:
+    def target(self, key: str, part: Lora, place: Placement | None, assumed: tuple[str, ...] = ()) -> None:
         """One target, if its factors fit each other and what is known of its base."""
         update = Update((part,), place, assumed=assumed)
         if why := key_fault(key):
@@ -104,11 +99,7 @@ class Draft:
 
     def finish(self, names: str, extensions: Mapping[str, str], where: str) -> Adapter:
         """The adapter, or every fault; LF-304 where it has no target."""
-        if not self.updates and not self.problems:
-            self.say("LF-304", "no pair of factors", where)
-        if self.problems:
-            raise LoraFormatError(self.problems)
-        return Adapter(dict(sorted(self.updates.items())), names=names, extensions=extensions)
+        return Adapter(self.checked(where), names=names, extensions=extensions)
 
 
 def form_of(tree: Tree | None) -> dict[str, Any]:

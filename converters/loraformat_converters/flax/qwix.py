@@ -160,7 +160,7 @@ def _add(draft: Draft, stem: str, a: Array, b: Array, scale: Any, shape: Shape |
     (reading,) = readings
     found = places.get(reading, [])
     part = Lora(*as_matrices(reading.a, reading.b, reading.batch), *scale)
-    draft.add(stem, part, found[0] if len(found) == 1 else None)
+    draft.target(stem, part, found[0] if len(found) == 1 else None)
 
 
 def _stored(update: Update, ndims: Any) -> tuple[Array, Array]:

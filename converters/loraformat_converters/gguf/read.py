@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.container import dtype_name
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.errors import LoraFormatError
+from loraformat.gathered import Gathered
 from loraformat.layout import Reading, ReadOptions
-from loraformat.names import key_fault
 from loraformat.parts import Lora
 from loraformat.scale import ScaleRule, scale_of
-from loraformat.shapes import FLOATS, shape_problems
+from loraformat.shapes import FLOATS
 from loraformat.updates import Update
 from loraformat_converters.gguf import keys
 from loraformat_converters.gguf.file import GgufFile
@@ -52,20 +52,12 @@ def read(path: Path, options: ReadOptions) -> Reading:
     return Reading(draft.finish(file), draft.warnings)
 
 
-class _Draft:
+class _Draft(Gathered):
     """An adapter in the making, and everything that is wrong with it."""
 
     def __init__(self, alpha: float, options: ReadOptions) -> None:
+        super().__init__()
         self.alpha, self.options = alpha, options
-        self.updates: dict[str, Update] = {}
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
-
-    def say(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        self.problems.append(Problem(rule, what, where, fix))
-
-    def warn(self, rule: str, what: str, where: str) -> None:
-        self.warnings.append(Problem(rule, what, where, severity="warning"))
 
     def grouped(self, file: GgufFile) -> dict[str, Roles]:
         """Tensor of the base → role → array; what llama.cpp passes over is a warning, what it refuses an error."""
@@ -135,16 +127,7 @@ class _Draft:
 
     def finish(self, file: GgufFile) -> Adapter:
         """The adapter, sorted by key, or every problem at once."""
-        for key, update in self.updates.items():
-            if why := key_fault(key):
-                self.say("LF-301", why, repr(key))
-            else:
-                self.problems += shape_problems(key, update)
-        if not self.updates and not self.problems:
-            self.say("LF-304", "no pair in the file: it would change nothing", str(file.path))
-        if self.problems:
-            raise LoraFormatError(self.problems)
-        targets = {key: self.updates[key] for key in sorted(self.updates)}
+        targets = self.checked(str(file.path))
         return Adapter(targets, "gguf", base_model=_base_model(file), extensions={"gguf": keys.kept(file.metadata)})
 
 

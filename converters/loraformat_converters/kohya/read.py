@@ -48,7 +48,7 @@ def read(source: Source, options: ReadOptions) -> Reading:
     if missing := draft.without_alpha:
         what = f"{len(missing)} modules have no alpha: read as the rank, scale 1, as sd-scripts and ComfyUI do"
         draft.warn("LF-509", what, missing[0], "if it is known: --alpha A")
-    updates = draft.finish(str(source.path))
+    updates = draft.checked(str(source.path))
     alphas = {module: _form(roles) for module, roles in modules.items() if "alpha" in roles}
     axes = {m: roles["dora_scale"].ndim for m, roles in modules.items() if _flat(updates.get(f"{m}.weight"), roles)}
     adapter = Adapter(
@@ -145,7 +145,7 @@ def _add(module: str, factors: Factors, roles: Roles, draft: Draft) -> None:
         if found is None:
             return
         magnitude, place = found
-        draft.add(key, factors.part, place, factors.assumed)
+        draft.add(key, factors.part, place, assumed=factors.assumed)
         draft.add(key, magnitude, place)
     else:
-        draft.add(key, factors.part, place, factors.assumed)
+        draft.add(key, factors.part, place, assumed=factors.assumed)

@@ -120,7 +120,9 @@ class _Reader:
         place = Placement(shape, (1,), (0,)) if shape is not None and turned else None
         usual = huggingface.linear_spec(self.config, key)
         embedding = turned and usual is not None and usual[0] == "out,in"
-        self.draft.add(key, part, place, op="embedding" if embedding else None, assumed=shape is None)
+        self.draft.add(
+            key, part, place, op="embedding" if embedding else None, assumed=("name",) if shape is None else ()
+        )
 
     def _enabled(self, module: str, a: Array, b: Array, shape: tuple[int, ...] | None) -> Sequence[bool] | None:
         """Which parts are adapted: ``[True]`` of a module that is not fused; None, and a problem, where it is not known."""

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.container import dtype_name
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.gathered import Gathered
 from loraformat.layout import Reading, ReadOptions
-from loraformat.names import key_fault
 from loraformat.parts import Lora, Magnitude, Part, Replace
 from loraformat.scale import scale_of
-from loraformat.shapes import FLOATS, shape_problems
+from loraformat.shapes import FLOATS
 from loraformat.updates import Update
 from loraformat_converters.mlx import config as configs
 
@@ -65,19 +64,15 @@ def read_tensors(
     return draft.finish(where)
 
 
-class _Draft:
+class _Draft(Gathered):
     """An adapter in the making, and everything that is wrong with it."""
 
     def __init__(self, config: configs.Config | None, options: ReadOptions) -> None:
+        super().__init__()
         self.config = config
         self.options = options
-        self.updates: dict[str, Update] = {}
-        self.problems: list[Problem] = []
         base = options.base.parameters() if options.base is not None else {}
         self.shapes = {name: parameter.shape for name, parameter in base.items()}
-
-    def say(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        self.problems.append(Problem(rule, what, where, fix))
 
     def grouped(self, tensors: Mapping[str, Array]) -> dict[str, Roles]:
         """Module → role → tensor; LF-506 for a name of another grammar."""
@@ -207,17 +202,8 @@ class _Draft:
 
     def finish(self, where: str) -> Adapter:
         """The adapter, sorted by key, or every problem at once."""
-        for key, update in self.updates.items():
-            if why := key_fault(key):
-                self.say("LF-301", why, repr(key))
-            else:
-                self.problems += shape_problems(key, update)
-        if not self.updates and not self.problems:
-            self.say("LF-304", "no adapter's tensor in the file: it would change nothing", where)
-        if self.problems:
-            raise LoraFormatError(list(dict.fromkeys(self.problems)))
+        targets = self.checked(where)
         extensions = {"mlx": self.config.text} if self.config is not None else {}
         name = self.config.value.get("model") if self.config is not None else None
         base_model = {"name": name} if isinstance(name, str) and name else {}
-        targets = {key: self.updates[key] for key in sorted(self.updates)}
         return Adapter(targets, "mlx", base_model=base_model, extensions=extensions)

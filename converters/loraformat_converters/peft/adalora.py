@@ -64,4 +64,4 @@ def _add(module: str, roles: Roles, factor: float, rank: int, draft: Draft) -> N
         what = f"lora_A {list(a.shape)}, lora_B {list(b.shape)} and lora_E {list(e.shape)}: their rank must agree"
         draft.say("LF-309", what, module)
         return
-    draft.add(f"{module}.weight", Lora(single(a) * single(e), b, factor, "factor"), assumed=True)
+    draft.add(f"{module}.weight", Lora(single(a) * single(e), b, factor, "factor"), assumed=("name",))

@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
 from loraformat.container import dtype_name
-from loraformat.errors import LoraFormatError, Problem
-from loraformat.names import key_fault
-from loraformat.parts import ORDER
+from loraformat.gathered import Gathered
 from loraformat.scale import ScaleRule
-from loraformat.shapes import FLOATS, shape_problems
-from loraformat.updates import Update
+from loraformat.shapes import FLOATS
 from loraformat_converters.peft import config as configs
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat.axes import Placement
     from loraformat.layout import ReadOptions
-    from loraformat.parts import Part
 
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
@@ -31,8 +26,8 @@ __all__ = ["Draft"]
 _GATHER = "was the adapter saved before its parameters were gathered (ZeRO-3, FSDP)?"
 
 
-class Draft:
-    """Collects parts and problems; ``finish`` makes the adapter of them or raises all that was said.
+class Draft(Gathered):
+    """What the readers of PEFT's kinds share; ``finish`` makes the adapter or raises all that was said.
 
     Attributes:
         config: the configuration, or None beside a bare file.
@@ -40,11 +35,9 @@ class Draft:
     """
 
     def __init__(self, config: configs.Config | None, options: ReadOptions) -> None:
+        super().__init__()
         self.config = config
         self.options = options
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
-        self._updates: dict[str, Update] = {}
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -55,25 +48,6 @@ class Draft:
     def setting(self, name: str) -> Any:
         """A key of the configuration, or None."""
         return self.config.value.get(name) if self.config else None
-
-    def say(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        """Note an error."""
-        self.problems.append(Problem(rule, what, where, fix))
-
-    def warn(self, rule: str, what: str, where: str, fix: str = "") -> None:
-        """Note a warning."""
-        self.warnings.append(Problem(rule, what, where, fix, "warning"))
-
-    def add(
-        self, key: str, part: Part, place: Placement | None = None, *, op: str | None = None, assumed: bool = False
-    ) -> None:
-        """One part of one parameter's update; ``assumed`` where the parameter's name is that of the usual module."""
-        old = self._updates.get(key, Update(()))
-        if part.kind in old:
-            self.say("LF-506", f"two different {part.kind} parts for one parameter: which is it?", key)
-        parts = sorted((*old.parts, part), key=lambda p: ORDER.index(p.kind))
-        names = ("name",) if assumed or old.assumed else ()
-        self._updates[key] = Update(tuple(parts), old.placement or place, old.op or op, names)
 
     def sound(self, module: str, roles: Roles, axes: tuple[int, ...] | None = None) -> bool:
         """Whether the tensors are floats, not empty and of one of these numbers of axes (None: two or more)."""
@@ -126,17 +100,8 @@ class Draft:
 
     def finish(self, where: str) -> Adapter:
         """The adapter, sorted by key, or every problem at once."""
-        for key, update in self._updates.items():
-            if why := key_fault(key):
-                self.say("LF-301", why, repr(key))
-            else:
-                self.problems += shape_problems(key, update)
-        if not self._updates and not self.problems:
-            self.say("LF-304", "no adapter's tensor in the file: it would change nothing", where, _GATHER)
-        if self.problems:
-            raise LoraFormatError(self.problems)
+        targets = self.checked(where, _GATHER)
         extensions = {"peft": self.config.text} if self.config else {}
-        targets = {key: self._updates[key] for key in sorted(self._updates)}
         return Adapter(targets, "torch", base_model=self._base_model(), extensions=extensions)
 
     def _base_model(self) -> dict[str, str]:

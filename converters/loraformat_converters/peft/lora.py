@@ -92,9 +92,9 @@ def _add(module: str, lora: Lora, embedding: bool, draft: Draft) -> None:
     a, b = lora.lora_A, lora.lora_B
     if embedding:
         place = Placement((a.shape[1], b.shape[0]), out=(1,), in_=(0,))
-        draft.add(f"{module}.weight", lora, place, op="embedding", assumed=True)
+        draft.add(f"{module}.weight", lora, place, op="embedding", assumed=("name",))
     elif a.ndim == 2 and b.ndim == 2:
-        draft.add(f"{module}.weight", lora, assumed=True)
+        draft.add(f"{module}.weight", lora, assumed=("name",))
     elif b.ndim != a.ndim or any(n != 1 for n in b.shape[2:]):
         what = f"lora_B {list(b.shape)} beside lora_A {list(a.shape)} must be [out, r{', 1' * (a.ndim - 2)}]"
         draft.say("LF-309", what, module)
@@ -106,14 +106,14 @@ def _add(module: str, lora: Lora, embedding: bool, draft: Draft) -> None:
     else:
         place = Placement((b.shape[0], *a.shape[1:]), (0,), tuple(range(1, a.ndim)))
         flat = Lora(a.reshape(a.shape[0], -1), b.reshape(b.shape[:2]), lora.alpha, lora.scale_rule)
-        draft.add(f"{module}.weight", flat, place, assumed=True)
+        draft.add(f"{module}.weight", flat, place, assumed=("name",))
 
 
 def _add_bias(module: str, bias: Array | None, scale: float, draft: Draft) -> None:
     if bias is not None and draft.config and not draft.setting("lora_bias"):
         draft.say("LF-507", "lora_B has a bias, and lora_bias is false: PEFT would not load it", module)
     elif bias is not None and draft.sound(module, {"lora_B.bias": bias}, (1,)):
-        draft.add(f"{module}.bias", Delta(bias, scale), assumed=True)
+        draft.add(f"{module}.bias", Delta(bias, scale), assumed=("name",))
 
 
 def _add_magnitude(module: str, magnitude: Array | None, out: int, draft: Draft) -> None:
@@ -126,4 +126,4 @@ def _add_magnitude(module: str, magnitude: Array | None, out: int, draft: Draft)
         if magnitude.size != out or (len(sizes) > 1 and sizes[1] != out):
             draft.say("LF-404", f"the magnitude is {sizes}; the module has {out} outputs", module)
         else:
-            draft.add(f"{module}.weight", Magnitude(magnitude.reshape(-1)), assumed=True)
+            draft.add(f"{module}.weight", Magnitude(magnitude.reshape(-1)), assumed=("name",))

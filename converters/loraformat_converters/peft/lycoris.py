@@ -83,4 +83,4 @@ def _add(module: str, part: Loha | Lokr, kernel: tuple[int, ...], draft: Draft) 
     if kernel and kernel[-1] != 1:
         out, in_ = part.matrix_shape()
         place = Placement((out, in_ // math.prod(kernel), *kernel), (0,), tuple(range(1, len(kernel) + 2)))
-    draft.add(f"{module}.weight", part, place, assumed=True)
+    draft.add(f"{module}.weight", part, place, assumed=("name",))

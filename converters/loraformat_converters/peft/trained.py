@@ -78,7 +78,7 @@ def read_tokens(found: Mapping[Name, Roles], draft: Draft) -> None:
                 continue
             order = np.argsort(np.array(indices, np.int64))
             rows = Rows(values[order], np.array(indices, np.int64)[order])
-            draft.add(f"{name.module}.weight", rows, assumed=True)
+            draft.add(f"{name.module}.weight", rows, assumed=("name",))
 
 
 def indices_of(module: str, config: Mapping[str, Any]) -> list[Any] | None:

@@ -58,7 +58,7 @@ def _add(module: str, lambda_b: Array, lambda_d: Array, a: Array, b: Array, alon
         return
     left = single(lambda_b)[:, None] * single(b[:out])
     right = single(lambda_d)[:, None] * single(a[:, :in_])
-    draft.add(key, Lora(right, left, 1.0, "factor"), assumed=True)
+    draft.add(key, Lora(right, left, 1.0, "factor"), assumed=("name",))
 
 
 def _width(shape: tuple[int, ...] | None, out: int) -> int | None:
