@@ -24,6 +24,7 @@ from loraformat.verbs.merge import merge, prepare
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching import swap
 from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.changing.record import Record
 
 KEY = "m.q.weight"
 MATMUL = """g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b>
@@ -370,6 +371,17 @@ def test_a_pair_is_fed_or_chosen_beside_a_quantised_weight(bits, mode, tmp_path)
     assert (proof.error <= 2e-6, proof.moved > 0.1) == (True, True)
     detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
+
+
+def test_no_convolution_runs_without_channels(tmp_path):
+    """ONNX Runtime before 1.32 writes nothing then, and what memory held before is read as the result."""
+    base = open_base(save(model(GRAPHS["Conv"][0]), tmp_path / "base.onnx"))
+    put(base, tmp_path / "out.onnx", [("a", Adapter({KEY: updates.made("lora", GRAPHS["Conv"][1])}))])
+    slot = Record.of_file(tmp_path / "out.onnx").slots.slots[KEY]
+    off, kernel, out = slot.off(), slot.a_shape[1:], slot.b_shape[0]
+    assert [value.shape for value in off.values()] == [(1, *kernel), (out, 1, 1, 1)]
+    fed = slot.feeds(np.zeros((0, *kernel), np.float32), np.zeros((out, 0, 1, 1), np.float32))
+    assert [value.shape for value in fed.values()] == [value.shape for value in off.values()]
 
 
 # The live strength of a branch.

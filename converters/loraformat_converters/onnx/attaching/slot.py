@@ -1,4 +1,4 @@
-"""A slot: the inputs of a graph through which one target is fed. Zeros in all of them, or a pair of rank 0, change nothing.
+"""A slot: the inputs of a graph through which one target is fed. Zeros in all of them change nothing, and nor does a pair of rank 0.
 
     y' = y ⊙ (1 + gain) − bias ⊙ gain + x·A·B
 
@@ -82,7 +82,7 @@ class Slot:
 
     def off(self) -> dict[str, Array]:
         """What changes nothing, by input."""
-        sizes = {name: [self.rank or 0 if n is None else n for n in shape] for name, shape in self.inputs.items()}
+        sizes = {name: [self._least if n is None else n for n in shape] for name, shape in self.inputs.items()}
         return {name: np.zeros(shape, self._dtype) for name, shape in sizes.items()}
 
     def feeds(self, a: Array, b: Array, gain: Array | None = None) -> dict[str, Array]:
@@ -135,6 +135,12 @@ class Slot:
     def _dtype(self) -> np.dtype[Any]:
         return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
+    @property
+    def _least(self) -> int:
+        """The smallest rank that is fed. A convolution of no channels is not 0 in ONNX Runtime before 1.32: it writes nothing."""
+        least = 1 if self.form == "conv" else 0
+        return least if self.rank is None else self.rank
+
     def _filled(self, a: Array, b: Array) -> tuple[Array, Array]:
         ranks = [
             shape[self._axis(own)]
@@ -147,13 +153,10 @@ class Slot:
         if self.rank is not None and ranks[0] > self.rank:
             what = f"rank {ranks[0]}, and the model was given slots of rank {self.rank}"
             raise fault("LF-606", what, where=self.key, fix="attach again with a larger --pad-rank")
-        cast = [self._cast(value) for value in (a, b)]
-        if self.rank is None:
+        cast, lacking = [self._cast(value) for value in (a, b)], self._least - ranks[0]
+        if lacking <= 0:
             return cast[0], cast[1]
-        more = [
-            [(0, (self.rank or 0) - ranks[0] if n is None else 0) for n in shape]
-            for shape in (self.a_shape, self.b_shape)
-        ]
+        more = [[(0, lacking if n is None else 0) for n in shape] for shape in (self.a_shape, self.b_shape)]
         return np.pad(cast[0], more[0]), np.pad(cast[1], more[1])
 
     def _gain(self, given: Mapping[str, Array]) -> Array | None:
