@@ -24,7 +24,7 @@ import numpy as np
 from bench.chart import time_and_memory
 from bench.measure import Run, Timing, command, interleave, row
 from bench.merge import make_model
-from loraformat import container
+from loraformat import container, serializer
 
 RANK = 16
 LAYERS = {"0.8 GB": 6, "1.7 GB": 17}
@@ -60,7 +60,7 @@ def tune(base: Path, out: Path) -> Path:
             if "_proj" in name:
                 tensors[name] = (tensor.astype(np.float32) + _change(draw, *tensor.shape)).astype(ml_dtypes.bfloat16)
         with open(file, "wb") as handle:
-            container.write(handle, tensors, {"format": "pt"})
+            serializer.write(handle, tensors, {"format": "pt"})
     return out
 
 

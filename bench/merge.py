@@ -22,7 +22,7 @@ import numpy as np
 import loraformat as lf
 from bench.chart import time_and_memory
 from bench.measure import Run, Timing, command, interleave, row
-from loraformat import container, registry
+from loraformat import registry, serializer
 from loraformat.verbs.convert import save
 
 HIDDEN, INNER, VOCAB, HEADS, KEY_HEADS = 2048, 5632, 32000, 32, 4
@@ -78,7 +78,7 @@ def make_model(folder: Path, layers: int) -> Path:
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
         tensors = {n: (0.02 * draw.standard_normal(s, np.float32)).astype(ml_dtypes.bfloat16) for n, s in group}
         with open(folder / file, "wb") as handle:
-            container.write(handle, tensors, {"format": "pt"})
+            serializer.write(handle, tensors, {"format": "pt"})
         homes |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": homes}

@@ -18,8 +18,8 @@ from bench.chart import time_and_memory
 from bench.measure import Timing, command, interleave, row
 from loraformat import metadata
 from loraformat.adapter import Adapter
-from loraformat.container import write
 from loraformat.parts import Lora
+from loraformat.serializer import write
 from loraformat.updates import Update
 
 TARGETS, WIDTH = 7 * 32, 8192

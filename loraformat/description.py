@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.container import DTYPES
+from loraformat.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from loraformat.base import Parameter

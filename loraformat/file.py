@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat import container, metadata
+from loraformat import container, metadata, serializer
 from loraformat.atomic import write_file
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.parse import parse
@@ -79,7 +79,7 @@ def writer(adapter: Adapter) -> Any:
     text, tensors = check(adapter)
 
     def write(file: BinaryIO) -> None:
-        container.write(file, tensors, {KEY: text})
+        serializer.write(file, tensors, {KEY: text})
 
     return write
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical, progress
-from loraformat.container import dtype_name, raw, slabs
+from loraformat.dtypes import dtype_name
 from loraformat.metadata import part_json
 from loraformat.parts import roles_of
+from loraformat.serializer import raw, slabs
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.container import Container, dtype_name
+from loraformat.container import Container
+from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.source import Source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import Problem
 from loraformat.parts import Magnitude, Replace, Rows, roles_of
 

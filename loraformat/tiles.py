@@ -13,7 +13,7 @@ import numpy as np
 
 from loraformat import progress
 from loraformat.base import FewBits
-from loraformat.container import dtype_name, numpy_dtype
+from loraformat.dtypes import dtype_name, numpy_dtype
 from loraformat.errors import fault
 from loraformat.parts import Loha, Lokr, Lora, Part
 from loraformat.products import simplified

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat import progress
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import Problem
 from loraformat.parts import ADDITIVE, roles_of
 

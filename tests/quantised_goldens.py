@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import loraformat as lf
-from loraformat import container
+from loraformat import container, serializer
 
 GOLDEN = Path(__file__).parent / "golden" / "quantised"
 BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -36,7 +36,7 @@ def golden(name, tmp_path):
 def write(path, held, config=LLAMA):
     path.mkdir()
     with open(path / "model.safetensors", "wb") as file:
-        container.write(file, held, {})
+        serializer.write(file, held, {})
     (path / "config.json").write_text(json.dumps(config))
 
 

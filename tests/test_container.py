@@ -9,7 +9,8 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraformat import container
+from loraformat import container, serializer
+from loraformat.dtypes import DTYPES
 from loraformat.mapped import place, read_ahead
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
@@ -36,7 +37,7 @@ def tensor(flavour, shape, seed):
 
 def written(tensors, metadata):
     file = io.BytesIO()
-    container.write(file, tensors, metadata)
+    serializer.write(file, tensors, metadata)
     return file.getvalue()
 
 
@@ -68,7 +69,7 @@ def test_a_file_read_again_holds_the_same_tensors(tmp_path_factory, flavours):
 
 
 def test_every_dtype_of_the_container_is_tried():
-    assert FLAVOURS.keys() == container.DTYPES.keys()
+    assert FLAVOURS.keys() == DTYPES.keys()
 
 
 def test_a_tensor_of_the_other_byte_order_or_of_strides_is_written_as_its_values():
@@ -95,7 +96,7 @@ def test_what_lies_otherwise_in_memory_is_written_as_its_values(tmp_path, monkey
     }
     for _ in range(2):
         with open(tmp_path / "a.safetensors", "wb") as file:
-            container.write(file, tensors, {})
+            serializer.write(file, tensors, {})
         found = container.Container(tmp_path / "a.safetensors")
         for name, tensor in tensors.items():
             assert found[name].tobytes() == np.ascontiguousarray(tensor.astype(found[name].dtype)).tobytes(), name
@@ -107,7 +108,7 @@ def test_what_lies_otherwise_in_memory_is_written_as_its_values(tmp_path, monkey
 def test_pages_are_asked_for_of_mapped_files_alone(tmp_path):
     large = np.ones((1 << 10, 1 << 9), np.float32)
     with open(tmp_path / "a.safetensors", "wb") as file:
-        container.write(file, {"a": large, "b": large[:3]}, {})
+        serializer.write(file, {"a": large, "b": large[:3]}, {})
     held = container.Container(tmp_path / "a.safetensors")
     for tensor in (large, large.T, held["a"], held["a"].T, held["a"][5:], held["a"][::-1], held["b"], np.float32(1)):
         before = np.asarray(tensor).tobytes()
@@ -120,7 +121,7 @@ def test_large_tensors_go_from_file_to_file_as_they_are(tmp_path):
     draw = np.random.default_rng(8)
     own = {name: draw.standard_normal((n, 1 << 9)).astype("f4") for name, n in (("a", 700), ("b", 601), ("c", 3))}
     with open(tmp_path / "a.safetensors", "wb") as file:
-        container.write(file, own, {})
+        serializer.write(file, own, {})
     held = container.Container(tmp_path / "a.safetensors")
     mixed = {"z": held["a"], "y": own["c"], "x": held["b"][40:], "w": held["a"][:, 5:], "v": held["c"]}
     assert place(mixed["z"]) is not None
@@ -128,7 +129,7 @@ def test_large_tensors_go_from_file_to_file_as_they_are(tmp_path):
     assert place(mixed["w"]) is None
     assert place(own["a"]) is None
     with open(tmp_path / "b.safetensors", "w+b") as file:
-        container.write(file, mixed, {})
+        serializer.write(file, mixed, {})
     whole = io.BytesIO()
-    container.write(whole, {name: tensor.copy() for name, tensor in mixed.items()}, {})
+    serializer.write(whole, {name: tensor.copy() for name, tensor in mixed.items()}, {})
     assert (tmp_path / "b.safetensors").read_bytes() == whole.getvalue()

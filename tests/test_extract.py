@@ -257,12 +257,12 @@ QUANTISED = {
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantised_model_is_refused_by_the_name_of_its_form(name, tmp_path):
-    from loraformat import container
+    from loraformat import serializer
 
     plain = checkpoint(tmp_path / "base", {"q.weight": draw(6, 3)})
     (tmp_path / "tuned").mkdir()
     with open(tmp_path / "tuned/model.safetensors", "wb") as file:
-        container.write(file, QUANTISED[name], {})
+        serializer.write(file, QUANTISED[name], {})
     (tmp_path / "tuned/config.json").write_text(json.dumps(LLAMA))
     new = lf.open_base(tmp_path / "tuned")
     for two in ((plain, new), (new, plain)):
@@ -285,13 +285,13 @@ EIGHT_BITS = {
 
 @pytest.mark.parametrize("name", EIGHT_BITS)
 def test_what_lies_between_8_bits_and_floats_is_that_of_their_values(name, tmp_path):
-    from loraformat import container
+    from loraformat import serializer
 
     held, scale = EIGHT_BITS[name]
     tuned, update = tmp_path / "tuned", draw(6, 1) @ draw(1, 3)
     tuned.mkdir()
     with open(tuned / "model.safetensors", "wb") as file:
-        container.write(file, held, {})
+        serializer.write(file, held, {})
     (tuned / "config.json").write_text(json.dumps(LLAMA))
     values = (held["q.weight"].astype(np.float64) * scale).astype(np.float32)
     plain = checkpoint(tmp_path / "base", {"q.weight": values - update})

@@ -11,8 +11,8 @@ from peft_goldens import adapter_of as peft_adapter
 
 import loraformat as lf
 from loraformat import registry, testing
-from loraformat.container import write
 from loraformat.errors import LoraFormatError
+from loraformat.serializer import write
 from loraformat.source import open_source
 from loraformat_converters.kohya import split
 

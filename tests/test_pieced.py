@@ -9,7 +9,7 @@ import pytest
 from updates import normal
 
 import loraformat as lf
-from loraformat import Adapter, Lora, Update, container, identity
+from loraformat import Adapter, Lora, Update, identity, serializer
 from loraformat.pieced import Pieced, pieced
 from loraformat.verbs.convert import save
 from loraformat_converters.kohya import layout as kohya
@@ -76,7 +76,7 @@ def test_it_is_written_and_hashed_as_a_plain_array(case, monkeypatch):
     found, plain = both(case)
     files = io.BytesIO(), io.BytesIO()
     for file, tensor in zip(files, (found, plain), strict=True):
-        container.write(file, {"a": tensor}, {})
+        serializer.write(file, {"a": tensor}, {})
     assert files[0].getvalue() == files[1].getvalue()
     assert identity.tensor_sha256(found) == identity.tensor_sha256(plain)
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.checkpoint.requantised import Grid, requantised
-from loraformat.container import DTYPES, numpy_dtype, raw
+from loraformat.dtypes import DTYPES, numpy_dtype
 from loraformat.errors import LoraFormatError
+from loraformat.serializer import raw
 from loraformat.shapes import FLOATS
 from loraformat.tiles import Norms, Tensor, changed, created
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import numpy.typing as npt

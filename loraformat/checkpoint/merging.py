@@ -14,7 +14,7 @@ from loraformat.checkpoint import tied as ties
 from loraformat.checkpoint.change import Change
 from loraformat.checkpoint.folder import Files
 from loraformat.checkpoint.grids import grid_of, refusal
-from loraformat.container import DTYPES, dtype_name
+from loraformat.dtypes import DTYPES, dtype_name
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.plan import Job, size
 from loraformat.quantised import form_of

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat.checkpoint.change import Change
 from loraformat.checkpoint.shard import Stored
-from loraformat.container import Container, TensorInfo, header_bytes
+from loraformat.container import Container, TensorInfo
 from loraformat.errors import Problem, fault
 from loraformat.file import KEY
 from loraformat.patch import Patch, patched_size, write_patched
+from loraformat.serializer import header_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt

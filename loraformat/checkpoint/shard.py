@@ -10,7 +10,8 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from loraformat.checkpoint.change import Change
-from loraformat.container import TensorInfo, numpy_dtype
+from loraformat.container import TensorInfo
+from loraformat.dtypes import numpy_dtype
 from loraformat.errors import Problem
 from loraformat.ranges import read_range
 from loraformat.tiles import Tensor

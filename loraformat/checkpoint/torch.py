@@ -12,7 +12,8 @@ import numpy as np
 
 from loraformat.checkpoint.change import Change
 from loraformat.checkpoint.shard import Stored
-from loraformat.container import TensorInfo, numpy_dtype
+from loraformat.container import TensorInfo
+from loraformat.dtypes import numpy_dtype
 from loraformat.errors import Problem
 from loraformat.patch import Patch, write_patched
 from loraformat.pickled import archive

@@ -146,7 +146,7 @@ def _show_base(path: str, base: Base, as_json: bool) -> None:
 
 
 def _info_json(path: str, layout: str, adapter: Adapter, deep: bool) -> dict[str, Any]:
-    from loraformat.container import dtype_name
+    from loraformat.dtypes import dtype_name
     from loraformat.identity import digest
     from loraformat.metadata import VERSION, part_json
     from loraformat.parts import roles_of
@@ -192,7 +192,7 @@ def _info_json(path: str, layout: str, adapter: Adapter, deep: bool) -> dict[str
 
 def _lines(adapter: Adapter, reading: Reading) -> list[str]:
     """The adapter for a person: one line for targets that differ only in their numbers."""
-    from loraformat.container import dtype_name
+    from loraformat.dtypes import dtype_name
     from loraformat.parts import roles_of
     from loraformat.plan import size
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from loraformat.axes import Placement
-from loraformat.container import DTYPES
+from loraformat.dtypes import DTYPES
 from loraformat.errors import fault
 from loraformat.extracting.counterparts import Counterparts, apart
 from loraformat.huggingface import is_embedding

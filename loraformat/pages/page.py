@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.identity import digest
 from loraformat.pages.heat import Heat, heat_map
 from loraformat.pages.html import Content, Markup, element, said

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.container import DTYPES, numpy_dtype
+from loraformat.dtypes import DTYPES, numpy_dtype
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.pickled import INDEX
 from loraformat.pickled.archive import read_archive

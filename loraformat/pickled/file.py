@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.container import numpy_dtype
+from loraformat.dtypes import numpy_dtype
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.pickled import archive, stream
 from loraformat.pickled.tensors import View, read_views

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraformat.container import DTYPES
+from loraformat.dtypes import DTYPES
 from loraformat.errors import fault
 from loraformat.pickled.machine import Kind, Record, run
 from loraformat.pickled.tensors import DTYPE_NAMES

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from loraformat.container import DTYPES
+from loraformat.dtypes import DTYPES
 from loraformat.errors import fault
 from loraformat.pickled.machine import Function, run
 

@@ -13,7 +13,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat.container import dtype_name, raw
+from loraformat.dtypes import dtype_name
+from loraformat.serializer import raw
 
 if TYPE_CHECKING:
     import numpy.typing as npt

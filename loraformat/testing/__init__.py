@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import container, registry
+from loraformat import registry, serializer
 from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError
 from loraformat.layout import Layout, ReadOptions
@@ -216,5 +216,5 @@ def _copy(source: Source, tensors: Mapping[str, Array], path: Path) -> Path:
         shutil.copytree(source.path, path)
         name = path / source.file.name
     with open(name, "wb") as file:
-        container.write(file, tensors, source.header)
+        serializer.write(file, tensors, source.header)
     return path if source.path.is_dir() else name

@@ -17,7 +17,7 @@ from loraformat.adapter import Adapter
 from loraformat.algebra.factors import lowrank
 from loraformat.algebra.lowrank import LowRank, inner, norm, total
 from loraformat.algebra.svd import angles
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, fault
 from loraformat.parts import roles_of
 from loraformat.resolve import Hints

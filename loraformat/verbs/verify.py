@@ -11,7 +11,7 @@ import numpy as np
 
 from loraformat.base import Tying
 from loraformat.blas import one_blas_thread
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import Problem, fault
 from loraformat.identity import digest
 from loraformat.resolve import Hints

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat import container
+from loraformat import serializer
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, ReadOptions
 from loraformat.names import split
@@ -82,7 +82,7 @@ def write(adapter: Adapter) -> Output:
         header[metadata.KEY] = text
 
     def write_tensors(file: BinaryIO) -> None:
-        container.write(file, tensors, header)
+        serializer.write(file, tensors, header)
 
     return Output({"": write_tensors}, folder=False, warnings=_warnings(adapter))
 

@@ -14,8 +14,8 @@ import numpy as np
 from loraformat.atomic import write_file, write_folder
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint.folder import json_object
-from loraformat.container import dtype_name
 from loraformat.description import dtype_table
+from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.placing import place

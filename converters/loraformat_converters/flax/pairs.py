@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import Problem
 from loraformat.gathered import Gathered
 from loraformat.names import key_fault

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat import container
+from loraformat import serializer
 from loraformat.errors import fault
 from loraformat.layout import Output
 from loraformat.memory import MemorySource
@@ -112,7 +112,7 @@ def output(arrays: Mapping[str, Array], ending: str, *, value: bool = False, roo
 
 
 def _safetensors(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
-    container.write(file, arrays, {})
+    serializer.write(file, arrays, {})
 
 
 def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat.container import dtype_name, raw, slabs
+from loraformat.dtypes import dtype_name
 from loraformat.ranges import append
+from loraformat.serializer import raw, slabs
 from loraformat_converters.gguf.cursor import ARRAY, SCALARS, STRING, Value
 from loraformat_converters.gguf.file import ALIGNMENT, MAGIC, TYPES, aligned
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from loraformat.algebra.refactored import under_scale
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
 from loraformat_converters.gguf import architectures, keys, store

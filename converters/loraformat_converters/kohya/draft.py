@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.gathered import Gathered
 from loraformat.shapes import FLOATS
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical
-from loraformat.container import DTYPES, dtype_name
+from loraformat.dtypes import DTYPES, dtype_name
 from loraformat.errors import fault
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.scale import ScaleRule
 
 if TYPE_CHECKING:

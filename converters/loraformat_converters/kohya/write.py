@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from loraformat import container, file
+from loraformat import file, serializer
+from loraformat.dtypes import dtype_name, numpy_dtype, tensor_order
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output
 from loraformat_converters.kohya import form, header, names, readers
@@ -49,7 +50,7 @@ def write(adapter: Adapter) -> Output:
     metadata = _metadata(adapter, kept, tensors)
 
     def write_file(out: BinaryIO) -> None:
-        container.write(out, tensors, metadata)
+        serializer.write(out, tensors, metadata)
 
     return Output({"": write_file}, folder=False, warnings=readers.warnings(adapter))
 
@@ -80,7 +81,7 @@ def _alpha(value: float | None, kept: AlphaForm) -> Array:
     """
     value = (1.0 if kept.value is None else kept.value) if value is None else value
     with np.errstate(over="ignore", invalid="ignore"):
-        for dtype in (container.numpy_dtype(kept.dtype), np.dtype(np.float32)):
+        for dtype in (numpy_dtype(kept.dtype), np.dtype(np.float32)):
             tensor = np.full(kept.shape, value).astype(dtype)
             if float(tensor.reshape(-1)[0]) == value:
                 return tensor
@@ -105,8 +106,8 @@ def _metadata(adapter: Adapter, kept: Kept, tensors: Mapping[str, Array]) -> dic
 def _hash(tensors: Mapping[str, Array]) -> str:
     """SHA-256 of the data section, by which A1111 knows a file (library/train_util.py addnet_hash_safetensors)."""
     total = hashlib.sha256()
-    dtypes = {name: container.dtype_name(tensor.dtype) for name, tensor in tensors.items()}
-    for name in container.tensor_order(dtypes):
-        for slab in container.slabs(tensors[name]):
-            total.update(container.raw(slab))
+    dtypes = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
+    for name in tensor_order(dtypes):
+        for slab in serializer.slabs(tensors[name]):
+            total.update(serializer.raw(slab))
     return total.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat import canonical, container
+from loraformat import canonical, serializer
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
 from loraformat.pickled.write import write as write_torch
@@ -43,7 +43,7 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
         if options.ending in PICKLED:
             write_torch(file, form.tensors)
         else:
-            container.write(file, form.tensors, {"format": "pt"})
+            serializer.write(file, form.tensors, {"format": "pt"})
 
     return Output({"": write_tensors}, folder=False, warnings=form.told())
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.gathered import Gathered
 from loraformat.layout import Reading, ReadOptions
 from loraformat.parts import Lora, Magnitude, Part, Replace

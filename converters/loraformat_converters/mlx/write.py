@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from loraformat import container
+from loraformat import serializer
 from loraformat.algebra.refactored import under_scale
+from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, ReadOptions
 from loraformat.parts import Lora
@@ -64,14 +65,14 @@ def write(adapter: Adapter) -> Output:
         )
     form = _full(adapter) if all(update.replaces for update in adapter.values()) else _pairs(adapter)
     for name, tensor in form.tensors.items():
-        if (dtype := container.dtype_name(tensor.dtype)) not in _DTYPES and form.type != "full":
+        if (dtype := dtype_name(tensor.dtype)) not in _DTYPES and form.type != "full":
             form.refuse(name, f"mlx-lm's layers hold {', '.join(_DTYPES)}, not {dtype}", "--dtype float32")
     if form.problems:
         raise LoraFormatError(form.problems)
     text = _text(adapter, form)
 
     def write_tensors(file: BinaryIO) -> None:
-        container.write(file, form.tensors, {})
+        serializer.write(file, form.tensors, {})
 
     def write_config(file: BinaryIO) -> None:
         file.write(text.encode())

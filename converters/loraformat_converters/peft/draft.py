@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
-from loraformat.container import dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.gathered import Gathered
 from loraformat.scale import ScaleRule
 from loraformat.shapes import FLOATS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from loraformat import container
+from loraformat import serializer
 from loraformat.errors import LoraFormatError, fault
 from loraformat.layout import Output, ReadOptions
 from loraformat.parts import Part
@@ -57,7 +57,7 @@ def write(adapter: Adapter) -> Output:
         text = json.dumps(_config(form, adapter, kept), indent=2, sort_keys=True)
 
     def write_tensors(file: BinaryIO) -> None:
-        container.write(file, tensors, {"format": "pt"})
+        serializer.write(file, tensors, {"format": "pt"})
 
     def write_config(file: BinaryIO) -> None:
         file.write(text.encode())

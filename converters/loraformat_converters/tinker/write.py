@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from loraformat import container
+from loraformat import serializer
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output
 from loraformat.scale import alpha_for
@@ -46,7 +46,7 @@ def write(adapter: Adapter) -> Output:
         tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
 
     def write_tensors(file: BinaryIO) -> None:
-        container.write(file, tensors, {"format": "pt"})
+        serializer.write(file, tensors, {"format": "pt"})
 
     def write_config(file: BinaryIO) -> None:
         file.write(text.encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat import container
+from loraformat import serializer
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, WriteOptions
 from loraformat.scale import alpha_for
@@ -48,7 +48,7 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
     text = kept if kept is not None and _says(kept, rank, alpha) else json.dumps(config)
 
     def write_tensors(file: BinaryIO) -> None:
-        container.write(file, tensors, {"format": "pt"})
+        serializer.write(file, tensors, {"format": "pt"})
 
     def write_config(file: BinaryIO) -> None:
         file.write(text.encode())

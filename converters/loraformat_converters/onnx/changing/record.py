@@ -18,7 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from loraformat import canonical, metadata
-from loraformat.container import dtype_name, numpy_dtype
+from loraformat.dtypes import dtype_name, numpy_dtype
 from loraformat.errors import LoraFormatError, fault
 from loraformat.file import tensors_of
 from loraformat.identity import digest

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraformat.container import numpy_dtype
+from loraformat.dtypes import numpy_dtype
 from loraformat.errors import fault
 from loraformat.resolve import Hints, Match
 from loraformat.sketch import Recognised, cosine, recognise, sketch, telling
