@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["header_bytes", "raw", "write"]
+__all__ = ["header_bytes", "raw", "slabs", "write"]
 
 _BLOCK = 128  # values a side
 _SLAB = 1 << 20  # bytes

@@ -82,7 +82,7 @@ def test_a_tensor_of_the_other_byte_order_or_of_strides_is_written_as_its_values
 
 def test_what_lies_otherwise_in_memory_is_written_as_its_values(tmp_path, monkeypatch):
     """Transposed, cut, big-endian, a view of a mapped file: the bytes are those of a plain copy."""
-    monkeypatch.setattr(container, "_SLAB", 1000)  # several of a matrix
+    monkeypatch.setattr(serializer, "_SLAB", 1000)  # several of a matrix
     draw = np.random.default_rng(3)
     wide = draw.standard_normal((300, 517)).astype(ml_dtypes.bfloat16)
     tensors = {

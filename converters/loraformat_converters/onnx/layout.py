@@ -69,7 +69,9 @@ class OnnxAdapter:
         targets: dict[str, Update] = {}
         for key, (a, b) in pairs.items():
             try:
-                if a.any() or b.any():  # rank 0, or zeros, is what required slots take where the adapter has no target
+                with np.errstate(invalid="ignore"):  # a NaN is told by what looks at values
+                    changes = a.any() or b.any()
+                if changes:  # rank 0, or zeros, is what required slots take where the adapter has no target
                     targets[key] = Update((replace(pair_of(key, a, b), alpha=scale[0], scale_rule=scale[1]),))
             except LoraFormatError as error:
                 problems += error.problems
