@@ -159,7 +159,7 @@ def made(torch):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(HERE)
         models, made_of = importlib.import_module("models"), importlib.import_module("cases")
-    cases = {case.name: case for case in made_of.cases()}
+    cases = {case.name: case for case in made_of.CASES}
 
     def model(name):
         whole = cases[name].model()

@@ -66,8 +66,7 @@ def test_what_is_fed_or_chosen_equals_a_merge(name, mode, tmp_path):
         return
     if mode == "swap":
         tensors = tort.read(tmp_path / "out.a.onnx_adapter").tensors
-        slots = open_base(out).slots.slots.values()
-        on, off = tensors, {n: v for s in slots for n, v in zip((s.a, s.b), s.default(), strict=True)}
+        on, off = tensors, open_base(out).slots.off()
     else:
         rows = feeds[first].shape[0]
         on, off = ({"lora.index": np.full(rows, n, np.int64)} for n in (1, 0))

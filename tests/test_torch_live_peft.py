@@ -39,7 +39,7 @@ def cases():
         sys.path.remove(str(HERE))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    return {case.name: case for case in made.cases()}, models
+    return {case.name: case for case in made.CASES}, models
 
 
 def plain(name):
