@@ -115,14 +115,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     found = existing(path)
     if found.suffix == ".json" and not found.is_dir():
         raise fault("LF-501", f"{found} holds no tensors", fix=f"name the folder that it lies in: {found.parent}")
-    if found.suffix == ".distcp" and not found.is_dir():
-        what = f"{found} is what one rank saved of a distributed checkpoint"
-        raise fault("LF-501", what, fix=f"name the folder that it lies in: {found.parent}")
     return Source(found)
 
 
 def existing(path: str | os.PathLike[str]) -> Path:
-    """A file or a folder; LF-701 for what is not there, or is neither and would be waited for."""
+    """A file or a folder; LF-701 for what is not there, or is neither and would be waited for; LF-501 for a part of one."""
     found = Path(path)
     try:
         mode = os.stat(found).st_mode
@@ -130,6 +127,9 @@ def existing(path: str | os.PathLike[str]) -> Path:
         raise _not_found(os.fspath(path)) from None
     except OSError as error:
         raise fault("LF-701", f"cannot read {found}: {error.strerror or error}") from None
+    if stat.S_ISREG(mode) and found.suffix == ".distcp":
+        what = f"{found} is what one rank saved of a distributed checkpoint"
+        raise fault("LF-501", what, fix=f"name the folder that it lies in: {found.parent}")
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return found
     kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"

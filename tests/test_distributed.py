@@ -142,9 +142,10 @@ def test_the_folder_of_a_run_names_its_steps(tmp_path):
     assert [p.rule for p in caught.value.problems] == ["LF-501"]
 
 
-def test_a_file_of_one_rank_names_its_folder():
+@pytest.mark.parametrize("opened", [lf.load, lf.open_base])
+def test_a_file_of_one_rank_names_its_folder(opened):
     with pytest.raises(lf.LoraFormatError, match="one rank") as caught:
-        lf.load(CUT / "__0_0.distcp")
+        opened(CUT / "__0_0.distcp")
     assert [(p.rule, str(CUT) in p.fix) for p in caught.value.problems] == [("LF-501", True)]
 
 
