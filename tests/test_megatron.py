@@ -45,7 +45,7 @@ def check_deltas(case):
     assert adapter.keys() == truth.keys()
     weights = load_file(base_of(case) / "model.safetensors")
     for key, update in adapter.items():
-        assert testing.relative_error(update.delta(weights[key]), truth[key]) < 1e-5, key
+        assert testing.relative_error(update.delta(weights[key]), truth[key]) < 1e-6, key
 
 
 def check_export(case):
