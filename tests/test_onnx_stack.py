@@ -269,13 +269,17 @@ KEPT = {
         a = Constant <value_ints = [1]> ()  none = Sub(e, e)  t = Slice(x, none, e, a)  h = MatMul(t, w)""",
     "padded elsewhere": """p = Constant <value_ints = [0, 0, 1, 0, 0, 0]> ()  s = Pad(x, p)  b = Constant <value_ints = [1]> ()
         e = Constant <value_ints = [6]> ()  a = Constant <value_ints = [2]> ()  t = Slice(s, b, e, a)  h = MatMul(t, w)""",
+    "in 8 bits": """q, qs, qz = DynamicQuantizeLinear(x)  codes = Constant <value = int8[5,5] {5, 0, 1, 0, 2, 0, 7, 0, 3, 0, 1, 0, 6, 0, 1,
+        0, 4, 0, 8, 0, 2, 0, 3, 0, 9}> ()  i = MatMulInteger(q, codes, qz)  f = Cast <to = 1> (i)  t = Mul(f, qs)  h = MatMul(t, w)""",
+    "through what ONNX Runtime adds": """f = com.microsoft.QuickGelu(x)  s = com.microsoft.FusedMatMul <transB = 0> (f, sq)
+        p = Constant <value_ints = [-1, 5]> ()  r = Reshape(s, p)  c = Shape(x)  u = Reshape(r, c)  h = MatMul(u, w)""",
     "beside another input": "s = Add(z, x)  n = ReduceMean <keepdims = 1> (s, axes)  t = Sub(s, n)  h = MatMul(t, w)",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("how", KEPT)
 def test_rows_are_followed_through_what_keeps_them(how, tmp_path):
-    text = f"""g (float[N,4,5] x, float[N,4,5] z) => (float[P,Q,7] y) <float[5,7] w>
+    text = f"""g (float[N,4,5] x, float[N,4,5] z) => (float[P,Q,7] y) <float[5,7] w, float[5,5] sq>
       {{ axes = Constant <value_ints = [-1]> ()  zero = Constant <value_ints = [0]> ()
       b2 = Constant <value_ints = [2]> ()  {KEPT[how]}  y = Identity(h) }}"""
     if how == "flattened":
