@@ -11,6 +11,7 @@ from peft_goldens import adapter_of, base_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
+from loraformat import registry
 
 GPT2 = str(adapter_of("gpt2"))
 BASE = str(base_of("gpt2"))
@@ -71,6 +72,12 @@ def test_a_newcomers_mistake_is_told_in_words_and_leaves_nothing(run, mistake, t
     assert told.out == ""
     assert "Traceback" not in told.err
     assert left(tmp_path) == []
+
+
+def test_only_what_can_be_written_is_offered(run):
+    told = run("convert", GPT2, "out.bin").err.partition("one of ")[2].split(", ")
+    written = {name for name, item in registry.layouts().items() if item.writes}
+    assert {name.strip() for name in told} == written < set(registry.layouts())
 
 
 MISTAKEN = {

@@ -170,4 +170,5 @@ def target_layout(destination: str | os.PathLike[str], name: str | None) -> tupl
         return item, f"the name ends with {ending}"
     if not path.suffix or path.is_dir():
         return registry.layout("peft"), "the name is a folder's"
-    raise fault("LF-705", f"which layout is {path.name}?", fix=f"give --to, one of {', '.join(registry.layouts())}")
+    written = ", ".join(name for name, item in registry.layouts().items() if item.writes)
+    raise fault("LF-705", f"which layout is {path.name}?", fix=f"give --to, one of {written}")
