@@ -16,7 +16,7 @@ from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
-from loraformat_converters.onnx.attaching import attach, widen
+from loraformat_converters.onnx.attaching import attach, joint, widen
 from loraformat_converters.onnx.graph.nodes import Nodes
 
 SHARED = """g (float[N,T,5] x) => (float[N,T,4] y) <float[5,7] q, float[5,7] k, float[6,5] v, float[7,6] o, float[6,4] p, float[6] b>
@@ -76,8 +76,36 @@ def test_what_reads_one_value_has_one_product_more(tmp_path):
     bare = products(base.path)
     assert len(products(tmp_path / "folded.onnx")) == len(bare) == 5
     found = products(tmp_path / "concat.onnx")
-    # x is read by three, s and f by one each: three products and three Concats more, and W is in no Concat.
-    assert (found.count("Concat"), len(found)) == (3, 11)
+    # x is read by three, s and f by one each: three products and three Concats more, and W is in no Concat; two of the
+    # three are one, the third's weight is not stored as it is read.
+    assert (found.count("Concat"), len(found)) == (3, 10)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize(("dtype", "limit"), [("float", 1e-6), ("float16", 5e-3)])
+def test_small_products_of_one_x_are_one_product(opset, dtype, limit, monkeypatch, tmp_path):
+    """One is an output of the graph, two are read in branches of an If."""
+    text = """g (float[N,T,5] x, bool c) => (float[N,T,6] y, float[N,T,8] q) <float[5,8] wq, float[5,6] wk, float[5,6] wv>
+      { ["/m/q/MatMul"] q = MatMul(x, wq)  ["/m/k/MatMul"] k = MatMul(x, wk)  ["/m/v/MatMul"] v = MatMul(x, wv)
+        y = If (c) <then_branch = one () => (float[N,T,6] a) { a = Mul(k, v) },
+                    else_branch = other () => (float[N,T,6] b) { b = Sub(k, v) }> }"""
+    base = open_base(save(model(text.replace("float", dtype), opset=opset), tmp_path / "base.onnx"))
+    sizes = {"q": 8, "k": 6, "v": 6}
+    given = Adapter({f"m.{name}.weight": lora(n, 5, rank=6, seed=ord(name)) for name, n in sizes.items()})
+    merge(given, base, tmp_path / "merged.onnx")
+    for small, cut in ((29, []), (30, [2]), (40, [3])):
+        monkeypatch.setattr(joint, "_SMALL", small)
+        out = tmp_path / f"{small}.onnx"
+        plan = put(base, out, [("a", given)], "concat")
+        assert [len(node.output) for node in onnx.load(out).graph.node if node.op_type == "Split"] == cut
+        for optimise, condition in ((True, True), (False, False)):
+            x = feeds(session(base.path)) | {"c": np.array(condition)}
+            found, truth = (session(path, optimise=optimise).run(None, x) for path in (out, tmp_path / "merged.onnx"))
+            assert all(relative_error(*pair) <= limit for pair in zip(found, truth, strict=True))
+        assert prove(base, plan).holds
+        assert lf.digest(extract(open_base(out))) == lf.digest(given)
+        detach(open_base(out), tmp_path / f"{small}.again.onnx")
+        assert (tmp_path / f"{small}.again.onnx").read_bytes() == base.path.read_bytes()
 
 
 @pytest.mark.parametrize("opset", [11, 18])
@@ -104,11 +132,11 @@ def test_zeros_are_weighed_by_the_rows_that_they_fill(tmp_path):
       { ["/m/q/MatMul"] a = MatMul(x, q)  ["/m/k/MatMul"] b = MatMul(x, k)  ["/m/v/MatMul"] c = MatMul(x, v)
         d = Mul(a, b)  y = Add(d, c) }"""
     base = open_base(save(model(text), tmp_path / "base.onnx"))
-    for rank, splits in ((16, 0), (384, 1)):
+    for rank, cut in ((16, False), (384, True)):
         given = Adapter({f"m.{n}.weight": lora(4096, 64, rank=rank, seed=i) for i, n in enumerate("qkv")})
         put(base, tmp_path / f"{rank}.onnx", [("a", given)], "concat")
         nodes = onnx.load(tmp_path / f"{rank}.onnx").graph.node
-        assert sum(node.op_type == "Split" for node in nodes) == splits
+        assert any(node.op_type == "Split" and "hidden" in node.input[0] for node in nodes) == cut
 
 
 def test_several_adapters_and_live_strengths_stand_in_one_product(tmp_path):
@@ -237,6 +265,11 @@ def every_weight_has_the_part_of_the_first(patch):
     patch.setattr(Nodes, "split", lambda self, value, sizes, role: whole(self, value, sizes, role)[:1] * len(sizes))
 
 
+def every_product_is_of_the_first_weight(patch):
+    whole = widen.join
+    patch.setattr(widen, "join", lambda run, x, uses: whole(run, x, [(site, uses[0][1]) for site, _ in uses]))
+
+
 def strengths_of_the_first(patch):
     patch.setattr(attach, "owners", lambda pairs: [0 for pair in pairs for _ in range(pair.r)])
 
@@ -247,7 +280,13 @@ SQUARE = """g (float[N,6] x) => (float[N,6] y) <float[6,6] q, float[6,6] k>
 
 @pytest.mark.parametrize(
     "mutant",
-    [columns_not_shifted, scale_lost, every_weight_has_the_rows_of_the_first, every_weight_has_the_part_of_the_first],
+    [
+        columns_not_shifted,
+        scale_lost,
+        every_weight_has_the_rows_of_the_first,
+        every_weight_has_the_part_of_the_first,
+        every_product_is_of_the_first_weight,
+    ],
 )
 def test_a_proof_is_red_on_a_mutant(mutant, monkeypatch, tmp_path):
     """All square, the rank too: nothing is caught by a shape."""

@@ -6,7 +6,8 @@
 On a GPU a branch costs kernels and passes over its output, not arithmetic: this adds two kernels for each x, and no pass
 over y. B's rows stand below W in a constant subgraph, which ONNX Runtime folds when it loads the model. W stays as it
 is stored. Below each of several weights stand the rows of all, zeros where a column of u is another's; where those would
-cost more than the kernels, u is split and each weight has its own Concat.
+cost more than the kernels, u is split and each weight has its own Concat. Where the weights are small, their products
+are one (``joint``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnx import helper
 
 from loraformat_converters.onnx.attaching.branches import LINEAR
 from loraformat_converters.onnx.attaching.factors import Factors, padded
+from loraformat_converters.onnx.attaching.joint import join, joins
 from loraformat_converters.onnx.attaching.weight import wide
 from loraformat_converters.onnx.changing.spots import Spot
 from loraformat_converters.onnx.graph.index import Index, Site
@@ -79,16 +81,23 @@ def widen(
         xs = [run.node("Concat", [first.x, part], "x", axis=-1) for part in parts]
     else:
         xs = [run.node("Concat", [first.x, hidden], "x", axis=-1)] * len(uses)
-    reader = min((site for site, _ in uses), key=lambda site: site.number)
-    editor.before(reader.scope, reader.node.output[0], run.list)
-    values = dict.fromkeys(xs, first.x)
-    for b, x, (site, _) in zip(below, xs, uses, strict=True):
+    small = {n for n, (site, _) in enumerate(uses) if not apart and joins(site)}
+    values, side_by_side = dict.fromkeys(xs, first.x), []
+    for n, (b, x, (site, _)) in enumerate(zip(below, xs, uses, strict=True)):
         weight, name = site.values[-1].name, index.fresh(f"{make.stem}/weight")
         node = helper.make_node("Concat", [weight, b], [name], name, axis=site.operand.in_[0])
+        if n in small and len(small) > 1:
+            run.list.append(node)
+            side_by_side.append((site, name))
+            continue
         editor.before(site.scope, site.node.output[0], [node])
         values[name] = weight
         site.node.input[site.side] = name
         site.node.input[1 - site.side] = x
+    if side_by_side:
+        values |= join(run, xs[0], side_by_side)
+    reader = min((site for site, _ in uses), key=lambda site: site.number)
+    editor.before(reader.scope, reader.node.output[0], run.list)
     return values
 
 
