@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.names import nearest
@@ -68,7 +68,7 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number that float64 holds: JSON has no limit of its own, and true is no number.
 
     >>> is_number(0.5), is_number(10**400), is_number(float("nan")), is_number(True)
@@ -79,7 +79,7 @@ def is_number(value: Any) -> bool:
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**53
 
 
-def is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> TypeGuard[int]:
     """Whether a JSON value is a whole number that a rank can be: at least 1, and one that every tool's int holds."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 

@@ -203,6 +203,7 @@ CONFIGS = {
     "no alpha": ("  alpha: 8\n", "", "LF-503"),
     "an alpha that is a word": ("  alpha: 8\n", "  alpha: none\n", "LF-503"),
     "no rank": ("  dim: 5\n", "  dim: 0\n", "LF-503"),
+    "an alpha that no float holds": ("  alpha: 8\n", f"  alpha: {10**400}\n", "LF-503"),
 }
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat import canonical
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
+from loraformat.faults import is_number, is_rank
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat.source import Source
@@ -151,8 +152,7 @@ def _config(source: Source, draft: Draft) -> Mapping[str, Any]:
     except ValueError as error:
         draft.say("LF-503", f"{_CONFIG} is no JSON: {error}", str(source.path))
         return {}
-    numbers = isinstance(config, dict) and all(_positive(config.get(name)) for name in ("r", "lora_alpha"))
-    if not numbers or type(config["r"]) is not int:
+    if not (isinstance(config, dict) and is_rank(config.get("r")) and _is_positive(config.get("lora_alpha"))):
         draft.say("LF-503", f"{_CONFIG} has no r and lora_alpha above zero", str(source.path))
         return {}
     if config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -165,8 +165,8 @@ def _above(source: Source) -> Path | None:
     return source.path.parents[1] if source.path.parts[-2:] == ("0", "items") and source.path.is_dir() else None
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e38
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 def _scale(config: Mapping[str, Any], options: ReadOptions, draft: Draft, where: str) -> tuple[float, ScaleRule] | None:

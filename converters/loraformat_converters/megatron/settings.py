@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraformat.errors import fault
+from loraformat.faults import brief, is_number, is_rank
 from loraformat.plain_yaml import scalars, section
 
 __all__ = ["CONFIG", "Heads", "Method", "heads_of_model", "heads_of_run", "method_of"]
@@ -58,9 +59,10 @@ def method_of(text: str | None) -> Method | None:
     if not target.endswith(tuple(f".peft.{method}" for method in _METHODS)):
         raise fault("LF-504", f"the method {target} is not known", where=CONFIG)
     dim, alpha = said.get("dim"), said.get("alpha")
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if type(dim) is not int or dim < 1 or not (number or alpha == "null"):
-        raise fault("LF-503", f"dim and alpha are {dim!r} and {alpha!r}, not a rank and a number", where=CONFIG)
+    if not is_rank(dim) or not (is_number(alpha) or alpha == "null"):
+        raise fault(
+            "LF-503", f"dim and alpha are {brief(dim)} and {brief(alpha)}, not a rank and a number", where=CONFIG
+        )
     return Method(None if alpha == "null" else alpha, dim, None if said.get("normalize_moe_lora") else dim)
 
 
