@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from loraformat.products import single
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
 
 __all__ = ["kept_axes", "norm", "rescale"]
@@ -26,20 +27,30 @@ def kept_axes(part: Magnitude, place: Placement) -> tuple[int, ...]:
 
 def rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int] | None) -> F32:
     """magnitude · V / (‖V‖ + eps), V the tensor or a run of its rows."""
-    kept = kept_axes(part, whole)
-    if rows and 0 not in kept:
+    if rows and 0 not in kept_axes(part, whole):
         raise fault("LF-612", "the norm of this magnitude runs over axis 0: a run of rows cannot be served alone")
-    length = norm(part, value, kept)
-    ascending = sorted(range(len(kept)), key=kept.__getitem__)
-    magnitude = single(part.magnitude).reshape([whole.shape[a] for a in kept]).transpose(ascending)
-    magnitude = magnitude.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
-    return np.asarray((magnitude[slice(*rows)] if rows else magnitude) * (value / length), np.float32)
+    length = norm(part, value, whole, rows)
+    return np.asarray(_laid(part, single(part.magnitude), whole, rows) * (value / length), np.float32)
 
 
-def norm(part: Magnitude, value: F32, kept: tuple[int, ...]) -> F32:
-    """‖V‖ + eps, the other axes of size 1; LF-612 where it is zero."""
+def norm(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int] | None = None) -> F32:
+    """‖V‖ + eps, the other axes of size 1, and 1 where nothing is rescaled; LF-612 where it is zero."""
+    kept = kept_axes(part, whole)
     over = tuple(a for a in range(value.ndim) if a not in kept)
     length = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
+    if part.span is not None:
+        inside = np.zeros(part.magnitude.shape, np.bool_)
+        inside[..., slice(*part.span)] = True
+        length = np.where(_laid(part, inside, whole, rows), length, np.float32(1))
     if not length.all():
         raise fault("LF-612", "a slice of the weight is zero: it has no direction that a magnitude could scale")
     return np.asarray(length, np.float32)
+
+
+def _laid(part: Magnitude, values: Array, whole: Placement, rows: tuple[int, int] | None) -> Array:
+    """What has the shape of ``magnitude`` as it meets the tensor, or a run of its rows."""
+    kept = kept_axes(part, whole)
+    ascending = sorted(range(len(kept)), key=kept.__getitem__)
+    laid = values.reshape([whole.shape[a] for a in kept]).transpose(ascending)
+    laid = laid.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
+    return laid[slice(*rows)] if rows else laid

@@ -206,12 +206,16 @@ class Magnitude:
 
     The norm runs over every base axis that ``magnitude_axes`` does not keep; ``magnitude`` has the sizes of the
     kept axes. Default: the batch axes, then the out axes, as [*batch, out].
+
+    ``span``: of a tensor that holds several parameters, which rows [start, stop) of the matrix are rescaled; ``magnitude``
+    is then 1 at the others. No file says it.
     """
 
     kind: ClassVar[Literal["magnitude"]] = "magnitude"
     magnitude: Array
     magnitude_axes: tuple[int, ...] | None = None
     eps: float = 0.0
+    span: tuple[int, int] | None = None
 
     def shape_for(self, matrix_shape: tuple[int, ...], placement: Placement | None) -> tuple[int, ...]:
         """The shape that ``magnitude`` must have."""

@@ -161,7 +161,7 @@ class Update:
         part, place = self["magnitude"], self.placement or _unplaced()
         before = replace(self, parts=tuple(p for p in self.parts if p.kind not in ("magnitude", "rows")))
         kept = kept_axes(part, place)
-        length = norm(part, before.apply(base), kept).reshape([place.shape[a] for a in sorted(kept)])
+        length = norm(part, before.apply(base), place).reshape([place.shape[a] for a in sorted(kept)])
         return length.transpose([sorted(kept).index(a) for a in kept]).reshape(part.magnitude.shape)
 
     @property

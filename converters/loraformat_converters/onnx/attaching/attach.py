@@ -22,14 +22,14 @@ import onnx
 from onnx import helper, numpy_helper
 
 from loraformat_converters.onnx.attaching import magnitude
+from loraformat_converters.onnx.attaching.beside import Own, constants, groups
 from loraformat_converters.onnx.attaching.branches import FORMS, Form, Pair, unchanged
 from loraformat_converters.onnx.attaching.ends import Ends
 from loraformat_converters.onnx.attaching.factors import Factors, factors, owners
 from loraformat_converters.onnx.attaching.magnitude import Rescaling
 from loraformat_converters.onnx.attaching.topology import Place, Topology, place_of
-from loraformat_converters.onnx.attaching.weight import Weight, wide
+from loraformat_converters.onnx.attaching.weight import Weight
 from loraformat_converters.onnx.attaching.widen import together, widen
-from loraformat_converters.onnx.changing.rounding import balance
 from loraformat_converters.onnx.changing.spots import Change, Spot
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.nodes import Editor, Nodes
@@ -82,8 +82,8 @@ class Attachment:
         for group in together(places["product"]):
             self._widened(group)
         for spot in places["beside"]:  # last: a branch under a magnitude reads the bias, which may have changed
-            for n, change in enumerate(spot.changes):
-                self._branch(spot, n, change)
+            for numbers in groups(spot):
+                self._branch(spot, numbers)
 
     @property
     def values(self) -> dict[str, str]:
@@ -102,15 +102,21 @@ class Attachment:
 
     # The branch.
 
-    def _branch(self, spot: Spot, n: int, change: Change) -> None:
-        make, first = self._nodes(change), spot.sites[0]
+    def _branch(self, spot: Spot, numbers: Sequence[int]) -> None:
+        """Of one adapter, all that it does to one weight: a branch, though the weight holds several parameters."""
+        first, make, own = spot.sites[0], self._nodes(spot.changes[numbers[0]]), list[Own]()
         form = FORMS[first.like]
-        norms = self._norms(spot, n) if "magnitude" in change.update else None
-        pair, rescaling = self._constants(make, form, first, change, norms)
+        for n in numbers:
+            change = spot.changes[n]
+            at = make if n == numbers[0] else make.at(self._nodes(change).stem)
+            own.append(Own(at, change, self._norms(spot, n) if "magnitude" in change.update else None))
+        pair, rescaling = constants(make, form, first, own)
+        if self.prefold:
+            make.fold(pair.a, pair.b, *((rescaling.ratio, rescaling.rest) if rescaling else ()))
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
             run = make if len(spot.sites) == 1 else make.below(str(i))
-            self._use(run, form, site, pair, rescaling, self.live[change.job] if self.live else "")
+            self._use(run, form, site, pair, rescaling, self.live[own[0].change.job] if self.live else "")
 
     def _inputs(self, names: Sequence[str]) -> list[str]:
         """The strength of each adapter as an input: 1, unless it is fed."""
@@ -120,44 +126,6 @@ class Attachment:
             self.index.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, []))
             self.index.graph.initializer.append(numpy_helper.from_array(np.ones((), np.float32), name))
         return made
-
-    def _constants(
-        self, make: Nodes, form: Form, site: Site, change: Change, norms: Array | None
-    ) -> tuple[Pair, Rescaling | None]:
-        """A and s·B in the graph's dtype, from A, B and s as stored; with a magnitude, what rescales the output."""
-        update, dtype = change.update, site.dtype
-        lora = update["lora"]
-        kind = np.float64 if wide(dtype) == onnx.TensorProto.DOUBLE else np.float32
-        k, _ = balance(lora, site.factor, dtype)
-        a, b = make.store("lora_A", lora.lora_A), make.store("lora_B", lora.lora_B)
-        scale = make.store("scale", np.asarray(lora.scale * site.factor * 2.0**k, kind))
-        # fp16 arithmetic has no CPU kernel to fold it, so products are taken in fp32 and cast last (ORT 1.32).
-        b = make.node("Mul", [make.cast(b, wide(dtype), "lora_B/wide"), scale], "lora_B/scaled")
-        ratio = None if norms is None else magnitude.ratio(make, update, norms, wide(dtype))
-        if ratio is not None:
-            column = make.reshape(ratio, lora.lora_B.shape[:1], [lora.lora_B.shape[0], 1], "magnitude/column")
-            b = make.node("Mul", [b, column], "lora_B/rescaled")
-        b, b_shape = make.spread(b, lora.lora_B.shape, change.rows, site.operand.matrix_shape[-2], "lora_B/rows")
-        b = make.cast(b, dtype, "lora_B/cast", wide(dtype))
-        if k:
-            half = make.store("lora_A/power", np.asarray(2.0**-k, kind))
-            a = make.node("Mul", [make.cast(a, wide(dtype), "lora_A/wide"), half], "lora_A/balanced")
-            a = make.cast(a, dtype, "lora_A/cast", wide(dtype))
-        else:
-            a = make.cast(a, dtype, "lora_A/cast")
-        pair = form.constants(make, site, Pair(a, b, lora.lora_A.shape, b_shape))
-        rescaling = None if ratio is None else self._rescaling(make, form, site, ratio)
-        if self.prefold:
-            make.fold(pair.a, pair.b, *((rescaling.ratio, rescaling.rest) if rescaling else ()))
-        return pair, rescaling
-
-    @staticmethod
-    def _rescaling(make: Nodes, form: Form, site: Site, ratio: str) -> Rescaling:
-        kind, out = wide(site.dtype), site.operand.matrix_shape[-2]
-        spread = make.reshape(ratio, [out], magnitude.sizes(form, site), "magnitude/spread")
-        one = make.store("one", np.ones((), helper.tensor_dtype_to_np_dtype(kind)))
-        rest = make.node("Sub", [one, spread], "magnitude/rest")
-        return Rescaling(make.cast(spread, site.dtype, "magnitude/cast", kind), rest)
 
     def _use(self, make: Nodes, form: Form, site: Site, pair: Pair, rescaling: Rescaling | None, strength: str) -> None:
         """The branch beside one use."""

@@ -23,7 +23,7 @@ from loraformat_converters.onnx.graph.nodes import Nodes
 if TYPE_CHECKING:
     from loraformat.base import Options
 
-__all__ = ["fitted", "slot_of"]
+__all__ = ["fitted", "gained", "slot_of"]
 
 
 def slot_of(spot: Spot, options: Options) -> Slot:
@@ -33,7 +33,8 @@ def slot_of(spot: Spot, options: Options) -> Slot:
     dtype = helper.tensor_dtype_to_np_dtype(site.dtype).name
     form = FORMS_FED[site.like]
     *batch, out, in_ = site.operand.matrix_shape
-    if (rows := spot.changes[0].rows) is not None:
+    rows = spot.changes[0].rows
+    if rows is not None:
         out = rows[1] - rows[0]
     none = Update((Lora(np.zeros((*batch, 0, in_)), np.zeros((*batch, out, 0)), 1.0, "factor"),))
     a, b = _laid_empty(none, form, [site.operand.shape[axis] for axis in site.operand.in_])
@@ -41,9 +42,9 @@ def slot_of(spot: Spot, options: Options) -> Slot:
     a_shape, b_shape = (tuple(n or None for n in shape) for shape in (a, b))
     gain = None
     if any("magnitude" in change.update for change in spot.changes):
-        sizes = tuple(magnitude.sizes(FORMS[site.like], site))
+        sizes = tuple(magnitude.sizes(FORMS[site.like], site, rows))
         name = gain_of(spot.key, options.slot_names)  # type: ignore[arg-type]
-        gain = Gain(name, sizes, site.root_name, site.placement.out)
+        gain = Gain(name, sizes, site.root_name, site.placement.out, rows)
     return Slot(spot.key, *names, a_shape, b_shape, dtype, form, options.pad_rank, gain)
 
 
@@ -67,6 +68,17 @@ def fitted(make: Nodes, spot: Spot, slots: Sequence[Slot]) -> Pair:
         dtype = helper.tensor_dtype_to_np_dtype(site.dtype)
         b = make.node("Mul", [b, make.store("factor", np.asarray(site.factor, dtype))], "B/scaled")
     return Pair(a, b, (), ())
+
+
+def gained(make: Nodes, spot: Spot, slots: Sequence[Slot]) -> str:
+    """The gain of all rows of a weight, 0 at those of parameters that have none; "" where no parameter has one."""
+    parts = [(part.changes[0].rows, slot.gain) for part, slot in zip(spot.parts(), slots, strict=True)]
+    fed = [(gain.name, rows) for rows, gain in parts if gain is not None]
+    if not fed:
+        return ""
+    site = spot.sites[0]
+    none = np.zeros((), helper.tensor_dtype_to_np_dtype(site.dtype))
+    return make.runs(fed, magnitude.sizes(FORMS[site.like], site), none, "gain/rows")
 
 
 def _joined(make: Nodes, spot: Spot, slots: Sequence[Slot]) -> tuple[str, str]:

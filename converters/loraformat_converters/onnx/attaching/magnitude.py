@@ -1,6 +1,7 @@
 """m/‖V‖ of a DoRA as the output of an operator meets it: y' = g ⊙ (y − bias) + bias + change, with g = m/‖V‖.
 
-‖V‖ is known when the adapter is attached, so that g is a constant; the magnitude rescales W, and W alone.
+‖V‖ is known when the adapter is attached, so that g is a constant; the magnitude rescales W, and W alone. Of a weight that
+holds several parameters g is one vector for all of them, with 1 at the rows that have no magnitude.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Rescaling", "beside", "kept", "norms", "ratio", "read", "rest", "sizes"]
+__all__ = ["Ratio", "Rescaling", "beside", "kept", "norms", "of_all", "ratio", "read", "rescaling", "rest", "sizes"]
+
+
+Rows = tuple[int, int] | None
+
+Ratio = tuple[str, Rows]
+"""g of one parameter, and which rows of its weight it is for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ def norms(index: Index, folder: Path, spot: Spot, change: Change, before: Sequen
     value, root = read(index, folder, spot)
     for other in before:
         value = other.turned(root).apply(value)
+    if change.rows is not None:
+        return _of_matrix(change.update, root.to_matrix(value)[..., slice(*change.rows), :])
     place = change.parameter or root
     return replace(change.update, placement=place).norms(place.from_matrix(root.to_matrix(value)))
 
@@ -68,16 +77,28 @@ def beside(index: Index, folder: Path) -> Callable[[Gain, Update], Array]:
     """What the magnitude of an update divides by, on the weight that a slot stands beside; LF-608 where it has none."""
 
     def norms(gain: Gain, update: Update) -> Array:
-        wanted = gain.weight, gain.out, update.matrix_shape()
-        sites = [s for s in index.sites if (s.root_name, s.placement.out, s.placement.matrix_shape) == wanted]
+        sites = [site for site in index.sites if _is_beside(site, gain, update)]
         if len({id(site.root) for site in sites}) != 1:  # inner graphs may use one name each
             what = f"{len(sites)} operators of the model read {gain.weight} as the one beside the slot does"
             raise fault("LF-608", what, where=gain.name, fix="attach the DoRA as a branch, or merge it")
         value, root = _read(index, folder, sites[0], gain.name)
-        matrix = root.to_matrix(value)
-        return replace(update, placement=Placement(matrix.shape, (0,), (1,))).norms(matrix)
+        return _of_matrix(update, root.to_matrix(value)[slice(*gain.rows or (None,))])
 
     return norms
+
+
+def _is_beside(site: Site, gain: Gain, update: Update) -> bool:
+    """Whether a site may be the one that a slot stands beside: by the weight's name and by its sizes."""
+    shape, wanted = site.placement.matrix_shape, update.matrix_shape()
+    if gain.rows is not None and len(shape) == 2 and gain.rows[1] <= shape[0]:
+        shape = (gain.rows[1] - gain.rows[0], shape[1])
+    return (site.root_name, site.placement.out, shape) == (gain.weight, gain.out, wanted)
+
+
+def _of_matrix(update: Update, matrix: Array) -> Array:
+    """What the magnitude of an update divides by, on [*batch, out, in]."""
+    *batch, out, in_ = range(matrix.ndim)
+    return replace(update, placement=Placement(matrix.shape, (out,), (in_,), tuple(batch))).norms(matrix)
 
 
 def ratio(make: Nodes, update: Update, norms: Array, kind: int) -> str:
@@ -85,6 +106,21 @@ def ratio(make: Nodes, update: Update, norms: Array, kind: int) -> str:
     m = make.cast(make.store("magnitude", update["magnitude"].magnitude), kind, "magnitude/wide")
     norm = make.store("norm", norms.astype(helper.tensor_dtype_to_np_dtype(kind)))
     return make.node("Div", [m, norm], "magnitude/ratio")
+
+
+def of_all(make: Nodes, ratios: Sequence[Ratio], site: Site) -> str:
+    """g [out] of a weight that holds several parameters, each with its rows: 1 at those of all others."""
+    none = np.ones((), helper.tensor_dtype_to_np_dtype(wide(site.dtype)))
+    return make.runs(ratios, [site.operand.matrix_shape[-2]], none, "magnitude/rows")
+
+
+def rescaling(make: Nodes, form: Form, site: Site, ratio: str) -> Rescaling:
+    """What of y is kept, by g [out]."""
+    kind, out = wide(site.dtype), site.operand.matrix_shape[-2]
+    spread = make.reshape(ratio, [out], sizes(form, site), "magnitude/spread")
+    one = make.store("one", np.ones((), helper.tensor_dtype_to_np_dtype(kind)))
+    rest = make.node("Sub", [one, spread], "magnitude/rest")
+    return Rescaling(make.cast(spread, site.dtype, "magnitude/cast", kind), rest)
 
 
 def kept(form: Form, site: Site, gain: str, run: Nodes, base: str, bias: str) -> str:
@@ -109,7 +145,7 @@ def rest(make: Nodes, form: Form, site: Site, bias: str, rest: str) -> str:
     return make.cast(make.node("Mul", [bias, rest], "bias/rest"), dtype, "bias/cast", wide(dtype))
 
 
-def sizes(form: Form, site: Site) -> list[int]:
-    """The shape in which a vector [out] meets the output."""
-    out = site.operand.matrix_shape[-2]
+def sizes(form: Form, site: Site, rows: Rows = None) -> list[int]:
+    """The shape in which a vector [out], or what some rows have of it, meets the output."""
+    out = site.operand.matrix_shape[-2] if rows is None else rows[1] - rows[0]
     return [out if n == -1 else n for n in form.spread(site) or ()]

@@ -5,7 +5,7 @@ g of every slot lies in a table [N + 1, out]; slot 0, and an adapter that has no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from onnx import helper
@@ -13,7 +13,7 @@ from onnx import helper
 from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.branches import FORMS
 from loraformat_converters.onnx.attaching.choice import Choice
-from loraformat_converters.onnx.attaching.magnitude import Rescaling
+from loraformat_converters.onnx.attaching.magnitude import Ratio, Rescaling
 from loraformat_converters.onnx.attaching.weight import wide
 from loraformat_converters.onnx.graph.index import Site
 from loraformat_converters.onnx.graph.nodes import Nodes
@@ -23,16 +23,15 @@ __all__ = ["rescaled", "table"]
 Rescaled = Callable[[Nodes, str, str], str]
 
 
-def table(make: Nodes, site: Site, ratios: Mapping[int, str], count: int) -> Rescaling | None:
+def table(make: Nodes, site: Site, ratios: Mapping[int, Sequence[Ratio]], count: int) -> Rescaling | None:
     """g and 1 − g of every slot, of ``count`` adapters; None where none has a magnitude."""
     if not ratios:
         return None
     kind, out = wide(site.dtype), site.operand.matrix_shape[-2]
     numpy = helper.tensor_dtype_to_np_dtype(kind)
     none = make.store("magnitude/none", np.ones((1, out), numpy))
-    rows = [
-        make.reshape(ratios[n], [out], [1, out], "magnitude/row") if n in ratios else none for n in range(-1, count)
-    ]
+    whole = {n: magnitude.of_all(make, own, site) for n, own in ratios.items()}
+    rows = [make.reshape(whole[n], [out], [1, out], "magnitude/row") if n in whole else none for n in range(-1, count)]
     every = make.node("Concat", rows, "magnitude/all", axis=0)
     rest = make.node("Sub", [make.store("magnitude/one", np.ones((), numpy)), every], "magnitude/rest")
     return Rescaling(make.cast(every, site.dtype, "magnitude/cast", kind), rest)

@@ -35,12 +35,28 @@ class Gain:
         shape: [out] as it meets the output.
         weight: the stored tensor that V is made of.
         out: the axes of that tensor which are out.
+        rows: [start, stop) of its matrix that V is, where it holds several parameters.
     """
 
     name: str
     shape: tuple[int, ...]
     weight: str
     out: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+
+    def as_json(self) -> list[Any]:
+        """For the model's metadata."""
+        return [self.name, list(self.shape), self.weight, list(self.out), *([list(self.rows)] if self.rows else [])]
+
+    @classmethod
+    def from_json(cls, held: Any) -> Gain:
+        """The way back; ValueError or TypeError where it is none."""
+        name, shape, weight, out, *more = held
+        rows = None
+        if more:
+            ((start, stop),) = more
+            rows = int(start), int(stop)
+        return cls(str(name), tuple(map(int, shape)), str(weight), tuple(map(int, out)), rows)
 
 
 @dataclass(frozen=True)
@@ -114,8 +130,8 @@ class Slot:
             "a": self.a, "b": self.b, "a_shape": list(self.a_shape), "b_shape": list(self.b_shape),
             "dtype": self.dtype, "form": self.form, "rank": self.rank,
         }  # fmt: skip
-        if (gain := self.gain) is not None:
-            held["gain"] = [gain.name, list(gain.shape), gain.weight, list(gain.out)]
+        if self.gain is not None:
+            held["gain"] = self.gain.as_json()
         return held if self.scale == 1.0 else {**held, "scale": self.scale}
 
     @classmethod
@@ -125,10 +141,7 @@ class Slot:
         if any(shape.count(None) != 1 for shape in (a, b)) or entry["form"] not in ("linear", "conv"):
             raise ValueError(f"no slot: {key}")
         rank = None if entry["rank"] is None else int(entry["rank"])
-        gain = None
-        if "gain" in entry:
-            name, shape, weight, out = entry["gain"]
-            gain = Gain(str(name), tuple(map(int, shape)), str(weight), tuple(map(int, out)))
+        gain = Gain.from_json(entry["gain"]) if "gain" in entry else None
         return cls(key, str(entry["a"]), str(entry["b"]), a, b, str(entry["dtype"]), entry["form"], rank, gain)
 
     @property

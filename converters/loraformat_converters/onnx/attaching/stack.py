@@ -25,6 +25,7 @@ from loraformat_converters.onnx.attaching.branches import FORMS, LINEAR, Pair
 from loraformat_converters.onnx.attaching.choice import Choice
 from loraformat_converters.onnx.attaching.ends import Ends
 from loraformat_converters.onnx.attaching.factors import Factors, factors, joined, owners, padded
+from loraformat_converters.onnx.attaching.magnitude import Ratio
 from loraformat_converters.onnx.attaching.rescaled import rescaled, table
 from loraformat_converters.onnx.attaching.rows import Rows, RowsOf, starts
 from loraformat_converters.onnx.attaching.weight import wide
@@ -204,17 +205,18 @@ class Stack:
         axes = self.rows.axes(site.x)
         return None if axes is None or self.rows.of(site) != Rows(0) else axes + (site.like == "Gather")
 
-    def _factors(self, spot: Spot, factor: float) -> tuple[list[Factors], dict[int, str]]:
+    def _factors(self, spot: Spot, factor: float) -> tuple[list[Factors], dict[int, list[Ratio]]]:
         """The pairs of one weight times ``factor``, their tensors stored as the adapters have them; job → g of a DoRA."""
-        found, ratios = [], {}
+        found, ratios = list[Factors](), dict[int, list[Ratio]]()
         for change in spot.changes:
-            stem = self.stems.get((change.job, change.key))
+            stem, ratio = self.stems.get((change.job, change.key)), ""
             make = Nodes(self.index, f"{stem}/tied" if stem else self.index.stem(change.key))
             self.stems.setdefault((change.job, change.key), make.stem)
             if "magnitude" in change.update:
                 norms = magnitude.norms(self.index, self.folder, spot, change)
-                ratios[change.job] = magnitude.ratio(make, change.update, norms, wide(spot.sites[0].dtype))
-            found.append(factors(make, change, spot.sites[0], factor, ratios.get(change.job, "")))
+                ratio = magnitude.ratio(make, change.update, norms, wide(spot.sites[0].dtype))
+                ratios.setdefault(change.job, []).append((ratio, change.rows))
+            found.append(factors(make, change, spot.sites[0], factor, ratio))
             self._lay(make)
         return found, ratios
 

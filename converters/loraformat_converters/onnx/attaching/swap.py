@@ -32,7 +32,7 @@ from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.branches import FORMS
 from loraformat_converters.onnx.attaching.ends import Ends
-from loraformat_converters.onnx.attaching.fitting import fitted, slot_of
+from loraformat_converters.onnx.attaching.fitting import fitted, gained, slot_of
 from loraformat_converters.onnx.attaching.slot import Slot
 from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
@@ -150,13 +150,13 @@ class Swap:
                 self.index.graph.initializer.append(numpy_helper.from_array(none, name))
 
     def _run(self, spot: Spot, slots: Sequence[Slot]) -> None:
-        change, slot, form = spot.changes[0], slots[0], FORMS[spot.sites[0].like]
+        change, form = spot.changes[0], FORMS[spot.sites[0].like]
         make = Nodes(self.index, self.stems[change.job, change.key])
-        pair = fitted(make, spot, slots)
+        pair, gain = fitted(make, spot, slots), gained(make, spot, slots)
         self.editor.lay(self.index.scopes[0], "", make.list)
         for i, site in enumerate(spot.sites):
             run = Nodes(self.index, make.stem if len(spot.sites) == 1 else f"{make.stem}/{i}")
-            kept = partial(magnitude.kept, form, site, slot.gain.name) if slot.gain else None
+            kept = partial(magnitude.kept, form, site, gain) if gain else None
             self.ends.add(site, run, lambda run, site=site: form.run(run, site, pair), kept)  # type: ignore[misc]
 
 

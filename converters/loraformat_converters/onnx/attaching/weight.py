@@ -120,9 +120,11 @@ class Weight:
         m = make.cast(self.roles["magnitude"], self.wide, "magnitude/wide")
         norm = make.store("norm", norms.astype(self.numpy))
         ratio = make.node("Div", [m, norm], "magnitude/ratio")
+        shape = (*part.magnitude.shape[:-1], place.matrix_shape[-2]) if self.rows else part.magnitude.shape
+        ratio = make.runs([(ratio, self.rows)], shape, np.ones((), self.numpy), "magnitude/rows", axis=-1)
         kept = (*place.batch, *place.out) if part.magnitude_axes is None else part.magnitude_axes
         sizes = [place.shape[a] for a in kept]
-        ratio = make.reshape(ratio, part.magnitude.shape, sizes, "magnitude/axes")
+        ratio = make.reshape(ratio, shape, sizes, "magnitude/axes")
         ratio = make.transpose(ratio, sorted(range(len(kept)), key=kept.__getitem__), "magnitude/T")
         spread = [n if a in kept else 1 for a, n in enumerate(place.shape)]
         return make.reshape(ratio, _ascending(kept, sizes), spread, "magnitude/spread")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, Problem
+from loraformat.packed import spreads
 from loraformat_converters.onnx.graph.trace import CODES
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _obstacle(verb: str, change: Change, sites: tuple[Site, ...], requantises: R
     if change.permute is not None and not update.linear:
         what = f"{first.node.name or first.operator}: its gates lie in another order, and {update.kind} is no sum"
         yield Problem("LF-608", what, key, "merge it into the checkpoint, then export")
-    if change.rows is not None and not update.linear:
+    if change.rows is not None and not spreads(update):
         what = f"{first.node.name or first.operator}: its weight holds several parameters, and {update.kind} is no sum"
         yield Problem("LF-608", what, key, "put it into the model as it was before it was optimised")
     if len({(site.factor, site.placement) for site in sites}) > 1:

@@ -45,6 +45,12 @@ class Nodes:
         """Others whose names lie below this stem."""
         return Nodes(self.index, f"{self.stem}/{role}")
 
+    def at(self, stem: str) -> Nodes:
+        """The same nodes and constants, and what is made of now on named below another stem."""
+        twin = Nodes(self.index, stem)
+        twin.list, twin.stored = self.list, self.stored
+        return twin
+
     def node(self, op: str, inputs: Sequence[str], role: str, **attributes: Any) -> str:
         """The value that an operator computes."""
         output = self.index.fresh(f"{self.stem}/{role}")
@@ -103,6 +109,29 @@ class Nodes:
         after = [0] * (len(shape) - 2) + [out - rows[1], 0]
         pads = self.store(f"{role}/pads", np.array([*before, *after], np.int64))
         return self.node("Pad", [value, pads], role), (*shape[:-2], out, shape[-1])
+
+    def runs(
+        self,
+        parts: Sequence[tuple[str, tuple[int, int] | None]],
+        shape: Sequence[int],
+        rest: Array,
+        role: str,
+        axis: int = 0,
+    ) -> str:
+        """Values, each with the run [start, stop) of ``axis`` that it is of one of ``shape``, which is ``rest`` elsewhere.
+
+        A value that is all of it comes alone, without a run.
+        """
+        if parts[0][1] is None:
+            return parts[0][0]
+        held, end = list[str](), 0
+        known = sorted((run or (0, 0), value) for value, run in parts)
+        for (start, stop), value in [*known, ((shape[axis], shape[axis]), "")]:
+            if start > end:
+                sizes = [start - end if a == axis % len(shape) else n for a, n in enumerate(shape)]
+                held.append(self.store(f"{role}/rest", np.broadcast_to(rest, sizes)))
+            held, end = [*held, value], stop
+        return self.node("Concat", held[:-1], role, axis=axis)
 
     def permuted(self, value: str, shape: Sequence[int], blocks: Sequence[int] | None, role: str = "gates") -> str:
         """A matrix [*batch, n, m] with its rows, in as many blocks, in another order."""
