@@ -157,16 +157,6 @@ def test_two_targets_of_the_same_rows_are_an_error(tmp_path):
     assert [p.rule for p in found.ambiguous] == ["LF-603"]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_magnitude_of_some_rows_is_refused(verb, tmp_path):
-    w = weight()
-    (update,) = ours(w, ["k"]).values()
-    dora = replace(update, parts=(*update.parts, lf.Magnitude(np.ones(12, np.float32))))
-    base = open_base(save(product("MatMul", w), tmp_path / "base.onnx"))
-    with pytest.raises(lf.LoraFormatError, match=r"LF-608.*holds several parameters, and dora is no sum"):
-        VERBS[verb](lf.Adapter({KEYS["k"]: dora}), base, tmp_path / "out.onnx")
-
-
 def test_an_opset_without_the_pad_is_refused_for_a_branch(tmp_path):
     w = weight()
     made = product("MatMul", w)

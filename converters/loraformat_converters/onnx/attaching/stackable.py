@@ -61,7 +61,7 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
 
 def _rescaled(site: Site, change: Change) -> bool:
     """Whether a row can choose g = m/‖V‖ of a DoRA too."""
-    plain = site.like in LINEAR and site.product is None and change.update["lora"].mid is None
+    plain = site.like in LINEAR and site.bias is not None and change.update["lora"].mid is None
     return plain and change.update["magnitude"].magnitude_axes is None
 
 
