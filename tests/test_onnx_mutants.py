@@ -15,8 +15,7 @@ from test_mutants import alpha_is_the_scale
 
 import loraformat as lf
 from loraformat import axes, testing, updates
-from loraformat_converters.onnx.attaching import branches
-from loraformat_converters.onnx.attaching.attach import Attachment
+from loraformat_converters.onnx.attaching import beside, branches
 from loraformat_converters.onnx.attaching.ends import Ends
 from loraformat_converters.onnx.graph import einsum
 from loraformat_converters.onnx.graph import index as onnx_index
@@ -109,13 +108,14 @@ def trans_b_is_ignored(patch):
 
 
 def the_scale_is_dropped_in_attach(patch):
-    whole = Attachment._constants
+    whole = beside._pair
 
-    def unscaled(self, make, form, site, change, norms):
+    def unscaled(own, site):
+        change = own.change
         kept = [replace(p, alpha=1.0, scale_rule="factor") if p.kind == "lora" else p for p in change.update.parts]
-        return whole(self, make, form, site, replace(change, update=replace(change.update, parts=tuple(kept))), norms)
+        return whole(replace(own, change=replace(change, update=replace(change.update, parts=tuple(kept)))), site)
 
-    patch.setattr(Attachment, "_constants", unscaled)
+    patch.setattr(beside, "_pair", unscaled)
 
 
 def the_factors_are_not_transposed_in_attach(patch):

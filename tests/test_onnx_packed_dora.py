@@ -227,7 +227,7 @@ def test_only_the_slots_of_doras_have_a_gain(tmp_path):
     assert {key: gain and (gain.shape, gain.rows) for key, gain in gains.items()} == {
         KEYS["q"]: ((24,), (0, 24)), KEYS["k"]: None, KEYS["v"]: None,
     }  # fmt: skip
-    with pytest.raises(lf.LoraFormatError, match="LF-508.*no input for a magnitude"):
+    with pytest.raises(lf.LoraFormatError, match=r"LF-508.*no input for a magnitude"):
         Session(out).load("v", given("v", MATRIX))
 
 
