@@ -207,7 +207,7 @@ def rescaled(adapter, checkpoint, modules):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("names", "doras"), [("genai", ()), ("native", ("o_proj", "down_proj"))])
+@pytest.mark.parametrize(("names", "doras"), [("genai", ()), ("native", ("q_proj", "v_proj", "down_proj"))])
 def test_genai_generates_with_the_adapter_of_a_swap(names, doras, llama, built, tmp_path):
     """What it computes with ``og.Adapters`` are the logits of the merged model, token by token; without, the base's."""
     og = pytest.importorskip("onnxruntime_genai", reason="needs the peer onnxruntime-genai")

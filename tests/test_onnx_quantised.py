@@ -113,17 +113,22 @@ def test_a_merge_is_refused_because_the_weight_is_quantised(form, tmp_path):
     assert len(caught.value.problems) == 1
 
 
+def rescaled(update, base):
+    """The adapter with magnitudes of half to three halves the norms."""
+    site = next(site for site in base.index.sites if not site.vector)
+    weight, place = base.values.read(site)
+    norms = np.linalg.norm(place.to_matrix(weight), axis=-1)
+    magnitude = lf.Magnitude((norms * np.linspace(0.5, 1.5, len(norms))).astype(np.float32))
+    return lf.Adapter({KEY: replace(update[KEY], parts=(*update[KEY].parts, magnitude))})
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @every_form
 def test_it_is_proved_by_another_way_of_computing_it(form, kind, tmp_path):
     path, update, _ = given(form, tmp_path)
     base = open_base(path)
     if kind == "dora":
-        site = next(site for site in base.index.sites if not site.vector)
-        weight, place = base.values.read(site)
-        norms = np.linalg.norm(place.to_matrix(weight), axis=-1)
-        magnitude = lf.Magnitude((norms * np.linspace(0.5, 1.5, len(norms))).astype(np.float32))
-        update = lf.Adapter({KEY: replace(update[KEY], parts=(*update[KEY].parts, magnitude))})
+        update = rescaled(update, base)
     plan = prepare("attach", [("default", update)], base, Options(tmp_path / "out.onnx"))
     base.apply(plan)
     proof = prove(base, plan)
@@ -132,6 +137,18 @@ def test_it_is_proved_by_another_way_of_computing_it(form, kind, tmp_path):
     assert proof.error <= (proof.limit if rounded else TOLERANCE)
     assert proof.moved > 0.05
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.onnx", "out.onnx"]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "Gather" not in form and "Conv" not in form])
+def test_a_row_chooses_a_magnitude_beside_codes(form, tmp_path):
+    path, plain, _ = given(form, tmp_path)
+    base = open_base(path)
+    adapters = [("plain", plain), ("dora", rescaled(plain, base))]
+    plan = prepare("attach", adapters, base, Options(tmp_path / "out.onnx", "stack", rows=("x",)))
+    base.apply(plan)
+    proof = prove(base, plan)
+    assert proof.limit == (5e-2 if form in ROUND_X else 1e-5)
+    assert proof.error <= (proof.limit if form in ROUND_X else TOLERANCE)
 
 
 def test_a_weight_that_is_not_like_the_sketch_is_not_changed_by_its_name(tmp_path):

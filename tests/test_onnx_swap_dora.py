@@ -188,7 +188,10 @@ def test_a_weight_that_is_not_there_any_more_is_a_fault(tmp_path):
         running.load("dora", dora())
 
 
-@pytest.mark.parametrize("gain", [3, [], ["n", [7], "w"], ["n", "x", "w", [1]]])
+ROWS = [["n", [7], "w", [1], rows] for rows in (3, None, [], [0], [0, "x"], [0, 7, 9])]
+
+
+@pytest.mark.parametrize("gain", [3, [], ["n", [7], "w"], ["n", "x", "w", [1]], *ROWS])
 def test_a_gain_that_cannot_be_read_is_a_fault(gain, tmp_path):
     base = open_base(save(model(MATMUL), tmp_path / "base.onnx"))
     put(base, tmp_path / "out.onnx", [("a", dora())])
