@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import loraformat as lf
 from loraformat import testing
+from loraformat.packed import spread
 from loraformat.scale import scale_of
 
 # Placements.
@@ -131,3 +132,35 @@ def test_the_scale_rules_are_their_formulas(alpha, r):
 def test_a_rule_that_divides_by_the_rank_needs_one(rule, r):
     with pytest.raises(ValueError, match="needs a rank"):
         scale_of(1.0, rule, r)
+
+
+@pytest.mark.parametrize("spec", ["out,in", "in,out"])
+def test_a_magnitude_of_some_rows_leaves_the_others_as_they_are(spec):
+    """Bit for bit, infinite and zero ones too, which have no direction; whole, and in runs of rows."""
+    draw = np.random.default_rng(4)
+    matrix = draw.standard_normal((9, 5)).astype(np.float32)
+    matrix[0], matrix[8, 2] = 0, np.inf
+    pair = lf.Lora(*(draw.standard_normal(s).astype(np.float32) for s in ((2, 5), (4, 2))), 0.5, "factor")
+    length = lf.Magnitude(draw.uniform(1, 2, 4).astype(np.float32), eps=1e-6)
+    for first in ((pair,), (pair, lf.Delta(draw.standard_normal((4, 5)).astype(np.float32)))):
+        own = lf.Update((*first, length), lf.Placement.of((4, 5), "out,in"))
+        wanted = matrix.copy()
+        wanted[3:7] = own.apply(matrix[3:7])
+        place = lf.Placement.of((9, 5) if spec == "out,in" else (5, 9), spec)
+        whole = spread(own, (3, 7), 9).placed(place)
+        base = place.from_matrix(matrix)
+        found = whole.apply(base)
+        np.testing.assert_allclose(place.to_matrix(found), wanted, rtol=1e-6)
+        for rows in (slice(0, 3), slice(7, 9)):
+            assert place.to_matrix(found)[rows].tobytes() == matrix[rows].tobytes()
+        if spec == "out,in":
+            runs = [whole.apply(base[a : a + 2], (a, min(9, a + 2))) for a in range(0, 9, 2)]
+            assert np.concatenate(runs).tobytes() == found.tobytes()
+        np.testing.assert_allclose(whole.norms(base)[3:7], own.norms(matrix[3:7]), rtol=1e-6)
+
+
+def test_a_magnitude_of_other_axes_is_of_no_rows():
+    pair = lf.Lora(np.ones((1, 5), np.float32), np.ones((4, 1), np.float32), 1.0, "factor")
+    columns = lf.Magnitude(np.ones(5, np.float32), magnitude_axes=(1,))
+    with pytest.raises(lf.LoraFormatError, match=r"LF-612.*no sum"):
+        spread(lf.Update((pair, columns), lf.Placement.of((4, 5), "out,in")), (3, 7), 9)
