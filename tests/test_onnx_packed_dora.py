@@ -21,6 +21,7 @@ from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract, prove
 from loraformat.verbs.merge import merge, prepare
 from loraformat.verbs.verify import verify
+from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.changing.record import Record
 from loraformat_converters.onnx.effective import Effective
@@ -254,6 +255,29 @@ def test_rows_choose_among_doras_of_slices(form, provider, tmp_path):
     comes_out(base, out, adapters)
 
 
+@pytest.mark.parametrize("mode", ["branch", "swap", "stack"])
+def test_doras_of_slices_in_16_bits(mode, tmp_path):
+    """As near to the merged weights as 16 bits are, and off they are the base."""
+    text = f"g (float16[N,T,{IN}] x) => (float16[N,T,{OUT}] y) {{ h = MatMul(x, w)  y = Add(h, b) }}"
+    made, out, rows = model(text, opset=21), tmp_path / "out.onnx", ("x",) if mode == "stack" else ()
+    tensors = {"w": MATRIX.T.astype(np.float16), "b": BIAS.astype(np.float16)}
+    made.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in tensors.items())
+    base, weight = open_base(save(made, tmp_path / "base.onnx")), tensors["w"].T.astype(np.float32)
+    adapter, x = given("q, and pairs of the others", weight), feeds(session(base.path))
+    plan = put(base, [("a", adapter)], out, mode=mode, rows=rows)
+    assert prove(base, plan).holds
+    more = tort.read(out.with_name("out.a.onnx_adapter")).tensors if mode == "swap" else {}
+    more |= {"lora.index": np.ones(len(x["x"]), np.int64)} if mode == "stack" else {}
+    wanted = x["x"].astype(np.float64) @ changed(adapter, weight).T + tensors["b"]
+    assert relative_error(session(out).run(None, x | more)[0], wanted) <= 1e-3
+    bare = session(base.path, optimise=False).run(None, x)[0]
+    assert relative_error(bare, wanted) > 1e-2
+    if mode != "branch":
+        off = {"lora.index": np.zeros(len(x["x"]), np.int64)} if mode == "stack" else {}
+        assert np.array_equal(session(out, optimise=False).run(None, x | off)[0], bare)
+    is_left(base, out)
+
+
 def test_a_mixture_of_doras_is_refused(tmp_path):
     base = base_of("MatMul", tmp_path)
     options = Options(tmp_path / "out.onnx", mode="stack", rows=("x",), select="weights")
@@ -369,10 +393,7 @@ MUTANTS = [the_norm_is_of_other_rows, all_rows_are_rescaled, partners_are_exchan
 def test_a_proof_is_red_on_a_mutant(mutant, mode, monkeypatch, tmp_path):
     base = base_of("MatMul, Add", tmp_path)
     adapters = [("a", given("q, and pairs of the others", MATRIX))]
-    assert prove(
-        base, put(base, adapters, tmp_path / "good.onnx", mode=mode, rows=("x",) if mode == "stack" else ())
-    ).holds
+    options = {"mode": mode, "rows": ("x",) if mode == "stack" else ()}
+    assert prove(base, put(base, adapters, tmp_path / "good.onnx", **options)).holds
     mutant(monkeypatch)
-    assert not prove(
-        base, put(base, adapters, tmp_path / "bad.onnx", mode=mode, rows=("x",) if mode == "stack" else ())
-    ).holds
+    assert not prove(base, put(base, adapters, tmp_path / "bad.onnx", **options)).holds
