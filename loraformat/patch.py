@@ -53,7 +53,7 @@ def write_patched(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch]) 
     pool = ThreadPoolExecutor(_WORKERS)
     try:
         with one_blas_thread():
-            done, _ = wait([pool.submit(piece) for piece in pieces], return_when=FIRST_EXCEPTION)
+            done, _ = wait([pool.submit(_or_stop, piece, over) for piece in pieces], return_when=FIRST_EXCEPTION)
         for piece in done:
             piece.result()
     finally:
@@ -84,6 +84,15 @@ def _pieces(target: BinaryIO, source: BinaryIO, patches: Sequence[Patch], over: 
     yield partial(_copy, source, position, target, offset, size - position, over)
 
 
+def _or_stop(piece: Callable[[], None], over: Event) -> None:
+    """Do it; where it fails, it is over for the others before another of them begins."""
+    try:
+        piece()
+    except BaseException:
+        over.set()
+        raise
+
+
 def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, length: int, over: Event) -> None:
     for begin in range(0, length, _WRITEBACK):
         if over.is_set():
@@ -96,6 +105,8 @@ def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, length: i
 
 def _replace(target: BinaryIO, offset: int, patch: Patch, over: Event) -> None:
     written = asked = 0
+    if over.is_set():
+        return
     for tile in patch.tiles():
         if over.is_set():
             return

@@ -107,7 +107,7 @@ def test_an_error_in_one_patch_stops_the_others(tmp_path, monkeypatch):
         pytest.raises(OSError, match="space"),
     ):
         write_patched(target, source, patches)
-    assert len(made) < 499
+    assert made == []
 
 
 def test_a_source_that_became_shorter_is_an_error_and_no_crash(tmp_path):
