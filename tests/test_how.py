@@ -59,6 +59,26 @@ def of_every_type(tmp_path):
     return "types.onnx"
 
 
+# Words of one language or another, and names that the programs use.
+HARD = "None True asm auto xor nullptr checked event readonly eval yield adapter args console feed i name names np options "
+HARD += "ort outputNames output_names input_names print require session size std value zip env memory outputs"
+
+
+@pytest.fixture(params=["sizes", "inputs"])
+def hard_names(request, tmp_path):
+    """Free sizes, or inputs, that are called like that."""
+    words = HARD.split()
+    ends, outs = [[f"float[N] {letter}{k}" for k in range(len(words))] for letter in "xy"]
+    body = " ".join(f"y{k} = Identity (x{k})" for k in range(len(words)))
+    made = model(f"g ({', '.join(ends)}) => ({', '.join(outs)}) {{ {body} }}")
+    for word, value, node in zip(words, made.graph.input, made.graph.node, strict=True):
+        if request.param == "inputs":
+            value.name = node.input[0] = word
+        value.type.tensor_type.shape.dim[0].dim_param = "N" if request.param == "inputs" else word
+    save(made, tmp_path / "hard.onnx")
+    return "hard.onnx"
+
+
 def printed(run, path, language):
     told = run("info", path, "--how", language)
     assert (told.code, told.err) == (0, "")
@@ -98,6 +118,10 @@ def test_the_python_code_feeds_every_dtype_as_it_is(run, of_every_type, tmp_path
         "out_scalar": "float32 ()",
         "out_longer": "float32 (1, 16)",
     }
+
+
+def test_names_that_the_python_code_uses_are_no_trouble(run, hard_names, tmp_path):
+    assert len(run_python(printed(run, hard_names, "python"), tmp_path)) == len(HARD.split())
 
 
 def test_strings_are_fed_to_a_model_of_strings(run, tmp_path):
@@ -148,7 +172,12 @@ def test_the_javascript_code_feeds_every_dtype_as_it_is(run, node, of_every_type
     }
 
 
-# C++ and C#: by a parser of the whole language. ``test_how_cpp`` compiles and runs the C++; the package for C# is NuGet's alone.
+@pytest.mark.peer
+def test_names_that_the_javascript_code_uses_are_no_trouble(run, node, hard_names):
+    assert len(node(printed(run, hard_names, "js"))) == len(HARD.split())
+
+
+# C++ and C#: by a parser of the whole language; ``test_how_compiled`` compiles and runs them.
 
 
 @pytest.mark.parametrize("which", ["attached", "of_every_type"])

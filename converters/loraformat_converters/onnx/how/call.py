@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,18 @@ __all__ = ["Call", "Feed", "quoted"]
 _WORD = re.compile(r"[A-Za-z_]\w*")
 # torch.onnx and optimum name a size that depends on others by a sum: "past_sequence_length + 1".
 _SUM = re.compile(r"[A-Za-z_]\w*(\s*[+*-]\s*\w+)+")
-_KEYWORDS = frozenset(
-    """and as assert async await base bool break byte case catch char class const continue debugger def default del
-    delete do double elif else enum except export extends false final finally float fixed for foreach from function
-    global goto if implements import in instanceof int interface internal is lambda let lock long namespace new nonlocal
-    not null object operator or out override package params pass private protected public raise ref return sbyte sealed
-    short signed sizeof static string struct super switch template this throw true try typedef typeof uint ulong union
-    unsigned using var virtual void volatile while with yield env feeds inputs main memory np ort outputs results
-    session""".split()  # noqa: SIM905 - a list would be a page
+# What a name cannot be: a word of Python, C++, C# or JavaScript, or a name that their programs use themselves.
+_RESERVED = frozenset(keyword.kwlist) | frozenset(
+    """abstract alignas alignof and_eq arguments asm auto base bitand bitor bool byte case catch char char16_t char32_t
+    char8_t checked co_await co_return co_yield compl concept const const_cast consteval constexpr constinit debugger
+    decimal decltype default delegate delete do double dynamic_cast enum eval event explicit export extends extern false
+    fixed float foreach friend function goto implements implicit inline instanceof int interface internal let lock long
+    mutable namespace new noexcept not_eq null nullptr object operator or_eq out override package params private
+    protected public readonly ref register reinterpret_cast requires sbyte sealed short signed sizeof stackalloc static
+    static_assert static_cast string struct super switch template this thread_local throw true typedef typeid typename
+    typeof uint ulong unchecked union unsafe unsigned ushort using var virtual void volatile wchar_t xor xor_eq
+    adapter args console env feed feeds i input_names inputs main memory name names np options ort outputNames
+    output_names outputs print require results session size std value zip""".split()  # noqa: SIM905 - a list would be a page
 )
 
 
@@ -88,7 +93,7 @@ class _Names:
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self._given: dict[tuple[str, str], str] = {}
-        self._taken = set(_KEYWORDS)
+        self._taken = set(_RESERVED)
 
     def of(self, kind: str, name: str) -> str:
         """The variable for the size or input ``name``: always the same for the same one."""

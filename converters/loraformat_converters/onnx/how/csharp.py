@@ -1,4 +1,4 @@
-"""C#: Microsoft.ML.OnnxRuntime 1.16 or newer, with OrtValue."""
+"""C#: Microsoft.ML.OnnxRuntime 1.16 or newer, with OrtValue; 1.20 where an adapter is made active."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from loraformat_converters.onnx.how.call import Call, Feed, quoted
 
 __all__ = ["code"]
 
-# dtype → (type, the literals 0 and 1)
 _TYPES = {
-    "float32": ("float", "0f", "1f"),
-    "float64": ("double", "0d", "1d"),
-    "float16": ("Float16", "(Float16)0f", "(Float16)1f"),
-    "bfloat16": ("BFloat16", "(BFloat16)0f", "(BFloat16)1f"),
-    "bool": ("bool", "false", "true"),
-    "int8": ("sbyte", "(sbyte)0", "(sbyte)1"),
-    "uint8": ("byte", "(byte)0", "(byte)1"),
-    "int16": ("short", "(short)0", "(short)1"),
-    "uint16": ("ushort", "(ushort)0", "(ushort)1"),
-    "int32": ("int", "0", "1"),
-    "uint32": ("uint", "0u", "1u"),
-    "int64": ("long", "0L", "1L"),
-    "uint64": ("ulong", "0ul", "1ul"),
+    "float32": "float",
+    "float64": "double",
+    "float16": "Float16",
+    "bfloat16": "BFloat16",
+    "bool": "bool",
+    "int8": "sbyte",
+    "uint8": "byte",
+    "int16": "short",
+    "uint16": "ushort",
+    "int32": "int",
+    "uint32": "uint",
+    "int64": "long",
+    "uint64": "ulong",
 }
 
 _HEAD = """\
@@ -33,6 +32,7 @@ using Microsoft.ML.OnnxRuntime;
 
 _TAIL = """\
 using var outputs = session.Run(options, feeds, outputNames);
+foreach (var feed in feeds.Values) feed.Dispose(); // else their memory is never freed
 for (int i = 0; i < outputs.Count; i++)
     Console.WriteLine($"{outputNames[i]} {string.Join(" ", outputs[i].GetTensorTypeAndShape().Shape)}");
 """
@@ -50,13 +50,18 @@ def code(call: Call) -> str:
     lines += ["};", f"var outputNames = new[] {{ {', '.join(map(quoted, call.outputs))} }};"]
     lines += ["using var options = new RunOptions();"]
     if call.adapter is not None:
-        made = f"OrtLoraAdapter.Create({quoted(str(call.adapter))}, OrtAllocator.DefaultInstance)"
-        lines += [f"using var adapter = {made};", "options.AddActiveLoraAdapter(adapter); // without it: the base"]
+        # The CPU takes no allocator: "The specified allocator must be a device allocator".
+        lines += [f"using var adapter = OrtLoraAdapter.Create({quoted(str(call.adapter))}, null);"]
+        lines += ["options.AddActiveLoraAdapter(adapter); // without it: the base"]
     return "\n".join(lines) + "\n" + _TAIL
 
 
 def _tensor(feed: Feed) -> str:
-    kind, zero, one = _TYPES[feed.dtype]
-    values = f"Enumerable.Repeat<{kind}>({one if feed.fill else zero}, (int)({feed.count})).ToArray()"
-    sizes = f"new long[] {{ {', '.join(feed.sizes)} }}" if feed.sizes else "new long[0]"
-    return f"OrtValue.CreateTensorValueFromMemory({values}, {sizes})"
+    kind = _TYPES[feed.dtype]
+    value = str(feed.fill)
+    if kind == "bool":
+        value = "true" if feed.fill else "false"
+    elif kind.endswith("Float16"):
+        value = f"({kind}){feed.fill}"
+    values = f"Enumerable.Repeat<{kind}>({value}, (int)({feed.count})).ToArray()"
+    return f"OrtValue.CreateTensorValueFromMemory({values}, new long[] {{ {', '.join(feed.sizes)} }})"
