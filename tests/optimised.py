@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import string
 import subprocess
 import sys
 import warnings
@@ -119,14 +120,16 @@ def make(tool, given, name, out):
 
 def build(checkpoint, precision, out, adapter=None, architecture="LlamaForCausalLM"):
     """What the builder of onnxruntime-genai makes of a checkpoint: a folder; ``adapter``: PEFT's, in the same graph."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     source = out.parent / f"{out.name}-source"
     shutil.copytree(checkpoint, source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    pieces = ["<unk>", "<s>", "</s>", *string.ascii_letters, "Ġ", "at"]
+    words = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [("a", "t")], unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(source)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", out, "-p", precision]

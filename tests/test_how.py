@@ -192,22 +192,6 @@ def test_the_code_of_a_compiled_language_has_no_error_of_syntax(run, language, g
     assert broken.root_node.has_error
 
 
-# GenAI.
-
-
-def test_a_model_of_genai_is_run_by_genai(run, attached, tmp_path):
-    (tmp_path / "genai_config.json").write_text("{}")
-    code = printed(run, attached, "genai")
-    compile(code, "code", "exec")
-    assert "model = og.Model('.')" in code
-
-
-def test_a_model_that_is_none_of_genais_is_told_so(run, attached):
-    told = run("info", attached, "--how", "genai")
-    assert (told.code, told.out) == (2, "")
-    assert "out.onnx is no model of ONNX Runtime GenAI: no genai_config.json lies beside it" in told.err
-
-
 # What has no code.
 
 
@@ -293,21 +277,21 @@ def test_the_python_code_of_a_model_that_is_fed_adapters_runs(mode, run, tmp_pat
 
 def test_an_active_adapter_is_in_the_code_of_every_language_that_can(run, tmp_path):
     assert run(*changed(tmp_path, "--mode", "swap")).code == 0
-    (tmp_path / "genai_config.json").write_text("{}")
-    for language, word in {
-        "cpp": "AddActiveLoraAdapter",
-        "csharp": "AddActiveLoraAdapter",
-        "genai": "og.Adapters",
-    }.items():
+    for language in ("cpp", "csharp"):
         code = printed(run, "out.onnx", language)
-        assert word in code
+        assert "AddActiveLoraAdapter" in code
         assert "out.style.onnx_adapter" in code
     done = run("info", "out.onnx", "--how", "js")
     assert (done.code, "--slots required" in done.err) == (2, True)
 
 
-def test_javascript_feeds_required_slots(run, tmp_path):
-    assert run(*changed(tmp_path, "--mode", "swap", "--slots", "required")).code == 0
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("mode", "fed"), [(("swap", "--slots", "required"), "lora/w/A"), (("stack", "--rows", "x"), "lora.index")]
+)
+def test_the_javascript_code_of_a_model_that_is_fed_adapters_runs(mode, fed, run, node, tmp_path):
+    assert run(*changed(tmp_path, "--mode", *mode)).code == 0
     code = printed(run, "out.onnx", "js")
-    assert '"lora/w/A"' in code
-    assert "out.style.onnx_adapter" in code
+    assert f'"{fed}"' in code
+    assert "style" in code
+    assert node(code) == [["y", "float32", "[ 1, 5 ]"]]
