@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import updates
 from graphs import adapter, lora, model, save, session
-from test_how import attached, hard_names, of_every_type, printed  # noqa: F401  (fixtures)
+from test_how import attached, changed, hard_names, of_every_type, printed  # noqa: F401  (fixtures)
 
 from loraformat import Adapter, Placement
 from loraformat.base import Options
@@ -181,6 +181,13 @@ def test_the_adapter_of_a_swap_acts_where_it_is_active(run, language, tmp_path):
         assert told[0] == ("y", "1 4")
         found = np.array([float(value) for name, value in told[1:] if name == "value"])
         assert relative_error(found, wanted) <= 1e-5
+
+
+def test_the_adapters_of_a_stack_are_off_at_first(run, language, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "stack", "--rows", "x")).code == 0
+    told = lines(language, language.and_values(printed(run, "out.onnx", language.name)))
+    base = session(tmp_path / "m.onnx").run(None, {"x": np.ones((1, 3), np.float32)})[0]
+    assert relative_error(np.array([[float(value) for name, value in told if name == "value"]]), base) <= 1e-5
 
 
 def test_csharp_frees_what_it_fed(run, assembly, tmp_path):
