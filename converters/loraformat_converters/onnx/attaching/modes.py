@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from loraformat.errors import Problem
-from loraformat_converters.onnx.attaching import stackable, swap, swappable
+from loraformat_converters.onnx.attaching import apart, stackable, swap, swappable
 from loraformat_converters.onnx.attaching.attach import Attachment
 from loraformat_converters.onnx.attaching.choice import chosen
 from loraformat_converters.onnx.attaching.slot_names import file_of
@@ -57,6 +57,9 @@ def obstacles(
     model: onnx.ModelProto, index: Index, spots: Sequence[Spot], jobs: Sequence[Job], options: Options
 ) -> Iterator[Problem]:
     """What a mode cannot do, or cannot be asked."""
+    if apart.wanted(options):
+        yield from apart.obstacles(spots, model)
+        spots = apart.products(spots)
     if options.mode == "swap":
         for job in jobs:
             if job.name and not re.fullmatch(r"[^./\\\0][^/\\\0]*", job.name):
@@ -92,6 +95,10 @@ def _unscaled(spots: Sequence[Spot], options: Options) -> Iterator[Problem]:
 
 def notes(spots: Sequence[Spot], jobs: Sequence[Job], options: Options) -> Iterator[str]:
     """What a person should know of a mode."""
+    if apart.wanted(options):
+        if said := apart.told(spots):
+            yield said
+        spots = apart.products(spots)
     if options.mode == "swap":
         files = ", ".join(file_of(options.out.name, job.name) for job in jobs if job.name)
         parts = [part for spot in spots for part in spot.parts()]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from loraformat import canonical, metadata
@@ -79,20 +80,23 @@ class Record:
             those tensors, and the metadata that its file would hold.
         base: ``sha256`` of the model before, and ``values``: those that stand in the place of a value of the model;
             ``slots``: what a swap made inputs; ``inputs``: what else attach made one, by name;
-            ``stems``: below what nodes lie that are no adapter's own; ``stack``: what a row is, and how it chooses.
+            ``stems``: below what nodes lie that are no adapter's own; ``stack``: what a row is, and how it chooses;
+            ``apart``: below what lies what a node was taken apart into → the node as it was.
     """
 
     attached: Sequence[Mapping[str, Any]]
     base: Mapping[str, Any]
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], attachment: Attached, sha256: str) -> Record:
+    def of(cls, jobs: Sequence[Job], attachment: Attached, sha256: str, apart: Mapping[str, bytes]) -> Record:
         """What to write: the adapters without their tensors, which are in the graph."""
         stems: list[dict[str, str]] = [{} for _ in jobs]
         for (job, key), stem in attachment.stems.items():
             stems[job][key] = stem
         entries = [_entry(job, names, attachment) for job, names in zip(jobs, stems, strict=True) if job.name]
-        return cls(entries, {"sha256": sha256, "values": attachment.values, **attachment.record})
+        base = {"sha256": sha256, "values": attachment.values, **attachment.record}
+        nodes = {stem: base64.b64encode(node).decode() for stem, node in apart.items()}
+        return cls(entries, base | ({"apart": nodes} if nodes else {}))
 
     @classmethod
     def read(cls, model: onnx.ModelProto) -> Record | None:
@@ -104,7 +108,7 @@ class Record:
             record = cls(canonical.loads(texts[ATTACHED]), canonical.loads(texts[BASE]))
             names = [entry[name] for entry in record.attached for name in ("name", "mode", "digest")]
             names += [*record.stems, *record.base["values"].values(), record.base["sha256"], *record.inputs]
-            _ = record.slots
+            _ = record.slots, record.apart
             known = (
                 isinstance(record.attached, list)
                 and (record.attached or record.slots)
@@ -112,7 +116,7 @@ class Record:
             )
             if known and all(isinstance(name, str) for name in names):
                 return record
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, DecodeError):
             pass
         return _unread()
 
@@ -138,9 +142,19 @@ class Record:
         return [*self.base.get("inputs", ()), *(self.slots.inputs if self.slots else ())]
 
     @property
+    def apart(self) -> dict[str, onnx.NodeProto]:
+        """The nodes that were taken apart, as they were, by what their parts are named below."""
+        held = self.base.get("apart", {}).items()
+        return {stem: onnx.NodeProto.FromString(base64.b64decode(node)) for stem, node in held}
+
+    @property
     def stems(self) -> list[str]:
         """Below what everything that is attached is named."""
-        return [*self.base.get("stems", ()), *(stem for entry in self.attached for stem in entry["targets"].values())]
+        return [
+            *self.base.get("stems", ()),
+            *self.base.get("apart", ()),
+            *(stem for entry in self.attached for stem in entry["targets"].values()),
+        ]
 
     def adapters(self, model: onnx.ModelProto) -> list[tuple[str, Adapter]]:
         """(name, adapter) of everything that is attached, bit for bit."""
@@ -154,6 +168,7 @@ class Record:
         for scope in scopes(model):
             if scope.graph is not None:
                 _remove(scope, stems, values, frozenset(self.inputs))
+                _put_together(scope.graph, self.apart)
         for i in reversed(range(len(model.metadata_props))):
             if model.metadata_props[i].key in (ATTACHED, BASE):
                 del model.metadata_props[i]
@@ -252,3 +267,11 @@ def _remove(scope: Scope, stems: tuple[str, ...], values: Mapping[str, str], inp
             for i, name in enumerate(names):
                 if name in values:
                     names[i] = values[name]
+
+
+def _put_together(graph: onnx.GraphProto, apart: Mapping[str, onnx.NodeProto]) -> None:
+    """What is left of a node that was taken apart reads its parts: it becomes what it was."""
+    for node in graph.node:
+        for stem, was in apart.items():
+            if node.input and node.input[0].startswith(f"{stem}/"):
+                node.CopyFrom(was)

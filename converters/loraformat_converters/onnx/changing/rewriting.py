@@ -16,6 +16,7 @@ from loraformat.checkpoint.survival import too_little
 from loraformat.errors import LoraFormatError
 from loraformat.identity import digest
 from loraformat.tiles import Norms
+from loraformat_converters.onnx.attaching.apart import Apart, wanted
 from loraformat_converters.onnx.attaching.modes import Way, beside, way
 from loraformat_converters.onnx.changing.merge import merge, updates_in
 from loraformat_converters.onnx.changing.record import Record, base_sha256
@@ -129,12 +130,13 @@ class Rewriting:
     ) -> Way:
         identity = base_sha256(self.model)
         attachment = way(self.model, index, plan.options, self.path.parent, identity, plan.jobs)
-        attachment.add(places)
+        apart = Apart(index)
+        attachment.add(apart.taken(places) if wanted(plan.options) else places)
         attachment.finish()
         for spot in places:
             for change in spot.changes:
                 norms[change.key].delta += self._size(spot, change) ** 2
-        Record.of(plan.jobs, attachment, identity).write(model)
+        Record.of(plan.jobs, attachment, identity, apart.was).write(model)
         return attachment
 
     def _size(self, spot: Spot, change: Change) -> float:

@@ -99,6 +99,12 @@ class Nodes:
         self.list.append(helper.make_node("Split", inputs, outputs, outputs[0], axis=-1, **how))
         return outputs
 
+    def unsqueeze(self, value: str, axis: int, role: str) -> str:
+        """``value`` with an axis of 1 more."""
+        if self.index.opset < 13:  # since which the axes are an input
+            return self.node("Unsqueeze", [value], role, axes=[axis])
+        return self.node("Unsqueeze", [value, self.store(f"{role}/axes", np.array([axis], np.int64))], role)
+
     def spread(
         self, value: str, shape: Sequence[int], rows: tuple[int, int] | None, out: int, role: str = "rows"
     ) -> tuple[str, tuple[int, ...]]:
