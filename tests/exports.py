@@ -19,7 +19,19 @@ from peft import get_peft_model
 from recipes import RECIPES, Recipe
 from safetensors.torch import save_file
 
-__all__ = ["EXPORTERS", "RECIPES", "Export", "Recipe", "export", "gpt2", "llama", "made", "tokens", "unmerged"]
+__all__ = [
+    "EXPORTERS",
+    "RECIPES",
+    "Export",
+    "Recipe",
+    "export",
+    "gpt2",
+    "llama",
+    "made",
+    "randomise",
+    "tokens",
+    "unmerged",
+]
 
 EXPORTERS = ("torchscript", "dynamo")
 
@@ -57,7 +69,7 @@ def made(recipe: Recipe, exporter: str, folder: Path, *, half: bool = False) -> 
     torch.set_num_threads(1)
     model, inputs = recipe.build().eval(), recipe.inputs()
     if not recipe.trained:
-        _randomise(model)
+        randomise(model)
     path = folder / "base.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporters and PEFT warn of what they do inside themselves
@@ -71,7 +83,7 @@ def made(recipe: Recipe, exporter: str, folder: Path, *, half: bool = False) -> 
         with torch.no_grad():
             base = model(**inputs).numpy()
             adapted = get_peft_model(getattr(model, "m", model), recipe.method(**recipe.lora)).eval()
-            _randomise(adapted, deviation=0.05 if recipe.trained else 0.25)
+            randomise(adapted, deviation=0.05 if recipe.trained else 0.25)
             truth = model(**inputs).numpy()  # PEFT put its layers into the model itself
         # By itself PEFT 0.21 writes the whole base lm_head beside its factors.
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -85,18 +97,18 @@ def unmerged(name: str, exporter: str, folder: Path, *, fresh: bool = False) -> 
     torch.set_num_threads(1)
     recipe = RECIPES[name]
     model, inputs = recipe.build().eval(), recipe.inputs()
-    _randomise(model)
+    randomise(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(getattr(model, "m", model), recipe.method(**recipe.lora)).eval()
         if not fresh:
-            _randomise(adapted)
+            randomise(adapted)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         _write(model, inputs, exporter, folder / "unmerged.onnx")
     return folder / "unmerged.onnx", folder / "adapter"
 
 
-def _randomise(model: torch.nn.Module, deviation: float = 0.25) -> None:
+def randomise(model: torch.nn.Module, deviation: float = 0.25) -> None:
     """Normal values in all that is trained: fresh biases and B are zero, and zeros hide mistakes.
 
     Beside trained weights they are smaller: a change that outweighs them makes attention chaotic, in float32 too.

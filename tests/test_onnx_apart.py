@@ -180,19 +180,185 @@ def test_rows_mix_adapters_of_an_attention_and_refuse_none_that_there_is(tmp_pat
     case = Case("padding", tmp_path)
     case.attach(mode="stack", rows=("x",), select="weights")
     weights = np.array([[0, 0], [0.7, 0], [0.4, -0.3], [1, 1]], np.float32)
-    found = Session(case.out).use([None, {"all": 0.7}, {"all": 0.4, "some": -0.3}, {"all": 1.0, "some": 1.0}]).run(case.feeds)["z"]
+    found = (
+        Session(case.out)
+        .use([None, {"all": 0.7}, {"all": 0.4, "some": -0.3}, {"all": 1.0, "some": 1.0}])
+        .run(case.feeds)["z"]
+    )
     for row, (one, other) in enumerate(weights):
         mixed = {}
         for name, weight in (("all", one), ("some", other)):
             for key, update in case.given[name].items():
                 part = replace(update["lora"], alpha=update["lora"].scale * float(weight), scale_rule="factor")
                 mixed.setdefault(key, []).append(replace(update, parts=(part,)))
-        sums = {key: lf.Update((lf.Delta(sum(u.matrix() for u in own)),), own[0].placement, sketch=own[0].sketch) for key, own in mixed.items()}
+        sums = {
+            key: lf.Update((lf.Delta(sum(u.matrix() for u in own)),), own[0].placement, sketch=own[0].sketch)
+            for key, own in mixed.items()
+        }
         assert near([found[row]], [case.merge(lf.Adapter(sums))[0][row]])
 
 
 def test_an_index_that_is_no_adapters_is_an_error(tmp_path):
     case = Case("plain", tmp_path)
     case.attach(mode="stack", rows=("x",))
-    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="indices element out of data bounds"):
+    with pytest.raises(
+        onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="indices element out of data bounds"
+    ):
         outputs(case.out, {**case.feeds, "lora.index": np.array([0, 1, 3, 0])})
+
+
+def test_the_strength_of_an_adapter_of_an_attention_is_an_input(tmp_path):
+    case = Case("past", tmp_path)
+    case.given.pop("some")
+    case.attach(live_scale=True)
+    adapter = case.given["all"]
+    halves = {k: replace(u, parts=(replace(u["lora"], alpha=u["lora"].alpha / 2),)) for k, u in adapter.items()}
+    assert near(outputs(case.out, case.feeds), case.merged["all"])
+    half = outputs(case.out, {**case.feeds, "lora.scale": np.array(0.5, np.float32)})
+    assert near(half, case.merge(lf.Adapter(halves)))
+    assert lf.digest(extract(open_base(case.out))) == lf.digest(adapter)
+    assert case.restored()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("mode", ["swap", "stack"])
+def test_a_target_that_is_the_whole_weight_is_found_by_its_name(mode, kind, tmp_path):
+    """c_attn of GPT-2 is one module."""
+    made = attention("padding")
+    base, feeds = open_base(save(made, tmp_path / "base.onnx")), fed("padding")
+    update = lora(72, HIDDEN, seed=4)
+    if kind == "dora":
+        update = replace(update, parts=(*update.parts, lf.Magnitude(np.linspace(3, 9, 72, dtype=np.float32))))
+    adapter = lf.Adapter({"m.attn.weight": replace(update, placement=lf.Placement((72, HIDDEN), (0,), (1,)))})
+    merge(adapter, base, tmp_path / "merged.onnx")
+    plan = prepare("attach", [("a", adapter)], base, Options(tmp_path / "out.onnx", mode, rows=("x",)))
+    base.apply(plan)
+    wanted, before = outputs(tmp_path / "merged.onnx", feeds)[0], outputs(tmp_path / "base.onnx", feeds)[0]
+    running = Session(tmp_path / "out.onnx")
+    if mode == "swap":
+        running.load("a", adapter)
+        found = running.use("a").run(feeds)["z"]
+    else:
+        found = running.use(["a", None, "a", "a"]).run(feeds)["z"]
+        assert near([found[1]], [before[1]], 1e-6)
+        found[1] = wanted[1]
+    assert near([found], [wanted])
+    assert not near([wanted], [before], 0.05)
+
+
+def test_one_weight_of_two_attentions_in_inner_graphs_is_changed_at_both(tmp_path):
+    """As in the merged decoders of optimum: both branches of an If read the weights of the main graph."""
+    made = model(f"""g (float[N,T,{HIDDEN}] x, bool c) => (float[N,T,{HIDDEN}] z) <float[{HIDDEN},72] w, float[72] b>
+      {{ ["/m/if"] z = If (c) <
+        then_branch = t () => (y) {{ ["/m/attn/Attention"] y = com.microsoft.Attention <num_heads = 4> (x, w, b) }},
+        else_branch = e () => (y) {{ ["/m/attn/Attention"] y = com.microsoft.Attention <num_heads = 4, unidirectional = 1> (x, w, b) }}> }}""")
+    path = save(made, tmp_path / "base.onnx")
+    base, adapter = (
+        open_base(path),
+        lf.Adapter({k: u for k, u in ours(made, (24, 24, 24), "qv").items() if "proj" in k}),
+    )
+    base.apply(prepare("attach", [("a", adapter)], base, Options(tmp_path / "out.onnx", "swap")))
+    merge(adapter, base, tmp_path / "merged.onnx")
+    running = Session(tmp_path / "out.onnx")
+    running.load("a", adapter)
+    for branch in (True, False):
+        feeds = {"x": fed("plain")["x"], "c": np.array(branch)}
+        wanted, before = (outputs(tmp_path / name, feeds) for name in ("merged.onnx", "base.onnx"))
+        assert near(list(running.use("a").run(feeds).values()), wanted)
+        assert near(list(running.run(feeds).values()), before, 1e-6)
+        assert not near(wanted, before, 0.05)
+    detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+REFUSED = {
+    "mask of 4 axes": ("(x, w, b, m)", "int32[N,1,M,M] m", "", "no mask of 4 axes"),
+    "ends and starts": ("(x, w, b, m)", "int32[M] n", "ends", "no mask of ends and starts"),
+    "one token for all": ("(x, w, b, m)", "int32[N,1] m", "", "no mask of one token for all"),
+    "rotary": ("(x, w, b)", "", "do_rotary = 1", "it turns q and k by their positions itself"),
+    "shared": ("(x, w, b)", "", "past_present_share_buffer = 1", "its past and present share a buffer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("mode", ["swap", "stack"])
+def test_what_the_other_operator_does_not_do_is_refused_by_its_reason(mode, case, tmp_path):
+    call, declared, more, said = REFUSED[case]
+    joined = "m = Concat <axis = 0> (n, n)" if more == "ends" else ""
+    declared = f", {declared}".replace("[M] n", "[N] n") if declared else ""
+    attributes = ", ".join(filter(None, ("num_heads = 4", more if joined == "" else "")))
+    made = model(f"""g (float[N,T,{HIDDEN}] x{declared}) => (float[N,T,{HIDDEN}] y) <float[{HIDDEN},72] w, float[72] b>
+      {{ {joined} ["/m/attn/Attention"] y = com.microsoft.Attention <{attributes}> {call} }}""")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    adapter = lf.Adapter({k: u for k, u in ours(made, (24, 24, 24), "q").items() if "proj" in k})
+    with pytest.raises(lf.LoraFormatError, match=rf"LF-608 .*{said}(.|\n)*--mode branch"):
+        prepare("attach", [("a", adapter)], base, Options(tmp_path / "out.onnx", mode, rows=("x",)))
+    prepare("attach", [("a", adapter)], base, Options(tmp_path / "out.onnx"))
+
+
+def test_a_record_of_what_was_taken_apart_that_cannot_be_read_is_refused(tmp_path):
+    case = Case("plain", tmp_path)
+    case.attach(mode="swap")
+    for held in ("not base64!", "////", 5):
+        changed = onnx.load(case.out)
+        record = Record.read(changed)
+        del changed.metadata_props[:]
+        Record(record.attached, {**record.base, "apart": dict.fromkeys(record.base["apart"], held)}).write(changed)
+        with pytest.raises(lf.LoraFormatError, match="LF-613"):
+            detach(open_base(save(changed, tmp_path / "changed.onnx")), tmp_path / "again.onnx")
+    assert not (tmp_path / "again.onnx").exists()
+
+
+# Mutants of the rewriting, each of which some form above must show.
+
+
+def parts_exchanged(patch):
+    whole = apart.Nodes.split
+    patch.setattr(apart.Nodes, "split", lambda *args: whole(*args)[::-1])
+
+
+def past_exchanged(patch):
+    whole = apart.Nodes.store
+    patch.setattr(apart.Nodes, "store", lambda own, role, v: whole(own, role, 1 - v if role.startswith("past/") else v))
+
+
+def present_exchanged(patch):
+    whole = apart.Apart._present
+    patch.setattr(apart.Apart, "_present", lambda *args: whole(*args)[::-1])
+
+
+def without(name):
+    def mutate(patch):
+        patch.setattr(apart, "_SHARED", tuple(word for word in apart._SHARED if word != name))
+
+    return mutate
+
+
+def without_input(number):
+    def mutate(patch):
+        whole = apart._input
+        patch.setattr(apart, "_input", lambda node, at: "" if at == number else whole(node, at))
+
+    return mutate
+
+
+MUTANTS = {
+    "parts exchanged": (parts_exchanged, "padding"),
+    "past exchanged": (past_exchanged, "past"),
+    "present exchanged": (present_exchanged, "present"),
+    "not causal": (without("unidirectional"), "causal"),
+    "another filter": (without("mask_filter_value"), "mask of each token"),
+    "another scale": (without("scale"), "added to scores, scaled"),
+    "no bias": (without_input(2), "plain"),
+    "no mask": (without_input(3), "padding"),
+    "no past": (without_input(4), "past"),
+    "nothing added": (without_input(5), "added to scores, scaled"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_what_is_taken_apart_is_red(name, monkeypatch, tmp_path):
+    mutant, form = MUTANTS[name]
+    mutant(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        swapped(form, tmp_path)
