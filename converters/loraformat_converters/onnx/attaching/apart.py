@@ -5,8 +5,8 @@
     x ── MatMul( W ) ── Split ── MultiHeadAttention( bias, mask, added, past[0], past[1] ) ── y
                                                                                   └── Concat ── present
 
-Behind their products both operators run one attention (contrib_ops/cpu/bert/attention_cpu_base.h of onnxruntime): in 1.20.1
-and 1.32.0 their outputs are the same bits but where MultiHeadAttention, of no mask and no present, takes flash attention
+Behind their products both operators run one attention: on the CPU (onnxruntime 1.20.1 and 1.32.0) and with CUDA (1.31.1, one
+H100) their outputs are the same bits, but where on the CPU MultiHeadAttention of no mask and no present takes flash attention
 (7e-8). What it does not take, it refuses by itself when it is run. The node stays where it is, and becomes it.
 """
 
