@@ -290,6 +290,7 @@ REFUSED = {
     "ends and starts": ("(x, w, b, m)", "int32[M] n", "ends", "no mask of ends and starts"),
     "one token for all": ("(x, w, b, m)", "int32[N,1] m", "", "no mask of one token for all"),
     "rotary": ("(x, w, b)", "", "do_rotary = 1", "it turns q and k by their positions itself"),
+    "other sizes": ("(x, w, b)", "", "qkv_hidden_sizes = [24, 24, 28]", "are not the 72 columns of its weight"),
     "shared": ("(x, w, b)", "", "past_present_share_buffer = 1", "its past and present share a buffer"),
 }
 

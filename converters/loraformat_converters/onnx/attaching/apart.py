@@ -157,16 +157,15 @@ def _each(spot: Spot, product: Callable[[Site], Site]) -> Spot:
 
 def _refusal(site: Site, shapes: Shapes) -> str:
     node = site.node
-    if (
-        site.sealed
-    ):  # ONNX Runtime 1.32 folds DequantizeLinear before Attention, and makes MatMulNBits of it before MatMul
+    # ONNX Runtime 1.32 folds DequantizeLinear in front of Attention; of it and MatMul it makes MatMulNBits.
+    if site.sealed:
         return f"{site.sealed}, and a product with it alone is computed otherwise, with x in 8 bits"
     for name, why in _ALONE.items():
         if attribute(node, name, 0):
             return why
     if sum(_parts(site)) != site.operand.shape[1]:
         return f"its parts {_parts(site)} are not the {site.operand.shape[1]} columns of its weight"
-    mask, rows = shapes.get(_input(node, _MASK), ()), shapes.get(node.input[0], (None,))[0]
+    mask, rows = shapes.get(_input(node, _MASK), ()), (shapes.get(node.input[0]) or (None,))[0]
     if len(mask) > 3:
         return "MultiHeadAttention takes no mask of 4 axes"
     if mask[-1:] == (1,):
