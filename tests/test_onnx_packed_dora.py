@@ -309,14 +309,13 @@ def test_codes_take_a_merge_of_a_slice_on_request(tmp_path):
     assert relative_error(after, wanted) < relative_error(before, wanted) / 2
 
 
-@pytest.mark.parametrize("verb", ["merge", "attach"])
-def test_the_weight_of_an_attention_is_rescaled_inside_or_in_front_of_it(verb, tmp_path):
-    """com.microsoft.Attention multiplies by its weight itself: its q, k and v change in the weight, its bias does not."""
+def attended(tmp_path):
+    """(DoRAs of q and v in one com.microsoft.Attention, the base, what it computes with them in its weight)."""
     w = np.random.default_rng(1).standard_normal((72, 24)).astype(np.float32)
     made = model("""g (float[N,T,24] x) => (float[N,T,24] y) <float[72] b>
       { y = com.microsoft.Attention <num_heads = 4> (x, w, b) }""")
     made.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(w.T), "w"))
-    base, place, targets = open_base(save(made, tmp_path / "base.onnx")), lf.Placement((24, 24), (0,), (1,)), {}
+    place, targets = lf.Placement((24, 24), (0,), (1,)), {}
     new = w.astype(np.float64)
     for n, name in ((0, "q"), (2, "v")):
         rows, pair = slice(24 * n, 24 * n + 24), lora(24, 24, alpha=0.1, seed=n)["lora"]
@@ -325,22 +324,44 @@ def test_the_weight_of_an_attention_is_rescaled_inside_or_in_front_of_it(verb, t
         targets[f"m.{name}.weight"] = lf.Update(parts, place, sketch=sketch(w[rows], place))
         new[rows] += pair.scale * pair.lora_B.astype(np.float64) @ pair.lora_A
         new[rows] *= (length / np.linalg.norm(new[rows], axis=1))[:, None]
-    adapter, out = lf.Adapter(targets), tmp_path / "out.onnx"
-    plan = prepare(verb, [("a", adapter)], base, Options(out))
-    base.apply(plan)
-    assert prove(base, plan).holds
+    base, adapter = open_base(save(made, tmp_path / "base.onnx")), lf.Adapter(targets)
     made.graph.initializer[-1].CopyFrom(numpy_helper.from_array(new.T.astype(np.float32), "w"))
     x = feeds(session(base.path))
     wanted = session(save(made, tmp_path / "wanted.onnx")).run(None, x)[0]
-    assert relative_error(session(out).run(None, x)[0], wanted) <= 2e-6
     assert relative_error(session(base.path).run(None, x)[0], wanted) > 0.05
+    return adapter, base, wanted
+
+
+@pytest.mark.parametrize("verb", ["merge", "attach"])
+def test_the_weight_of_an_attention_is_rescaled_inside_or_in_front_of_it(verb, tmp_path):
+    """com.microsoft.Attention multiplies by its weight itself: its q, k and v change in the weight, its bias does not."""
+    (adapter, base, wanted), out = attended(tmp_path), tmp_path / "out.onnx"
+    plan = prepare(verb, [("a", adapter)], base, Options(out))
+    base.apply(plan)
+    assert prove(base, plan).holds
+    assert relative_error(session(out).run(None, feeds(session(base.path)))[0], wanted) <= 2e-6
     if verb == "attach":
         comes_out(base, out, [("a", adapter)])
     else:
-        assert np.array_equal(open_base(out).read("w")[:, 24:48], w.T[:, 24:48])
-    for mode in ("swap", "stack"):
-        with pytest.raises(lf.LoraFormatError, match=r"LF-608.*com\.microsoft\.Attention"):
-            prepare("attach", [("a", adapter)], base, Options(tmp_path / "no.onnx", mode, rows=("x",)))
+        assert np.array_equal(*(one.read("w")[:, 24:48] for one in (open_base(out), base)))
+
+
+@pytest.mark.parametrize("mode", ["swap", "stack"])
+def test_the_product_of_an_attention_is_rescaled_where_it_is_taken_apart(mode, tmp_path):
+    """Its bias is added behind it, and keeps what it is; k has no magnitude."""
+    adapter, base, wanted = attended(tmp_path)
+    out, x = tmp_path / "out.onnx", feeds(session(base.path))
+    plan = prepare("attach", [("a", adapter)], base, Options(out, mode, rows=("x",)))
+    base.apply(plan)
+    assert prove(base, plan).holds
+    running, before = Session(out), session(base.path).run(None, x)[0]
+    if mode == "swap":
+        running.load("a", adapter)
+    chosen, none = ("a", None) if mode == "swap" else (["a"] * 3, [None] * 3)
+    assert relative_error(running.use(chosen).run(x)["y"], wanted) <= 1e-5
+    assert relative_error(running.use(none).run(x)["y"], before) <= 1e-6
+    detach(open_base(out), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
 
 
 ABSOLUTE = {

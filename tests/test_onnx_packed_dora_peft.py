@@ -13,7 +13,7 @@ from graphs import session
 from onnx import numpy_helper
 
 import loraformat as lf
-from loraformat import LoraFormatError, digest
+from loraformat import digest
 from loraformat.base import Options
 from loraformat.registry import load, open_base
 from loraformat.testing import relative_error
@@ -297,8 +297,15 @@ def test_a_dora_of_peft_in_a_fused_attention(options, fused, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["swap", "stack"])
-def test_a_fused_attention_names_the_way_out_where_it_has_no_slot(mode, fused, tmp_path):
+def test_a_dora_of_peft_is_fed_and_chosen_in_a_fused_attention(mode, fused, tmp_path):
+    """The product stands alone there; its biases are added behind it."""
     given, path = fused
     base, dora = open_base(path), bind(load(given.adapter), open_base(given.checkpoint))
-    with pytest.raises(LoraFormatError, match=r"LF-608.*com\.microsoft\.Attention.*\n.*--mode"):
-        prepare("attach", [("a", dora)], base, Options(tmp_path / "no.onnx", mode, rows=("input_ids",)))
+    out, rows = tmp_path / "out.onnx", len(given.base)
+    base.apply(prepare("attach", [("a", dora)], base, Options(out, mode, rows=("input_ids",))))
+    running, before = Session(out), session(path).run(["out"], dict(given.feeds))[0]
+    if mode == "swap":
+        running.load("a", given.adapter)
+    chosen, none = ("a", None) if mode == "swap" else (["a"] * rows, [None] * rows)
+    assert relative_error(running.use(chosen).run(given.feeds)["out"], given.truth) <= 1e-5
+    assert relative_error(running.use(none).run(given.feeds)["out"], before) <= 1e-6

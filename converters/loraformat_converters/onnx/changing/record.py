@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,8 @@ from loraformat.identity import digest
 from loraformat.names import split_role
 from loraformat.parse import parse
 from loraformat_converters.onnx.attaching.slots import Slots
-from loraformat_converters.onnx.graph.scopes import Scope, scopes, tensors
+from loraformat_converters.onnx.changing.undo import taken_out
+from loraformat_converters.onnx.graph.scopes import tensors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -163,12 +164,7 @@ class Record:
 
     def detach(self, model: onnx.ModelProto) -> None:
         """Take everything out of ``model``: then it is what it was, or LF-613."""
-        stems = tuple(f"{stem}/" for stem in self.stems)
-        values = self.base["values"]
-        for scope in scopes(model):
-            if scope.graph is not None:
-                _remove(scope, stems, values, frozenset(self.inputs))
-                _put_together(scope.graph, self.apart)
+        taken_out(model, self.stems, self.base["values"], frozenset(self.inputs), self.apart)
         for i in reversed(range(len(model.metadata_props))):
             if model.metadata_props[i].key in (ATTACHED, BASE):
                 del model.metadata_props[i]
@@ -252,26 +248,3 @@ def _adapter(entry: Mapping[str, Any], stored: Mapping[str, onnx.TensorProto]) -
             "LF-613", "the adapter in the graph is not the one that was attached", where=entry["name"], fix=_FIX
         )
     return adapter
-
-
-def _remove(scope: Scope, stems: tuple[str, ...], values: Mapping[str, str], inputs: Container[str]) -> None:
-    """Take our nodes and constants out of one graph, and give the base's values their names back."""
-    graph = scope.graph
-    assert graph is not None
-    for held in (graph.node, graph.initializer, graph.input):
-        for i in reversed(range(len(held))):
-            if held[i].name.startswith(stems) or (held is not graph.node and held[i].name in inputs):
-                del held[i]
-    for node in graph.node:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                if name in values:
-                    names[i] = values[name]
-
-
-def _put_together(graph: onnx.GraphProto, apart: Mapping[str, onnx.NodeProto]) -> None:
-    """What is left of a node that was taken apart reads its parts: it becomes what it was."""
-    for node in graph.node:
-        for stem, was in apart.items():
-            if node.input and node.input[0].startswith(f"{stem}/"):
-                node.CopyFrom(was)
