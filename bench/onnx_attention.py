@@ -1,7 +1,8 @@
 """What an adapter costs inside com.microsoft.Attention, which swap and stack take apart: ratios to the same layers without any.
 
 Layers of the sizes of BERT-base, as ONNX Runtime's optimizer leaves them: one weight for q, k and v in the Attention, then
-three products; with ``--past`` the tokens stand behind so many, causal, as in GPT-2. An adapter on every product. One thread.
+three products; with ``--past`` the tokens stand behind so many, causal, as in GPT-2. An adapter on every product. One row; on
+the CPU one thread, with CUDA in float16 and the forms for it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ HIDDEN, WIDE, HEADS, RANK = 768, 3072, 12, 16
 WEIGHTS = {"qkv": (HIDDEN, 3 * HIDDEN), "o": (HIDDEN, HIDDEN), "up": (HIDDEN, WIDE), "down": (WIDE, HIDDEN)}
 
 
-def write_model(path: Path, layers: int, *, past: bool) -> None:
+def write_model(path: Path, layers: int, dtype: str, *, past: bool) -> None:
     """x, a mask of tokens, and with ``past`` what each layer has seen."""
-    draw, kind = np.random.default_rng(1), onnx.TensorProto.FLOAT
+    draw, kind = np.random.default_rng(1), helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     nodes, tensors, x = [], [], "x"
     inputs = [("x", kind, ["rows", "tokens", HIDDEN]), ("mask", onnx.TensorProto.INT32, ["rows", "seen"])]
     outputs = [(f"layers.{layers - 1}.out", kind, ["rows", "tokens", HIDDEN])]
@@ -39,8 +40,8 @@ def write_model(path: Path, layers: int, *, past: bool) -> None:
         at = f"layers.{i}"
         for name, (rows, columns) in WEIGHTS.items():
             values = draw.standard_normal((rows, columns), np.float32) * np.float32(0.3 / rows**0.5)
-            tensors.append(numpy_helper.from_array(values, f"{at}.{name}.w"))
-        tensors.append(numpy_helper.from_array(draw.standard_normal(3 * HIDDEN, np.float32), f"{at}.b"))
+            tensors.append(numpy_helper.from_array(values.astype(dtype), f"{at}.{name}.w"))
+        tensors.append(numpy_helper.from_array(draw.standard_normal(3 * HIDDEN).astype(dtype), f"{at}.b"))
         read, made = [x, f"{at}.qkv.w", f"{at}.b", "mask"], [f"{at}.attended"]
         if past:
             read, made = [*read, f"{at}.past"], [*made, f"{at}.present"]
@@ -65,23 +66,23 @@ def write_model(path: Path, layers: int, *, past: bool) -> None:
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
 
 
-def adapter(layers: int, seed: int) -> Adapter:
+def adapter(layers: int, seed: int, dtype: str) -> Adapter:
     """A pair for every product."""
     draw, targets = np.random.default_rng(seed), {}
     for i in range(layers):
         for name, (rows, columns) in WEIGHTS.items():
-            a, b = (draw.standard_normal(s, np.float32) * np.float32(0.02) for s in ((RANK, rows), (columns, RANK)))
+            a, b = ((draw.standard_normal(s) * 0.02).astype(dtype) for s in ((RANK, rows), (columns, RANK)))
             targets[f"layers.{i}.{name}.weight"] = Update((Lora(a, b, 1.0, "factor"),))
     return Adapter(targets)
 
 
-def fed(layers: int, tokens: int, past: int | None) -> dict[str, np.ndarray]:
+def fed(layers: int, tokens: int, past: int | None, dtype: str) -> dict[str, np.ndarray]:
     """One row."""
     draw = np.random.default_rng(3)
-    found = {"x": draw.standard_normal((1, tokens, HIDDEN), np.float32)}
+    found = {"x": draw.standard_normal((1, tokens, HIDDEN)).astype(dtype)}
     found["mask"] = np.ones((1, tokens + (past or 0)), np.int32)
     if past is not None:
-        seen = draw.standard_normal((2, 1, HEADS, past, HIDDEN // HEADS), np.float32)
+        seen = draw.standard_normal((2, 1, HEADS, past, HIDDEN // HEADS)).astype(dtype)
         found |= {f"layers.{i}.past": seen for i in range(layers)}
     return found
 
@@ -89,26 +90,30 @@ def fed(layers: int, tokens: int, past: int | None) -> dict[str, np.ndarray]:
 def main() -> None:
     """A row for each way of attaching."""
     asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--provider", choices=["cpu", "cuda"], default="cpu")
     asked.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 128, 512])
     asked.add_argument("--past", type=int, help="how many tokens stand before them")
     asked.add_argument("--layers", type=int, default=2)
     asked.add_argument("--runs", type=int, default=30)
     given = asked.parse_args()
-    print(f"onnxruntime {onnxruntime.__version__}, cpu, {given.layers} layers, {given.past} tokens before")
+    layers, past, provider = given.layers, given.past, given.provider
+    dtype = "float16" if provider == "cuda" else "float32"
+    print(f"onnxruntime {onnxruntime.__version__}, {provider}, {layers} layers, {past} tokens before")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "base.onnx", given.layers, past=given.past is not None)
-        base, adapters = open_base(folder / "base.onnx"), [(f"a{n}", adapter(given.layers, n)) for n in range(8)]
+        write_model(folder / "base.onnx", layers, dtype, past=past is not None)
+        base, adapters = open_base(folder / "base.onnx"), [(f"a{n}", adapter(layers, n, dtype)) for n in range(8)]
         chosen = {"lora.index": np.ones(1, np.int64)}
         models = {"dense": (base.path, {})}
         for what, mode, count in (("branch", "branch", 1), ("swap", "swap", 1), ("stack of 8", "stack", 8)):
             models[what] = (folder / f"{mode}.onnx", chosen if mode == "stack" else {})
-            base.apply(prepare("attach", adapters[:count], base, Options(models[what][0], mode, rows=("x",))))
+            options = Options(models[what][0], mode, rows=("x",), provider=provider)
+            base.apply(prepare("attach", adapters[:count], base, options))
         models["swap, fed"] = (models["swap"][0], dict(tort.read(folder / "swap.a0.onnx_adapter").tensors))
-        runners = {what: Runner(path, "cpu") for what, (path, _) in models.items()}
+        runners = {what: Runner(path, provider) for what, (path, _) in models.items()}
         for tokens in given.tokens:
             for what, runner in runners.items():
-                runner.bind({**fed(given.layers, tokens, given.past), **models[what][1]})
+                runner.bind({**fed(layers, tokens, past, dtype), **models[what][1]})
             taken: dict[str, list[float]] = {what: [] for what in runners}
             for turn in range(given.runs + 3):
                 for what, runner in runners.items():
