@@ -57,7 +57,7 @@ def made(tmp_path_factory):
     config = exports.llama(tied=False, head_dim=16).m.config
     config.attention_bias = True
     model = LlamaForCausalLM(config).eval()
-    exports._randomise(model)
+    exports.randomise(model)
     exports._save(model, folder / "checkpoint")
     kinds = {
         "dora": {"target_modules": DORA, "use_dora": True, "lora_alpha": 5},
@@ -67,7 +67,7 @@ def made(tmp_path_factory):
     }
     for name, kind in kinds.items():
         adapted = get_peft_model(model, LoraConfig(r=4, **kind))
-        exports._randomise(adapted)
+        exports.randomise(adapted)
         if kind.get("use_dora"):  # near the norms, as training leaves them, and not at zero
             for own in adapted.modules():
                 if hasattr(own, "lora_magnitude_vector") and "default" in own.lora_magnitude_vector:
