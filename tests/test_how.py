@@ -213,6 +213,17 @@ def test_a_checkpoint_has_no_code(run, tmp_path):
     assert "nothing that a runtime runs" in told.err
 
 
+def test_a_folder_of_one_model_has_its_code_and_one_of_several_names_them(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("a.onnx", "b.onnx"):
+        save(model("g (float[N] x) => (float[N] y) { y = Identity (x) }"), tmp_path / "folder" / name)
+        told = run("info", "folder", "--how", "python")
+        if name == "a.onnx":
+            assert told.out == printed(run, "folder/a.onnx", "python")
+    assert (told.code, told.out) == (2, "")
+    assert "LF-705  folder holds several models: a.onnx, b.onnx" in told.err
+
+
 # Names.
 
 

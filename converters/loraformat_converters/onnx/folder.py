@@ -76,6 +76,14 @@ class OnnxFolder:
         models = {file: dict(model.base.describe()) for file, model in self.models.items()}
         return {"kind": "onnx-folder", "components": components, "models": models}
 
+    def how(self, language: str) -> str:
+        """Of its one model; LF-705 where it has several."""
+        if len(self.models) > 1:
+            what = f"{self.path} holds several models: {', '.join(sorted(self.models))}"
+            raise fault("LF-705", what, fix="name one of them: its runtime feeds them one after the other")
+        (model,) = self.models.values()
+        return model.base.how(language)
+
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """As each file has them; keys begin with the component where the folder has components."""
         found: dict[str, Placement | None] = {}
