@@ -1,8 +1,9 @@
-"""Two small models of torch's own modules, and what the first is fed: convolutions, and one weight in several places."""
+"""Three small models of torch's own modules: convolutions, one weight in several places, and modules of every kind in others."""
 
 from __future__ import annotations
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 
 class UNet(torch.nn.Module):
@@ -47,6 +48,35 @@ class Shared(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         once = self.called_twice(self.first(x)).relu()
         return self.b(self.a(self.called_twice(once).relu()).relu())
+
+
+class _Held(torch.nn.Module):
+    """Two layers, which are called by what holds this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = torch.nn.Linear(6, 9)
+        self.k = torch.nn.Linear(9, 6)
+
+
+class Kinds(torch.nn.Module):
+    """Every kind of module that PEFT adapts, some in what is not called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(11, 6)
+        self.held = torch.nn.ModuleList([_Held(), _Held()])
+        self.turned = Conv1D(10, 6)
+        self.bare = torch.nn.Linear(10, 8, bias=False)
+        self.conv = torch.nn.Conv2d(8, 5, 3, padding=1)
+        self.ff = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.table(x)
+        for held in self.held:
+            x = held.k(held.q(x).relu())
+        x = self.bare(self.turned(x)).transpose(1, 2)[..., None]
+        return self.ff(self.conv(x)[..., 0].transpose(1, 2))
 
 
 def noise() -> dict[str, torch.Tensor]:

@@ -91,8 +91,11 @@ def made(recipe: Recipe, exporter: str, folder: Path, *, half: bool = False) -> 
     return Export(path, folder / "checkpoint", folder / "adapter", fed, base, truth, recipe.targets)
 
 
-def unmerged(name: str, exporter: str, folder: Path, *, fresh: bool = False) -> tuple[Path, Path]:
-    """(the model with PEFT's layers in it, exported as it is; the folder that PEFT wrote). ``fresh``: B is still zero."""
+def unmerged(name: str, exporter: str, folder: Path, *, fresh: bool = False, whole: bool = False) -> tuple[Path, Path]:
+    """(the model with PEFT's layers in it, exported as it is; the folder that PEFT wrote).
+
+    ``fresh``: B is still zero. ``whole``: PEFT's own model around it is exported too, and the bare one as ``base.onnx``.
+    """
     torch.manual_seed(sum(map(ord, name)))
     torch.set_num_threads(1)
     recipe = RECIPES[name]
@@ -100,7 +103,13 @@ def unmerged(name: str, exporter: str, folder: Path, *, fresh: bool = False) -> 
     randomise(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if whole:
+            _write(model, inputs, exporter, folder / "base.onnx")
         adapted = get_peft_model(getattr(model, "m", model), recipe.method(**recipe.lora)).eval()
+        if whole and hasattr(model, "m"):
+            model.m = adapted
+        elif whole:
+            model = adapted
         if not fresh:
             randomise(adapted)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)

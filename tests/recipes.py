@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from exported_models import bert, gpt2, image, llama, minilm, sound, t5, tokens, two_texts, vit, whisper
-from exported_modules import Shared, UNet, noise
+from exported_modules import Kinds, Shared, UNet, noise
 from peft import LoraConfig, PeftConfig
 
 
@@ -29,6 +29,7 @@ class Recipe:
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 _SHARED = {"target_modules": ["called_twice", "a"], "r": 2, "lora_alpha": 3}
+_KINDS = {"target_modules": ["table", "q", "k", "turned", "bare", "conv", "ff.0", "ff.2"], "r": 3, "lora_alpha": 5}
 _SHARED_DORA = {**_SHARED, "use_dora": True}
 
 RECIPES: Mapping[str, Recipe] = {
@@ -107,6 +108,15 @@ RECIPES: Mapping[str, Recipe] = {
         {"target_modules": r"conv_.*|down|time|to_.*|up|shortcut", "r": 3, "lora_alpha": 5},
         targets=10,
         inputs=noise,
+    ),
+    "kinds": Recipe(Kinds, _KINDS, targets=10, inputs=lambda: {"x": torch.randint(0, 11, (2, 5))}),
+    "kinds-dora": Recipe(
+        Kinds, {**_KINDS, "use_dora": True}, targets=10, inputs=lambda: {"x": torch.randint(0, 11, (2, 5))}
+    ),
+    "llama-task": Recipe(
+        lambda: llama(tied=False),
+        {"target_modules": [*_LLAMA, "embed_tokens"], "r": 2, "lora_alpha": 3, "task_type": "CAUSAL_LM"},
+        targets=16,
     ),
     "shared-2d": Recipe(Shared, _SHARED, targets=2, inputs=lambda: {"x": torch.randn(3, 5)}),
     "shared-3d": Recipe(Shared, _SHARED, targets=2, inputs=lambda: {"x": torch.randn(2, 3, 5)}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,11 +10,14 @@ import numpy as np
 import test_onnx_branched as theirs
 import test_onnx_experts as experts
 import test_onnx_exporters as exporters
+import test_onnx_names as names
 import test_onnx_recurrent as recurrent
 import test_onnx_requantised as codes
 from mutants import net
 
-from loraformat_converters.onnx.changing import branched, computed, requantised, rewriting, spots, walking
+from loraformat_converters.onnx.changing import branched, computed, doras, requantised, rewriting, spots, walking
+from loraformat_converters.onnx.changing.record import Record
+from loraformat_converters.onnx.finding import paths
 from loraformat_converters.onnx.graph import index as onnx_index
 from loraformat_converters.onnx.graph import operators, trace
 from loraformat_converters.onnx.graph.nodes import Nodes
@@ -49,6 +53,17 @@ CHECKS = {
     "a DoRA": partial(theirs.test_a_dora_is_found_with_its_magnitude, True),
     "a bias that is rescaled": partial(theirs.test_what_is_rescaled_otherwise_is_no_dora, {"kept": "h"}),
     "another factor less": partial(theirs.test_what_is_rescaled_otherwise_is_no_dora, {"less": "other"}),
+    "a DoRA of our own": partial(theirs.test_what_attach_made_is_found_without_its_record, "a Linear", True, True),
+    "a magnitude in a weight": partial(
+        theirs.test_what_is_folded_under_its_record_is_what_the_record_says, "a convolution", True
+    ),
+    "a record of another kind": theirs.test_a_record_of_another_kind_is_no_evidence,
+    "a model of PEFT's": partial(
+        theirs.test_what_peft_puts_around_a_model_is_no_part_of_a_name, "/model/m/q/base_layer", True
+    ),
+    "a bias that tells": names.test_a_module_in_one_that_is_not_called_is_known_by_its_bias,
+    "a bias of two modules": partial(names.test_a_bias_of_two_modules_or_of_another_name_tells_nothing, "a.q.bias"),
+    "a bias of another module": partial(names.test_a_bias_of_two_modules_or_of_another_name_tells_nothing, "a.k.bias"),
     "another x": partial(theirs.test_what_is_no_pair_beside_a_weight_is_none, "another x"),
     "a factor that is left over": partial(
         theirs.test_half_of_an_adapter_is_an_error, "a tensor by the name of a factor"
@@ -158,21 +173,56 @@ def any_x_will_do(patch):
 
 
 def a_dora_has_no_scale(patch):
-    whole = computed.Branches._rescaled
+    whole = doras.Doras._dora
 
     def plain(self, *given):
         found = whole(self, *given)
-        return found and replace(found, scale=1.0)
+        return found and (found[0], replace(found[1], scale=1.0))
 
-    patch.setattr(computed.Branches, "_rescaled", plain)
+    patch.setattr(doras.Doras, "_dora", plain)
+
+
+def a_dora_keeps_its_ratio_in_b(patch):
+    whole = doras.Doras._dora
+
+    def outside(self, *given):
+        found = whole(self, *given)
+        return found and (found[0], replace(found[1], inside=False))
+
+    patch.setattr(doras.Doras, "_dora", outside)
 
 
 def a_bias_may_be_rescaled_too(patch):
-    patch.setattr(computed.Branches, "_unbiased", lambda *given: True)
+    patch.setattr(doras.Doras, "_keeps_bias", lambda *given: True)
 
 
-def any_factor_is_one_less(patch):
-    patch.setattr(computed, "_one_less", lambda g, other: True)
+def any_factor_is_as_good(patch):
+    patch.setattr(doras, "_close", lambda site, one, other: True)
+
+
+def a_folded_magnitude_is_not_seen(patch):
+    patch.setattr(computed, "_RESCALED", re.compile("(?!)"))
+
+
+def a_record_tells_nothing(patch):
+    whole = Record.folded
+    patch.setattr(Record, "folded", lambda self, model: whole(self, model) and {theirs.KEY: [("lora", 2)]})
+
+
+def an_equal_tensor_of_another_module_is_evidence(patch):
+    patch.setattr(paths, "_alone", lambda *given: True)
+
+
+def nothing_is_around_a_model(patch):
+    patch.setattr(branched, "wrapper", lambda names: None)
+
+
+def a_bias_tells_nothing(patch):
+    patch.setattr("loraformat_converters.onnx.finding.witness.stored_paths", lambda index: {})
+
+
+def any_name_will_do(patch):
+    patch.setattr(paths, "_within", lambda called, module: True)
 
 
 def what_is_left_over_is_left_out(patch):
@@ -202,8 +252,15 @@ MUTANTS = [
     (the_bases_own_factor_is_forgotten, "a scale in B"),
     (any_x_will_do, "another x"),
     (a_dora_has_no_scale, "a DoRA"),
+    (a_dora_keeps_its_ratio_in_b, "a DoRA of our own"),
     (a_bias_may_be_rescaled_too, "a bias that is rescaled"),
-    (any_factor_is_one_less, "another factor less"),
+    (any_factor_is_as_good, "another factor less"),
+    (a_folded_magnitude_is_not_seen, "a magnitude in a weight"),
+    (a_record_tells_nothing, "a record of another kind"),
+    (an_equal_tensor_of_another_module_is_evidence, "a bias of two modules"),
+    (any_name_will_do, "a bias of another module"),
+    (nothing_is_around_a_model, "a model of PEFT's"),
+    (a_bias_tells_nothing, "a bias that tells"),
     (what_is_left_over_is_left_out, "a factor that is left over"),
     (the_last_of_two_wins, "two adapters"),
 ]

@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from graphs import adapter, model, run, save
+from graphs import lora, model, run, save, session
 from onnx import numpy_helper
 
 import loraformat as lf
+from loraformat.parts import Magnitude
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import detach, extract
 from loraformat.verbs.merge import attach
+from loraformat_converters.onnx.changing.record import ATTACHED
 
 KEY = "m.q.weight"
 
@@ -109,16 +111,111 @@ def test_a_b_that_two_targets_share_belongs_to_each(tmp_path):
     np.testing.assert_allclose(found[KEY]["lora"].lora_A, tensors(made)["a"].T, rtol=1e-7)
 
 
+# what the nodes are called → what PEFT calls the target, where the model that is exported is PEFT's own
+WRAPPED = {
+    "/model/m/q/base_layer": "m.q.weight",  # without a task it calls the model
+    "/base_model/model/m/q/base_layer": "m.q.weight",  # with one, what is around that too
+    "/outer/base_model/model/q/base_layer": "outer.q.weight",
+    "/outer/model/model/q/base_layer": "outer.model.q.weight",
+}
+
+
+@pytest.mark.parametrize("node", WRAPPED)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_peft_puts_around_a_model_is_no_part_of_a_name(node, wrapped, tmp_path):
+    outer = "outer." if "outer" in node else ""
+    kept = f"{outer}base_model.model.n.weight" if wrapped else f"{outer}n.weight"
+    made = model(f"""g (float[N,5] x) => (float[N,7] y) <float[5,7] w, float[5,3] a, float[3,7] c, float[7] "{kept}">
+        {{ ["{node}/MatMul"] u = MatMul(x, w) r = MatMul(x, a) v = MatMul(r, c) h = Add(u, v) y = Mul(h, "{kept}") }}""")
+    plain = f"{node.removesuffix('/base_layer')[1:].replace('/', '.')}.weight"
+    assert list(extract(open_base(save(made, tmp_path / "base.onnx")))) == [WRAPPED[node] if wrapped else plain]
+
+
+MAGNITUDE = "base_model.model.q.lora_magnitude_vector.default.weight"
+
+
+def test_a_magnitude_that_no_dora_has_is_an_error(tmp_path):
+    made = model(f"""g (float[N,5] x) => (float[N,7] z)
+        <float[5,7] w, float[5,3] a, float[3,7] c, float[7] "{MAGNITUDE}">
+        {{ u = MatMul(x, w) r = MatMul(x, a) v = MatMul(r, c) y = Add(u, v) h = Relu(y) z = Mul(h, "{MAGNITUDE}") }}""")
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613 .*1 magnitudes of DoRAs are stored, and 0 DoRAs are found"):
+        extract(open_base(save(made, tmp_path / "base.onnx")))
+
+
+BARE = {
+    "a Linear": 'g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }',
+    "a Linear with a bias": """g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b>
+        { ["/m/q/MatMul"] h = MatMul(x, w)  ["/m/q/Add"] y = Add(b, h) }""",
+    "a Linear over rows": """g (float[N,5] x) => (float[N,7] y) <float[7,5] w, float[7] b>
+        { ["/m/q/Gemm"] y = Gemm <transB = 1> (x, w, b) }""",
+    "a Linear in 16 bits": """g (float16[N,T,5] x) => (float16[N,T,7] y) <float16[5,7] w, float16[7] b>
+        { ["/m/q/MatMul"] h = MatMul(x, w)  ["/m/q/Add"] y = Add(b, h) }""",
+    "a convolution": """g (float[N,5,11] x) => (float[N,7,L] y) <float[7,5,4] w, float[7] b>
+        { ["/m/q/Conv"] y = Conv <strides = [2], pads = [1, 0]> (x, w, b) }""",
+    "an embedding": 'g (int64[N,T] x) => (float[N,T,7] y) <float[9,7] w> { ["/m/q/Gather"] y = Gather(w, x) }',
+}
+
+
 @pytest.mark.parametrize("prefold", [False, True])
-def test_what_attach_made_is_found_without_its_record(prefold, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("form", BARE)
+def test_what_attach_made_is_found_without_its_record(form, dora, prefold, tmp_path):
     """A tool on the way may drop the metadata, and with it the record."""
-    base = model('g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w> { ["/m/q/MatMul"] y = MatMul(x, w) }')
-    ours = adapter({KEY: (7, 5)})
-    attach(ours, open_base(save(base, tmp_path / "base.onnx")), tmp_path / "out.onnx", prefold=prefold)
+    ours = attached(form, tmp_path, dora=dora, prefold=prefold)
     made = onnx.load(tmp_path / "out.onnx")
     del made.metadata_props[:]
     found = extract(open_base(save(made, tmp_path / "bare.onnx")))
-    assert relative_error(found[KEY].matrix(), ours[KEY].matrix()) <= 1e-6
+    alike(found, ours, 2e-3 if "16 bits" in form else 1e-6)
+
+
+def attached(form, folder, *, dora, prefold=False):
+    """The adapter that is attached in ``out.onnx``."""
+    folder.mkdir(exist_ok=True)
+    shape = {"an embedding": (7, 9), "a convolution": (7, 20)}.get(form, (7, 5))
+    length = Magnitude(np.random.default_rng(3).uniform(0.5, 2, 7).astype(np.float32))
+    parts = (*lora(*shape).parts, length) if dora else lora(*shape).parts
+    ours = lf.Adapter({KEY: lf.Update(parts, op="embedding" if form == "an embedding" else None)})
+    attach(ours, open_base(save(model(BARE[form]), folder / "base.onnx")), folder / "out.onnx", prefold=prefold)
+    return ours
+
+
+def alike(found, ours, limit=1e-6):
+    """The same target, kind, ΔW and magnitude."""
+    assert list(found) == [KEY]
+    assert found[KEY].kind == ours[KEY].kind
+    assert relative_error(found[KEY].matrix(), ours[KEY].matrix()) <= limit
+    if ours[KEY].kind == "dora":
+        assert relative_error(found[KEY]["magnitude"].magnitude, ours[KEY]["magnitude"].magnitude) <= limit
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("form", [form for form in BARE if "16 bits" not in form])
+def test_what_is_folded_under_its_record_is_what_the_record_says(form, dora, tmp_path):
+    """ONNX Runtime's optimiser keeps the record, folds the tensors, and the g of a convolution into its weight."""
+    ours = attached(form, tmp_path, dora=dora)
+    session(tmp_path / "out.onnx", optimised=tmp_path / "optimised.onnx")
+    assert ATTACHED in {entry.key for entry in onnx.load(tmp_path / "optimised.onnx").metadata_props}
+    if dora and form == "a convolution":
+        made = onnx.load(tmp_path / "optimised.onnx")
+        del made.metadata_props[:]
+        with pytest.raises(lf.LoraFormatError, match=r"LF-613 .*called a factor, and is in no branch"):
+            extract(open_base(save(made, tmp_path / "bare.onnx")))
+        with pytest.raises(lf.LoraFormatError, match=r"LF-613"):
+            extract(open_base(tmp_path / "optimised.onnx"))
+    else:
+        alike(extract(open_base(tmp_path / "optimised.onnx")), ours)
+
+
+def test_a_record_of_another_kind_is_no_evidence(tmp_path):
+    attached("a Linear", tmp_path, dora=True)
+    made = onnx.load(tmp_path / "out.onnx")
+    record = next(entry for entry in made.metadata_props if entry.key == ATTACHED)
+    attached("a Linear", tmp_path / "plain", dora=False)
+    session(tmp_path / "plain" / "out.onnx", optimised=tmp_path / "optimised.onnx")
+    made = onnx.load(tmp_path / "optimised.onnx")
+    next(entry for entry in made.metadata_props if entry.key == ATTACHED).value = record.value
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613 .*a part of the adapter is gone"):
+        extract(open_base(save(made, tmp_path / "mixed.onnx")))
 
 
 NONE = {

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 pytest.importorskip("torch", reason="needs torch: the peers extra")
 pytest.importorskip("peft", reason="needs peft: the peers extra")
 
 import optimised
+import torch
 from exports import EXPORTERS, RECIPES, Recipe, llama, made, unmerged
+from peft import PeftModel
 
 import loraformat as lf
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import extract
+from loraformat.verbs.merge import attach
 
 pytestmark = pytest.mark.peer
 
@@ -75,6 +81,48 @@ def test_a_dora_is_found_with_its_magnitude(name, exporter, tmp_path):
         theirs = wanted[key]
         assert update.kind == theirs.kind == "dora"
         assert relative_error(update["magnitude"].magnitude, theirs["magnitude"].magnitude) <= 1e-6
+
+
+WHOLE = {"kinds": "", "kinds-dora": "", "llama-task": "m.", "gpt2": "m."}
+"""Recipe → what is around PEFT's model."""
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_model_that_peft_wrapped_gives_what_peft_saves(name, exporter, tmp_path):
+    path, adapter = unmerged(name, exporter, tmp_path, whole=True)
+    found, wanted = extract(open_base(path)), lf.load(adapter)
+    assert len(wanted) == RECIPES[name].targets
+    same(found, wanted, WHOLE[name])
+    for key, update in found.items():
+        theirs = wanted[key.removeprefix(WHOLE[name])]
+        assert update.kind == theirs.kind
+        if update.kind == "dora":
+            assert relative_error(update["magnitude"].magnitude, theirs["magnitude"].magnitude) <= 1e-6
+    inputs = {name: value.numpy() for name, value in RECIPES[name].inputs().items()}
+    attach(found, open_base(tmp_path / "base.onnx"), tmp_path / "ours.onnx")
+    ours, theirs, base = (outputs(tmp_path / file, inputs) for file in ("ours.onnx", path.name, "base.onnx"))
+    assert relative_error(ours, theirs) <= 1e-5 < 1e-2 < relative_error(base, theirs)
+
+
+def test_peft_loads_what_was_taken_out_of_its_own_model(tmp_path):
+    path, adapter = unmerged("kinds-dora", "torchscript", tmp_path, whole=True)
+    lf.save(extract(open_base(path)), tmp_path / "found.lora.safetensors")
+    lf.convert(tmp_path / "found.lora.safetensors", tmp_path / "peft", to_layout="peft")
+    torch.manual_seed(1)
+    bare, inputs = RECIPES["kinds-dora"].build().eval(), RECIPES["kinds-dora"].inputs()
+    with torch.no_grad():
+        ours, theirs = (
+            PeftModel.from_pretrained(copy.deepcopy(bare), folder)(**inputs) for folder in (tmp_path / "peft", adapter)
+        )
+        assert relative_error(ours.numpy(), theirs.numpy()) <= 1e-5
+        assert relative_error(ours.numpy(), bare(**inputs).numpy()) > 1e-2
+
+
+def outputs(path, inputs):
+    """What ONNX Runtime computes."""
+    (found,) = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, inputs)
+    return found
 
 
 @pytest.mark.slow

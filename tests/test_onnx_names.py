@@ -342,3 +342,29 @@ def test_a_sequentials_children_have_its_name_twice_in_their_nodes(tmp_path):
     made = chain("/ff/ff.0/MatMul", "/ff.0/MatMul")
     found, problems = resolve(made, ["ff.0.weight", "ff.ff.0.weight"], tmp_path)
     assert (found, problems) == ({"ff.0.weight": {"w1"}, "ff.ff.0.weight": {"w0"}}, [])
+
+
+def biased(*modules):
+    """A chain of MatMuls, each with its Add: (what the nodes are called, what the bias is)."""
+    held = ", ".join(f'float[6] "{b}"' for b in dict.fromkeys(b for _, b in modules))
+    lines = [
+        f'["/{n}/MatMul"] h{i} = MatMul(v{i}, w{i}) ["/{n}/Add"] v{i + 1} = Add("{b}", h{i})'
+        for i, (n, b) in enumerate(modules)
+    ]
+    weights = ", ".join(f"float[6,6] w{i}" for i in range(len(modules)))
+    return model(f"g (float[N,6] v0) => (float[N,6] v{len(modules)}) <{weights}, {held}> {{ {' '.join(lines)} }}")
+
+
+def test_a_module_in_one_that_is_not_called_is_known_by_its_bias(tmp_path):
+    made = biased(("x", "x.bias"), ("q", "a.q.bias"), ("q_1", "b.0.q.bias"))
+    keys = ["x.weight", "a.q.weight", "b.0.q.weight"]
+    assert resolve(made, keys, tmp_path) == ({keys[0]: {"w0"}, keys[1]: {"w1"}, keys[2]: {"w2"}}, [])
+
+
+@pytest.mark.parametrize("other", ["a.q.bias", "a.k.bias", "q_bias", "a.q.scale"])
+def test_a_bias_of_two_modules_or_of_another_name_tells_nothing(other, tmp_path):
+    """Equal biases of two modules are stored as one, by the name of the first."""
+    made = biased(("x", "x.bias"), ("q", other), ("q_1", "a.q.bias" if other == "a.q.bias" else "b.q.bias"))
+    wanted = "a.k.weight" if other == "a.k.bias" else "a.q.weight"
+    problem = refusal(made, ["x.weight", wanted], tmp_path)
+    assert (problem.rule, problem.where) == ("LF-602", wanted)

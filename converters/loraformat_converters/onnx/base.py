@@ -234,9 +234,15 @@ class OnnxBase:
         return Storage(self._detached(), self.path, out, [], self.identity[:8])
 
     def extract(self) -> list[tuple[str, Adapter]]:
-        """(name, adapter) of everything that is attached, bit for bit; else what somebody else put beside the weights."""
-        if self.record is None and (found := branched(self.index, self.values)) is not None:
-            return [("default", found)]
+        """(name, adapter) of everything that is attached, bit for bit; else what somebody else put beside the weights.
+
+        Tools that fold constants keep the record and not the tensors (onnxslim 0.1, onnxsim 0.6, onnxruntime 1.32): then what
+        the nodes compute is given, where it has the targets, kinds and ranks that the record tells.
+        """
+        wanted = self.record.folded(self.model) if self.record else None
+        found = branched(self.index, self.values) if self.record is None or wanted else None
+        if found is not None and (self.record is None or wanted == _told(found)):
+            return [(self.attached[0] if self.record else "default", found)]
         return self._recorded().adapters(self.model)
 
     def without(self) -> OnnxBase:
@@ -301,6 +307,11 @@ class OnnxBase:
 def _is_matrix(site: Site) -> bool:
     """Whether it is stored, or read, as one: no kernel, no stack."""
     return 2 in (len(site.placement.shape), len(site.operand.shape))
+
+
+def _told(adapter: Adapter) -> dict[str, list[tuple[str, int | None]]]:
+    """What a record tells of an adapter's targets: (kind, rank) of each part."""
+    return {key: [(part.kind, getattr(part, "r", None)) for part in update.parts] for key, update in adapter.items()}
 
 
 def _other(plan: Plan) -> Path:

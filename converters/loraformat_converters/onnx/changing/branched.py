@@ -16,14 +16,20 @@ from loraformat.errors import LoraFormatError, Problem
 from loraformat.updates import Update
 from loraformat_converters.onnx.attaching.slot_names import key_of
 from loraformat_converters.onnx.changing.computed import FIX, Branch, Branches
-from loraformat_converters.onnx.finding.names import MODULES, modules_of, names_of
+from loraformat_converters.onnx.finding.names import MODULES, modules_of, names_of, parameter_of
+from loraformat_converters.onnx.finding.paths import stored_paths, unwrapped, wrapper
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.values import Values
 
 __all__ = ["branched", "pairs"]
 
-_FACTOR = re.compile(r"lora_[AB]\b|lora_(down|up)\b")
+_FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|lora_(down|up)\b")
 """How everybody names a factor; one that is found in no branch is told."""
+
+_MAGNITUDE = re.compile(r"\blora_magnitude_vector\b")
+
+_LAYER = re.compile(r"\.base_layer(_\d+)?$")
+"""What PEFT (0.21.2) calls the layer that it puts its own around."""
 
 
 def branched(index: Index, values: Values) -> Adapter | None:
@@ -33,23 +39,23 @@ def branched(index: Index, values: Values) -> Adapter | None:
         LoraFormatError: LF-613 a tensor is called a factor and lies in no such branch, or one weight has two branches.
     """
     graph = Branches(index, values)
-    found = list(graph.found())
-    used = {site.number for _, branch in found for site in (branch.a, branch.b)}
-    problems = [*_lost(index, used), *_twice(found)]
+    found = _named(index, graph.found())
+    used = {site.number for _, _, branch in found for site in (branch.a, branch.b)}
+    problems = [*_lost(index, used), *_lengthless(index, found), *_twice(found)]
     if problems:
         raise LoraFormatError(problems)
     targets: dict[str, Update] = {}
-    for site, branch in found:  # a module that is called twice has two uses of one weight and of one pair
-        targets.setdefault(_key(site, branch), graph.update(site, branch))
+    for key, site, branch in found:  # a module that is called twice has two uses of one weight and of one pair
+        targets.setdefault(key, graph.update(site, branch))
     return Adapter(dict(sorted(targets.items())), provenance={"verb": "extract"}) if targets else None
 
 
 def pairs(index: Index, values: Values) -> list[tuple[str, Site, Branch]]:
     """(what the target is called, a use of its weight, the branch beside it); LF-613 where one weight has two branches."""
-    found = list(Branches(index, values).found())
+    found = _named(index, Branches(index, values).found())
     if problems := list(_twice(found)):
         raise LoraFormatError(problems)
-    return [(_key(site, branch), site, branch) for site, branch in found]
+    return found
 
 
 def _lost(index: Index, used: Container[int]) -> Iterator[Problem]:
@@ -67,27 +73,38 @@ def _lost(index: Index, used: Container[int]) -> Iterator[Problem]:
             yield Problem("LF-613", what, called, FIX)
 
 
-def _twice(found: list[tuple[Site, Branch]]) -> Iterator[Problem]:
-    """Two adapters at once: which is meant, and whether they are one, the graph does not say."""
+def _lengthless(index: Index, found: list[tuple[str, Site, Branch]]) -> Iterator[Problem]:
+    """Magnitudes by PEFT's name (0.21.2) that no DoRA has: without them a target would be left out, or be a plain pair."""
+    stored = sorted(name for name in index.roots if _MAGNITUDE.search(name))
+    doras = {key for key, _, branch in found if branch.ratio is not None}
+    if len(stored) > len(doras):
+        what = f"{len(stored)} magnitudes of DoRAs are stored, and {len(doras)} DoRAs are found"
+        yield Problem("LF-613", what, stored[0], FIX)
+
+
+def _twice(found: list[tuple[str, Site, Branch]]) -> Iterator[Problem]:
+    """Two adapters at once, or two weights by one name: which is meant, the graph does not say."""
     owners: dict[str, tuple[str, str, str]] = {}
-    for site, branch in found:
-        key, pair = _key(site, branch), (site.root_name, branch.a.root_name, branch.b.root_name)
-        if owners.setdefault(key, pair) != pair:
-            yield Problem("LF-613", "two branches run beside this weight", key, FIX)
+    for key, site, branch in found:
+        pair = (site.root_name, branch.a.root_name, branch.b.root_name)
+        if (first := owners.setdefault(key, pair)) != pair:
+            one = first[0] == pair[0]
+            what = "two branches run beside this weight" if one else "two weights with branches go by this name"
+            yield Problem("LF-613", what, key, FIX)
 
 
-def _key(site: Site, branch: Branch) -> str:
-    """What the target is called: by the weight's own module, by the factors' names, else as the weight is stored."""
-    said = next((name for rung in MODULES if (name := names_of(site, rung))), None)
-    if said is not None:
-        return f"{_unwrapped(said)}.{site.parameter}"
-    stored = names_of(site, "initializer") or site.root_name
-    if stored.endswith(f".{site.parameter}"):
-        return f"{_unwrapped(stored.removesuffix(f'.{site.parameter}'))}.{site.parameter}"
-    listed = key_of(branch.a.root_name)
-    return listed[0] if listed else stored
+def _named(index: Index, found: Iterator[tuple[Site, Branch]]) -> list[tuple[str, Site, Branch]]:
+    """Each with what its target is called: by the weight's own module, by the factors' names, else as the weight is stored."""
+    whole, outside = stored_paths(index), wrapper(index.roots)
 
+    def key(site: Site, branch: Branch) -> str:
+        stored = names_of(site, "initializer") or site.root_name
+        scopes, node = (parameter_of(site, rung) for rung in MODULES)
+        said = scopes or whole.get(site.number) or node or stored
+        if said.endswith(f".{site.parameter}"):
+            module = unwrapped(said.removesuffix(f".{site.parameter}"), outside)
+            return f"{_LAYER.sub('', module)}.{site.parameter}"
+        listed = key_of(branch.a.root_name)
+        return listed[0] if listed else stored
 
-def _unwrapped(module: str) -> str:
-    """A module's path in the model that PEFT wrapped (0.21.2): without what it puts around all, and around each layer."""
-    return re.sub(r"\.base_layer(_\d+)?$", "", module.removeprefix("base_model.model."))
+    return [(key(site, branch), site, branch) for site, branch in found]

@@ -1,15 +1,14 @@
 """The branches that a graph computes beside its weights, found by what its nodes are and not by what they are called.
 
-    x ─┬── MatMul(W) ── Add(bias) ───────────── Add ── y
-       └── MatMul(A) ── MatMul(B) ── Mul(s) ────┘
-
-A DoRA is base + (g − 1) ⊙ (base − bias) + g ⊙ s·B·A·x; its magnitude is g·‖W + s·BA‖, which is computed, within one rounding.
+x ─┬── MatMul(W) ── Add(bias) ───────────── Add ── y
+   └── MatMul(A) ── MatMul(B) ── Mul(s) ────┘
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,19 +19,22 @@ from loraformat.errors import LoraFormatError, Problem
 from loraformat.parts import Lora, Magnitude
 from loraformat.updates import Update
 from loraformat_converters.onnx.attaching.branches import FORMS
+from loraformat_converters.onnx.changing.doras import Doras
 from loraformat_converters.onnx.changing.walking import AS_ROWS, DEPTH, Constants, is_sum, plain, producer
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.operators import attribute
-from loraformat_converters.onnx.graph.scopes import STANDARD, Scope
+from loraformat_converters.onnx.graph.scopes import Scope
 from loraformat_converters.onnx.graph.values import Values
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
-    F32 = npt.NDArray[np.float32]
 
 __all__ = ["FIX", "Branch", "Branches"]
+
+_RESCALED = re.compile(r"lora/.+/(rescaled|bias)(_\d+)?", re.S)
+"""A value of a DoRA that ``attach`` made; a weight that gives it has the magnitude folded in: beside it runs no plain pair."""
 
 FIX = "merge it where it came from, or give the adapter's own file"
 
@@ -46,13 +48,15 @@ class Branch:
         a, b: the uses of the factors.
         scale: s.
         ratio: the g of a DoRA, by which it is multiplied; None of a plain pair.
+        inside: whether B has g in it already.
     """
 
     x: str
     a: Site
     b: Site
     scale: float
-    ratio: F32 | None = None
+    ratio: Array | None = None
+    inside: bool = False
 
 
 class Branches:
@@ -61,12 +65,14 @@ class Branches:
     def __init__(self, index: Index, values: Values) -> None:
         self.index, self.values, self.walk = index, values, Constants(index, values.folder)
         plain = [site for site in index.sites if not site.vector and site.like in FORMS]
+        self.doras = Doras(self)
         self.of_node = {id(site.node): site for site in plain}
         self.of_end = {(id(site.scope), site.end.output[0]): site for site in plain}
 
     def found(self) -> Iterator[tuple[Site, Branch]]:
         """(the use of a weight, the branch beside it)."""
         for scope in self.index.scopes:
+            yield from self.doras.found(scope)
             for node in scope.nodes:
                 for branch, base in self._sums(node, scope):
                     site = self._base(base, branch, scope)
@@ -77,11 +83,14 @@ class Branches:
         """A [r, in] and B [out, r] as the graph computes with them."""
         a, b = (self._matrix(own) for own in (branch.a, branch.b))
         placement = site.placement if site.natural else None
+        if branch.ratio is not None and branch.inside:
+            b = (b / branch.ratio[:, None]).astype(np.float32)
         pair = Lora(a, b, branch.scale / site.factor, "factor")
+        op = "embedding" if site.looks_up else None
         if branch.ratio is None:
-            return Update((pair,), placement, op="embedding" if site.looks_up else None)
+            return Update((pair,), placement, op=op)
         length = np.linalg.norm(self._matrix(site).astype(np.float64) + pair.scale * (b.astype(np.float64) @ a), axis=1)
-        return Update((pair, Magnitude((branch.ratio * length).astype(np.float32))), placement)
+        return Update((pair, Magnitude((branch.ratio * length).astype(np.float32))), placement, op=op)
 
     def _chained(self, a: Site, b: Site) -> bool:
         """Whether B takes what A gives: matrices, A's out being B's in; of two convolutions the second is 1 wide."""
@@ -90,10 +99,11 @@ class Branches:
             return False
         return b.like != "Conv" or all(n == 1 for n in b.operand.shape[2:])
 
-    def _fits(self, site: Site, branch: Branch) -> bool:
-        """Whether a branch takes and gives as much as a weight does."""
+    def beside(self, site: Site, branch: Branch, scope: Scope) -> bool:
+        """Whether a branch takes the x that a weight takes, and gives as much."""
         a, b = self.values.shape(branch.a), self.values.shape(branch.b)
-        return a is not None and b is not None and self.values.shape(site) == (b[0], a[1])
+        fits = a is not None and b is not None and self.values.shape(site) == (b[0], a[1])
+        return fits and _beside(site, branch, scope)
 
     def _matrix(self, site: Site) -> Array:
         found = self.values.read(site)
@@ -104,53 +114,19 @@ class Branches:
         return np.array(place.to_matrix(value))
 
     def _sums(self, node: onnx.NodeProto, scope: Scope) -> Iterator[tuple[Branch, str]]:
-        """Of a sum: (what is a branch, the value that it is added to). ONNX Runtime makes one Gemm of B and its Add."""
-        pairs: list[tuple[str, str]] = []
+        """Of a sum: (what is a branch, the value that it is added to)."""
+        pairs = [(self.summed(node, scope), node.input[-1])] if node.op_type == "Gemm" else []
         if is_sum(node):
-            pairs = [(node.input[0], node.input[1]), (node.input[1], node.input[0])]
-        elif node.op_type == "Gemm" and len(node.input) > 2 and attribute(node, "beta", 1.0) == 1.0:
-            pairs = [(node.output[0], node.input[2])]
-        for value, base in pairs:
-            branch = self._branch(value, scope, summed=node.op_type == "Gemm") or self._rescaled(value, base, scope)
-            if branch is not None:
-                yield branch, base
+            pairs = [(self.branch(node.input[i], scope), node.input[1 - i]) for i in (0, 1)]
+        yield from ((branch, base) for branch, base in pairs if branch is not None)
 
-    def _rescaled(self, value: str, base: str, scope: Scope) -> Branch | None:
-        """(g − 1) ⊙ (base − bias) + g ⊙ s·B·A·x, as PEFT computes DoRA (0.21.2, tuners/lora/dora.py)."""
-        node = producer(plain(value, scope), scope)
-        if node is None or not is_sum(node):
+    def summed(self, node: onnx.NodeProto, scope: Scope) -> Branch | None:
+        """s·B·A·x inside a Gemm that adds its last input: ONNX Runtime makes one of B and its Add."""
+        if node.op_type != "Gemm" or len(node.input) < 3 or attribute(node, "beta", 1.0) != 1.0:
             return None
-        for rest, pair in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
-            weighed, scale = self.walk.unscaled(pair, scope)
-            (ratio, product), (less, kept) = (self.walk.factored(each, scope) for each in (weighed, rest))
-            branch = self._branch(product, scope) if ratio and less else None
-            if branch is None or branch.a.looks_up or not self._unbiased(kept, base, scope):
-                continue
-            g, other = self.walk.vector(ratio, scope), self.walk.vector(less, scope)
-            out, _ = self.values.shape(branch.b) or (0, 0)
-            if g is not None and other is not None and g.shape == other.shape == (out,) and _one_less(g, other):
-                return replace(branch, scale=branch.scale * scale, ratio=g)
-        return None
+        return self.branch(node.output[0], scope, summed=True)
 
-    def _unbiased(self, value: str, base: str, scope: Scope) -> bool:
-        """Whether a value is ``base``, a weight's product and its bias, without the bias."""
-        value, base = plain(value, scope), plain(base, scope)
-        given, node = producer(base, scope), producer(value, scope)
-        added = [name for name in given.input if scope.home(name, "constant")] if given and is_sum(given) else []
-        product = next((name for name in given.input if name not in added), "") if given and added else base
-        site = self.of_end.get((id(scope), plain(product, scope, AS_ROWS)))
-        if site is None or site.bias is None or (site.bias and added):
-            return False
-        biases = added or [site.bias]
-        if biases == [""]:
-            return value == base
-        if node is None or node.op_type != "Sub" or node.domain not in STANDARD or len(node.input) != 2:
-            return False
-        less, own = (self.walk.vector(name, scope) for name in (node.input[1], biases[0]))
-        alike = less is not None and own is not None and np.array_equal(less, own)
-        return alike and plain(node.input[0], scope) == base
-
-    def _branch(self, value: str, scope: Scope, *, summed: bool = False) -> Branch | None:
+    def branch(self, value: str, scope: Scope, *, summed: bool = False) -> Branch | None:
         """s·B·A·x of a value. ``summed``: what B's own Gemm adds is no bias."""
         before, scale = self.walk.unscaled(value, scope)
         b = self.of_node.get(id(producer(before, scope)))
@@ -165,23 +141,20 @@ class Branches:
     def _base(self, value: str, branch: Branch, scope: Scope, depth: int = 0) -> Site | None:
         """The use of a weight whose product with the same x a value is, but for a bias and for other branches."""
         exact, value = plain(value, scope), plain(value, scope, AS_ROWS)
+        if _RESCALED.fullmatch(exact):
+            return None
         site = self.of_end.get((id(scope), value))
         if site is not None and site not in (branch.a, branch.b) and ("Conv" not in site.like or exact == value):
-            return site if self._fits(site, branch) and _beside(site, branch, scope) else None
+            return site if self.beside(site, branch, scope) else None
         node = producer(value, scope)
         if node is None or not is_sum(node) or depth > DEPTH:
             return None
         for name, other in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
-            if scope.home(other, "constant") is not None or self._branch(other, scope) is not None:
+            if scope.home(other, "constant") is not None or self.branch(other, scope) is not None:
                 found = self._base(name, branch, scope, depth + 1)
                 if found is not None:
                     return found
         return None
-
-
-def _one_less(g: F32, other: F32) -> bool:
-    """Whether the second is g − 1, as float32 has it."""
-    return bool(np.allclose(g - 1, other, rtol=1e-5, atol=1e-6))
 
 
 def _beside(site: Site, branch: Branch, scope: Scope) -> bool:

@@ -162,6 +162,19 @@ class Record:
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         return [(entry["name"], _adapter(entry, stored)) for entry in self.attached]
 
+    def folded(self, model: onnx.ModelProto) -> Mapping[str, list[tuple[str, int | None]]] | None:
+        """Target → (kind, rank) of each part, where tensors of the only adapter are gone: a tool has made others of them."""
+        try:
+            (entry,) = self.attached
+            stems = {split_role(name): entry["targets"][split_role(name)[0]] for name in entry["dtypes"]}
+            stored = {tensor.name for tensor in model.graph.initializer}
+            if all(f"{stem}/{role}" in stored for (_, role), stem in stems.items() if role != "sketch"):
+                return None
+            targets = entry["metadata"]["targets"].items()
+            return {key: [(part["kind"], part.get("r")) for part in target["parts"]] for key, target in targets}
+        except (KeyError, ValueError, TypeError, AttributeError, LoraFormatError):
+            return None
+
     def detach(self, model: onnx.ModelProto) -> None:
         """Take everything out of ``model``: then it is what it was, or LF-613."""
         taken_out(model, self.stems, self.base["values"], frozenset(self.inputs), self.apart)

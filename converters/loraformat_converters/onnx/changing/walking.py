@@ -67,6 +67,7 @@ class Constants:
 
     def __init__(self, index: Index, folder: Path) -> None:
         self.index, self.folder = index, folder
+        self._known: dict[str, F32 | None] = {}
 
     def unscaled(self, value: str, scope: Scope) -> tuple[str, float]:
         """A value without the constant numbers that it was multiplied with, and their product."""
@@ -83,22 +84,6 @@ class Constants:
             scale, value = scale * known, node.input[numbers.index(None)]
         return value, scale
 
-    def factored(self, value: str, scope: Scope) -> tuple[str, str]:
-        """(the constant that a value was multiplied with, the rest); "" and the value itself where it was not."""
-        value = plain(value, scope)
-        node = producer(value, scope)
-        if node is None or node.op_type != "Mul" or node.domain not in STANDARD or len(node.input) != 2:
-            return "", value
-        known = [scope.home(name, "constant") is not None for name in node.input]
-        if known.count(True) != 1:
-            return "", value
-        return node.input[known.index(True)], node.input[known.index(False)]
-
-    def vector(self, name: str, scope: Scope) -> F32 | None:
-        """A constant that has one axis, but for those of size 1."""
-        found = self._computed(name, scope)
-        return found.reshape(-1) if found is not None and max(found.shape, default=1) == found.size else None
-
     def _number(self, name: str, scope: Scope) -> float | None:
         """A stored number; None of anything else."""
         traced = trace(name, scope)
@@ -106,8 +91,13 @@ class Constants:
             return None
         return float(array(traced.root, self.folder).reshape(()))
 
-    def _computed(self, name: str, scope: Scope) -> F32 | None:
+    def constant(self, name: str, scope: Scope) -> F32 | None:
         """A constant of the main graph, by onnx's own reference; None where that cannot compute it."""
+        if name not in self._known:
+            self._known[name] = self._computed(name, scope)
+        return self._known[name]
+
+    def _computed(self, name: str, scope: Scope) -> F32 | None:
         if scope is not self.index.scopes[0]:
             return None
         nodes: list[onnx.NodeProto] = []

@@ -13,6 +13,7 @@ from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.align import Alignment, align, under
 from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of, second_reading
 from loraformat_converters.onnx.finding.part import Part
+from loraformat_converters.onnx.finding.paths import stored_paths
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.site import Order
 
@@ -65,12 +66,14 @@ class Names:
                     self.aligned[rung] = under(prefix, adapter, self.tables[rung])
 
     def _read_again(self, adapter: Adapter, part: Part | None) -> None:
-        """Take the nodes' names in their second reading too, where more targets are found so."""
-        for rung, first in self.aligned.items():
-            more = {**_table(self.index.sites, rung, second_reading), **self.tables[rung]}
-            found = _aligned(adapter, more, part) if len(more) > len(self.tables[rung]) and not first.rivals else first
-            if len(found.names) > len(first.names):
-                self.tables[rung], self.aligned[rung] = more, found
+        """Take the nodes' names in their second reading too, and as stored biases complete them, where more targets are found so."""
+        first, once = self.aligned["node_name"], self.tables["node_name"]
+        whole = stored_paths(self.index)
+        completed = _table(self.index.sites, "node_name", lambda site, _: whole.get(site.number))
+        more = {**_table(self.index.sites, "node_name", second_reading), **once, **completed}
+        found = _aligned(adapter, more, part) if len(more) > len(once) and not first.rivals else first
+        if len(found.names) > len(first.names):
+            self.tables["node_name"], self.aligned["node_name"] = more, found
 
     def of(self, key: str, *, embedding: bool) -> list[Witness]:
         """What each witness says; nothing where none speaks."""

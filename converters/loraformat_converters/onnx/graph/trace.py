@@ -15,7 +15,7 @@ from loraformat_converters.onnx.graph.model import FLOATS
 from loraformat_converters.onnx.graph.operators import attribute
 from loraformat_converters.onnx.graph.scopes import STANDARD, Scope
 
-__all__ = ["CODES", "Trace", "Value", "trace"]
+__all__ = ["CODES", "Trace", "Value", "reshaped", "trace"]
 
 _INTEGERS = ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4", "INT2", "UINT2")
 
@@ -119,7 +119,7 @@ def _step(before: Trace, node: onnx.NodeProto, value: str, scope: Scope) -> Trac
     if op == "Unsqueeze":
         return _unsqueezed(before, node, scope) or between
     if op == "Reshape":
-        shape = _reshaped(before.shape, node, scope)
+        shape = reshaped(before.shape, node, scope)
         return between if shape is None else _regrouped(before, shape)
     if op == "Cast":
         return _cast(before, attribute(node, "to", 0)) or between
@@ -166,7 +166,8 @@ def _dequantised(node: onnx.NodeProto, scope: Scope) -> int:
     return int(attribute(node, "output_dtype", 0) or (scale.dtype if scale else TensorProto.FLOAT))
 
 
-def _reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tuple[int, ...] | None:
+def reshaped(shape: tuple[int, ...], node: onnx.NodeProto, scope: Scope) -> tuple[int, ...] | None:
+    """The shape that a Reshape gives of another one; None where it is not known, or does not fit."""
     numbers = counted(node.input[1], scope, _shape_of) if len(node.input) > 1 else None
     if numbers is None:
         return None

@@ -22,7 +22,7 @@ from loraformat_converters.onnx.graph.model import FLOATS, array
 from loraformat_converters.onnx.graph.operators import meaning
 from loraformat_converters.onnx.graph.scopes import STANDARD
 from loraformat_converters.onnx.graph.site import Order
-from loraformat_converters.onnx.graph.trace import trace
+from loraformat_converters.onnx.graph.trace import reshaped
 from loraformat_converters.onnx.graph.unpack import Codes, readable, unpacked
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Values:
             return tuple(self.index.roots[name].dims)
         node = self._step(name) if depth < _DEPTH else None
         if node is not None and node.op_type == "Reshape":
-            traced = trace(name, self.index.scopes[0])
-            return traced.shape if traced is not None and traced.refusal is None else None
+            before = self._sizes(node.input[0], depth + 1)
+            return None if before is None else reshaped(before, node, self.index.scopes[0])
         inputs = [self._sizes(other, depth + 1) for other in node.input if other] if node is not None else []
         if node is None or not inputs or any(sizes is None for sizes in inputs):
             return None

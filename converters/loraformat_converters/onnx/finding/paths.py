@@ -1,0 +1,71 @@
+"""The whole path of a module whose node's name tells a part of it only: its own tensors are stored under the whole one.
+
+TorchScript (torch 2.13) names a node by the modules that were called. What holds others without being called is left out, and
+of two that are called alike the second gets a number: ``/q_1/MatMul`` is in ``b.q`` where ``b.q.bias`` is added to it. Of the
+two that PEFT puts around a model, ``base_model.model``, it calls the first only where it knows the task (0.21.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from loraformat_converters.onnx.finding.names import names_of, same_module, second_reading
+from loraformat_converters.onnx.graph.index import Index, Site, Value
+
+__all__ = ["stored_paths", "unwrapped", "wrapper"]
+
+_WRAPPED = re.compile(r"(^|.*?\.)base_model\.model\.")
+
+
+def stored_paths(index: Index) -> Mapping[int, str]:
+    """A site's number → its parameter, where the weight, or the bias that is added to its product, is stored under a whole name."""
+    callers: dict[str, set[str | None]] = {}
+    by_node: dict[int, list[Site]] = {}
+    for site in index.sites:
+        if site.known_operator:
+            callers.setdefault(site.root_name, set()).add(names_of(site, "node_name"))
+            by_node.setdefault(id(site.node), []).append(site)
+    found: dict[int, str] = {}
+    for site in index.sites:
+        called, again = names_of(site, "node_name"), second_reading(site, "node_name")
+        readings = [r for r in (called, again and again.removesuffix(f".{site.parameter}")) if r]
+        nodes = [site.node, *(use.node for use in index.readers(Value(site.scope, site.end.output[0])))]
+        biases = (other for node in nodes for other in by_node.get(id(node), ()) if other.vector)
+        for own in (site, *biases) if called else ():
+            module, _, parameter = own.root_name.rpartition(".")
+            alone = _alone(callers[own.root_name], called)
+            if alone and parameter == own.parameter and any(_within(reading, module) for reading in readings):
+                found.setdefault(site.number, f"{module}.{site.parameter}")
+    return found
+
+
+def _alone(callers: set[str | None], called: str | None) -> bool:
+    """Whether nodes of one name alone use a tensor: equal ones of two modules are stored as one."""
+    return callers == {called}
+
+
+def _within(called: str, module: str) -> bool:
+    """Whether a path is another one with components left out, but not the last; TorchScript numbers those that are called alike."""
+    *rest, last = module.split(".")
+    *parts, own = called.split(".")
+    held = iter(rest)
+    return same_module(last, own) and all(any(same_module(other, part) for other in held) for part in parts)
+
+
+def wrapper(names: Iterable[str]) -> str | None:
+    """What stands in front of ``base_model.model.`` in the names of a model that PEFT wrapped; None of any other model."""
+    return next((found[1] for name in names if (found := _WRAPPED.match(name))), None)
+
+
+def unwrapped(module: str, outside: str | None) -> str:
+    """A module's path in the model that PEFT wrapped.
+
+    >>> unwrapped("base_model.model.lm_head", ""), unwrapped("model.lm_head", ""), unwrapped("model.lm_head", None)
+    ('lm_head', 'lm_head', 'model.lm_head')
+    """
+    if outside is None or not module.startswith(outside):
+        return module
+    inner = module.removeprefix(outside)
+    around = next((w for w in ("base_model.model.", "model.") if inner.startswith(w)), "")
+    return outside + inner.removeprefix(around)
