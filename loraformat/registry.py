@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import NATIVE, Layout, Reading, ReadOptions
 from loraformat.names import nearest
 from loraformat.source import Source, existing, open_source
+from loraformat.walk import adapters_under
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -21,12 +24,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = [
-    "detect", "from_tensors", "layout", "layouts", "load", "loader", "loaders", "markers", "model_config", "open_base",
+    "detect", "from_tensors", "inside", "layout", "layouts", "load", "loader", "loaders", "markers", "model_config", "open_base",
     "read", "read_source", "spaces",
 ]  # fmt: skip
 
 CONFIG = "adapter_config.json"
 """What PEFT and MLX call the configuration beside the tensors."""
+
+_LOOKED_AT = 100
+"""Files under a folder: enough to find a download's adapter, few enough not to be waited for."""
 
 
 @functools.cache
@@ -84,15 +90,38 @@ def markers() -> frozenset[str]:
 
 def detect(source: Source) -> tuple[Layout, str]:
     """The only layout that claims the source, with its evidence; LF-501 none, LF-502 several."""
-    if evidence := NATIVE.detect(source):
-        return NATIVE, evidence
-    claims = [(item, why) for item in layouts().values() if (why := item.detect(source))]
+    claims = _claims(source)
     if len(claims) == 1:
         return claims[0]
     if claims:
         said = "; ".join(f"{item.name} ({why})" for item, why in claims)
         raise fault("LF-502", f"{len(claims)} layouts claim {source.path}: {said}", fix="choose one with --from NAME")
-    raise _unclaimed(source)
+    raise (inside(source.path) if source.file is None else None) or _unclaimed(source)
+
+
+def inside(folder: Path) -> LoraFormatError | None:
+    """LF-501 with up to three adapters that lie in a folder, as in a downloaded repository's snapshots; None without any."""
+    looked = itertools.islice(adapters_under(folder, markers()), _LOOKED_AT)
+    near = list(itertools.islice((str(path) for path in looked if path != folder and _claimed(path)), 3))
+    return (
+        fault("LF-501", f"{folder} itself is no adapter; in it lies {', '.join(near)}", fix="name one")
+        if near
+        else None
+    )
+
+
+def _claimed(path: Path) -> bool:
+    try:
+        return len(_claims(open_source(path))) == 1
+    except (LoraFormatError, OSError):
+        return False
+
+
+def _claims(source: Source) -> list[tuple[Layout, str]]:
+    """The layouts that claim a source, with their evidence; a file of our own is nobody else's."""
+    if evidence := NATIVE.detect(source):
+        return [(NATIVE, evidence)]
+    return [(item, why) for item in layouts().values() if (why := item.detect(source))]
 
 
 def _unclaimed(source: Source) -> LoraFormatError:

@@ -190,6 +190,12 @@ def test_a_folder_around_an_adapter_names_the_adapter(run, tmp_path):
     told = run("info", "models--x")
     assert told.code == 1
     assert "in it lies models--x/snapshots/0a1b" in told.err
+    save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "base.safetensors")
+    merging = ["merge", "models--x", "--into", "base.safetensors", "-o", "out.safetensors"]
+    for words in (merging, ["convert", "models--x", "to.safetensors"]):
+        told = run(*words)
+        assert told.code == 1
+        assert "LF-501  models--x itself is no adapter; in it lies models--x/snapshots/0a1b" in told.err
     assert run("info", "models--x/snapshots/0a1b").code == 0
 
 

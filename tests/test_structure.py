@@ -56,7 +56,7 @@ ORDER = (
     *("identity", "locks", "journal", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("pickled.index", "pickled.distributed", "pickled.write"),
-    *("source", "memory", "layout", "gathered", "loose", "plain_yaml", "base", "loaders", "registry", "walk"),
+    *("source", "memory", "layout", "gathered", "loose", "plain_yaml", "base", "loaders", "walk", "registry"),
     *("resolve", "strength", "placing", "huggingface", "quantised", "rounding", "tiles", "plan", "description"),
     *("patch", "checkpoint.requantised"),
     *("checkpoint.eight_bits", "checkpoint.four_bits", "checkpoint.gptq"),

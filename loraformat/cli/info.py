@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["info"]
 
 _LANGUAGES = ("python", "cpp", "csharp", "js", "genai")
-_LOOKED_AT = 100  # files under a folder: enough to find a download's adapter, few enough not to be waited for
 
 
 @click.command()
@@ -116,22 +112,11 @@ def _base(path: str, error: LoraFormatError) -> Base:
 
 
 def _neither(path: str, error: LoraFormatError, other: LoraFormatError) -> LoraFormatError:
-    """What was tried, and where under a folder an adapter lies, as in a downloaded repository's snapshots."""
-    near = list(itertools.islice((found for found in _claimed_under(Path(path)) if found != str(Path(path))), 3))
-    if near:
-        return fault("LF-501", f"{path} itself is no adapter; in it lies {', '.join(near)}", fix="name one")
-    return LoraFormatError([*error.problems, *other.problems])
-
-
-def _claimed_under(path: Path) -> Iterator[str]:
+    """What was tried; only where an adapter lies in a folder, if one does."""
     from loraformat import registry
-    from loraformat.source import open_source
-    from loraformat.walk import adapters_under
 
-    for found in itertools.islice(adapters_under(path, registry.markers()), _LOOKED_AT):
-        with contextlib.suppress(LoraFormatError, OSError):
-            registry.detect(open_source(found))
-            yield str(found)
+    near = registry.inside(Path(path)) if Path(path).is_dir() else None
+    return near or LoraFormatError([*error.problems, *other.problems])
 
 
 def _show_base(path: str, base: Base, as_json: bool) -> None:
