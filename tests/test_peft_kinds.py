@@ -165,6 +165,58 @@ def test_another_base_than_the_trained_one_fits_in_no_way(tmp_path):
     assert "no ways to give 2 pairs" in problems[0].what
 
 
+def one_by_one(folder, drop=""):
+    """The golden's base as files of Qwen3's mixtures have it: a matrix for each expert, gate and up apart."""
+    folder.mkdir()
+    found = {}
+    for name, tensor in load_file(base_of("target_parameters")).items():
+        stem = name.rpartition(".")[0]
+        if name.endswith("gate_up_proj"):
+            gate, up = np.split(tensor, 2, axis=1)
+            found |= {f"{stem}.{i}.gate_proj.weight": np.ascontiguousarray(g) for i, g in enumerate(gate)}
+            found |= {f"{stem}.{i}.up_proj.weight": np.ascontiguousarray(u) for i, u in enumerate(up)}
+        elif name.endswith("down_proj"):
+            found |= {f"{stem}.{i}.down_proj.weight": np.ascontiguousarray(t) for i, t in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    save_file({name: t for name, t in found.items() if name != drop}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    return lf.open_base(folder)
+
+
+def test_a_base_of_single_experts_tells_which_pair_is_whose(tmp_path):
+    ours = lf.load(adapter_of("target_parameters"), base=one_by_one(tmp_path / "base"))
+    theirs = lf.load(adapter_of("target_parameters"), base=lf.open_base(base_of("target_parameters")))
+    assert ours.keys() == theirs.keys()
+    for key, update in theirs.items():
+        np.testing.assert_array_equal(ours[key].matrix(), update.matrix(), err_msg=key)
+
+
+def test_the_experts_of_a_file_take_their_own_matrices_of_a_stack(tmp_path):
+    base = one_by_one(tmp_path / "base")
+    adapter = lf.load(adapter_of("target_parameters"), base=base)
+    found = lf.retarget(adapter, base=base).adapter
+    stem, whole = "model.layers.0.mlp.experts", adapter["model.layers.0.mlp.experts.gate_up_proj"].matrix()
+    for i in range(3):
+        np.testing.assert_array_equal(found[f"{stem}.{i}.gate_proj.weight"].matrix(), whole[i, :13])
+        np.testing.assert_array_equal(found[f"{stem}.{i}.up_proj.weight"].matrix(), whole[i, 13:])
+
+
+@pytest.mark.parametrize(
+    ("drop", "reason"),
+    [
+        ("1.up_proj", "does not say which pair is whose"),
+        ("0.gate_proj", "does not say which pair is whose"),
+        ("2.down_proj", "no ways to give 2 pairs"),  # as if there were two experts
+    ],
+)
+def test_a_base_that_lacks_an_expert_tells_nothing(drop, reason, tmp_path):
+    base = one_by_one(tmp_path / "base", f"model.layers.0.mlp.experts.{drop}.weight")
+    problems = problems_of(lf.load, adapter_of("target_parameters"), base=base)
+    assert [(p.rule, p.where) for p in problems] == [("LF-504", "model.layers.0.mlp.experts")]
+    assert reason in problems[0].what
+
+
 def test_a_name_without_a_dot_means_a_parameter_only_where_the_base_has_it(tmp_path):
     folder = changed("target_parameters_one", tmp_path / "adapter", target_parameters=["down_proj"])
     adapter = lf.load(folder, base=lf.open_base(base_of("target_parameters_one")))

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import loraformat as lf
 from loraformat import Adapter, Lora, Update
 from loraformat.axes import Placement
+from loraformat.testing import relative_error
 
 VISION = {
     "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20, "image_size": 8,
@@ -144,6 +145,46 @@ def test_a_merge_into_the_file_is_the_merge_in_memory(make, tmp_path):
         if name in adapter:
             wanted = adapter[name].apply(wanted)
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
+def test_what_peft_trains_on_stacks_is_merged_into_the_experts_of_a_file(make, tmp_path):
+    """PEFT's file says not which pair is whose; the experts, which the base stores one by one, do."""
+    import peft
+    import torch
+
+    torch.manual_seed(0)
+    model, ids = make().eval(), torch.arange(2, 30).reshape(2, 14)
+    model.set_experts_implementation("eager")  # torch 2.13 groups products of rows of 16 bytes only
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "base")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=parameters)
+    trained = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in (p for p in trained.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.3)
+        wanted = trained(ids).logits.numpy()
+    trained.save_pretrained(tmp_path / "adapter")
+    base = lf.open_base(tmp_path / "base")
+    found = lf.retarget(lf.load(tmp_path / "adapter", base=base), base=base)
+    lf.merge(found.adapter, base, tmp_path / "merged")
+    assert lf.verify(base, found.adapter, lf.open_base(tmp_path / "merged")).problems == []
+    with torch.no_grad():
+        again, plain = (
+            type(model).from_pretrained(tmp_path / folder, experts_implementation="eager").eval()(ids).logits.numpy()
+            for folder in ("merged", "base")
+        )
+    assert relative_error(again, wanted) <= 1e-5 < 0.1 < relative_error(plain, wanted)
+    trained.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("merged", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert relative_error(ours[name], tensor) <= 1e-6, name
 
 
 @pytest.mark.peer

@@ -85,6 +85,7 @@ ORDER = (
         "naming.cut",
         "naming.fuse",
         "naming.stacked",
+        "naming.made",
         "naming.transposed",
         "naming.translate",
         "naming.decoders",

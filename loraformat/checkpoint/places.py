@@ -102,7 +102,12 @@ class Places:
             what = (
                 f"the base has no tensor {weight}: it stores each expert by itself, and the adapter changes their stack"
             )
-            return fault("LF-602", what, where=key, fix="merge with PEFT, whose model holds the stack")
+            return fault(
+                "LF-602",
+                what,
+                where=key,
+                fix="loraformat retarget ADAPTER --base BASE -o OUT takes the stack apart: merge OUT",
+            )
         why = " (the name was assumed from the module's path)" if "name" in update.assumed else ""
         stub = f'--names map.json with {{"{key}": "{close[0] if close else "NAME"}"}}'
         return fault(

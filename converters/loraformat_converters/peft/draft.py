@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from loraformat import registry
 from loraformat.adapter import Adapter
 from loraformat.dtypes import dtype_name
 from loraformat.gathered import Gathered
+from loraformat.naming.made import stacks
 from loraformat.scale import ScaleRule
 from loraformat.shapes import FLOATS
 from loraformat_converters.peft import config as configs
@@ -44,6 +46,14 @@ class Draft(Gathered):
         """Shape of every parameter of the base; empty without one."""
         base = self.options.base
         return {name: p.shape for name, p in base.parameters().items()} if base is not None else {}
+
+    def stacks(self, wanted: Collection[str]) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of parameters of the model, those too that it stacks of what the base stores one by one."""
+        base, found = self.options.base, {name: self.shapes[name] for name in wanted if name in self.shapes}
+        if base is None or len(found) == len(wanted):
+            return found
+        config = self.options.config or registry.model_config(base)
+        return stacks(wanted, self.shapes, config, registry.spaces().values()) | found
 
     def setting(self, name: str) -> Any:
         """A key of the configuration, or None."""

@@ -71,12 +71,14 @@ def _assigned(
     if len(names) == 1:
         yield names[0], pairs[0]
         return
-    shapes = [draft.shapes.get(f"{module}.{name}") for name in names]
+    stored = draft.stacks([f"{module}.{name}" for name in names])
+    shapes = [stored.get(f"{module}.{name}") for name in names]
     if None in shapes:
         what = f"{len(names)} parameters are adapted ({', '.join(names)}); the file does not say which pair is whose"
         draft.say("LF-504", what, module, "give the base, whose shapes tell: --base, or lf.load(…, base=…)")
         return
-    ways = [way for way in itertools.permutations(pairs) if all(map(_fits, shapes, way))]
+    ranks = [draft.config.rank(f"{module}.{name}") if draft.config else None for name in names]
+    ways = [way for way in itertools.permutations(pairs) if all(map(_fits, shapes, way, ranks))]
     if len({tuple(map(id, itertools.chain(*way))) for way in ways}) != 1:
         what = f"{len(ways) or 'no'} ways to give {len(pairs)} pairs to {', '.join(names)} fit the shapes of the base"
         draft.say("LF-504", what, module, "is this the base that the adapter was trained on?" if not ways else "")
@@ -84,13 +86,14 @@ def _assigned(
     yield from zip(names, ways[0], strict=True)
 
 
-def _fits(shape: tuple[int, ...] | None, pair: tuple[Array, Array]) -> bool:
+def _fits(shape: tuple[int, ...] | None, pair: tuple[Array, Array], rank: int | None) -> bool:
     a, b = pair
     if shape is None or len(shape) not in (2, 3):
         return False
     if len(shape) == 2:
         return shape == (b.shape[0], a.shape[1])
-    return a.shape[0] % shape[0] == 0 and shape[1:] in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0]))
+    held = a.shape[0] == shape[0] * rank if rank else a.shape[0] % shape[0] == 0
+    return held and shape[1:] in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0]))
 
 
 def _add(key: str, a: Array, b: Array, draft: Draft) -> None:
