@@ -216,7 +216,7 @@ def experts_are_ranked_first(patch):
 
 
 def the_outermost_pair_is_taken_for_the_first_parameter(patch):
-    patch.setattr(experts, "_assigned", lambda module, names, pairs, draft: zip(names, pairs[::-1], strict=True))
+    patch.setattr(experts, "_assigned", lambda module, names, pairs, *rest: zip(names, pairs[::-1], strict=True))
 
 
 def rows_are_not_sorted(patch):

@@ -202,6 +202,18 @@ def test_the_experts_of_a_file_take_their_own_matrices_of_a_stack(tmp_path):
         np.testing.assert_array_equal(found[f"{stem}.{i}.up_proj.weight"].matrix(), whole[i, 13:])
 
 
+def test_the_commands_take_the_shapes_of_the_base_that_they_are_given(run, tmp_path):
+    one_by_one(tmp_path / "base")
+    adapter, stacked = str(adapter_of("target_parameters")), str(base_of("target_parameters"))
+    told = run("retarget", adapter, "--base", "base", "-o", "own.safetensors")
+    assert told.code == 0, told.err
+    assert run("merge", "own.safetensors", "--into", "base", "-o", "merged").code == 0
+    assert run("bind", adapter, "--base", stacked, "-o", "bound.safetensors").code == 0
+    told = run("merge", adapter, "--into", "base", "-o", "other")
+    assert told.code == 1
+    assert "retarget ADAPTER --base BASE" in told.err
+
+
 @pytest.mark.parametrize(
     ("drop", "reason"),
     [

@@ -196,12 +196,14 @@ def bind(
 ) -> None:
     """Write into FILE what its base says: placement, SHA-256 and sketch of every target. The digest stays the same."""
     from loraformat import registry
+    from loraformat.layout import ReadOptions
     from loraformat.verbs.bind import bind as run
     from loraformat.verbs.convert import save, target_layout
 
-    reading, _, _ = registry.read(file)
+    opened = registry.open_base(base)
+    reading, _, _ = registry.read(file, options=ReadOptions(base=opened))
     with progress_bar("bind", None, quiet=as_json):
-        bound = run(reading.adapter, registry.open_base(base), hints(names, axes), sketches=not no_sketch)
+        bound = run(reading.adapter, opened, hints(names, axes), sketches=not no_sketch)
     destination = out or file
     save(bound, destination, target_layout(destination, "native")[0], force=force)
     following = command("merge", destination, "--into", base, "-o", "OUT")

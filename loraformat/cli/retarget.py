@@ -41,11 +41,13 @@ def retarget(
     from loraformat import registry
     from loraformat.identity import digest
     from loraformat.layout import ReadOptions
+    from loraformat.naming.spaces import TORCH, space_of
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.retarget import retarget as run
 
     opened, own = (registry.open_base(path) if path else None for path in (base, origin))
-    reading, _, _ = registry.read(file, options=ReadOptions(base=own))
+    meant = own or (opened if opened is not None and space_of(opened) == TORCH else None)
+    reading, _, _ = registry.read(file, options=ReadOptions(base=meant))
     stated = names_of(Path(names)) if names else None
     done = run(reading.adapter, space, base=opened, names=stated, origin=own)
     said = save(done.adapter, out, target_layout(out, layout)[0], force=force)

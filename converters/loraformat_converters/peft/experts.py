@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
+    Shapes = Mapping[str, tuple[int, ...]]
 
 __all__ = ["parameters", "read"]
 
@@ -37,15 +38,16 @@ def parameters(module: str, nested: Mapping[int, Roles], draft: Draft) -> list[s
     names = {name.rpartition(".")[2] for name in meant if f".{module}.{name.rpartition('.')[2]}".endswith(f".{name}")}
     if draft.shapes:
         known = {name for name in names if f"{module}.{name}" in draft.shapes}
-        return sorted(known) if known or f"{module}.weight" in draft.shapes else sorted(names)
+        if known or f"{module}.weight" in draft.shapes:
+            return sorted(known)
     dotted = {name.rpartition(".")[2] for name in meant if "." in name} & names
     if dotted or len(nested) > 1 or max(nested):
         return sorted(names)
     return []
 
 
-def read(module: str, names: Sequence[str], nested: Mapping[int, Roles], draft: Draft) -> None:
-    """A pair for each of the parameters, each by its own name."""
+def read(module: str, names: Sequence[str], nested: Mapping[int, Roles], draft: Draft, shapes: Shapes) -> None:
+    """A pair for each of the parameters, each by its own name. ``shapes``: of those that share their module."""
     pairs: list[tuple[Array, Array]] = []
     for roles in nested.values():
         if set(roles) != {"lora_A.weight", "lora_B.weight"}:
@@ -60,18 +62,17 @@ def read(module: str, names: Sequence[str], nested: Mapping[int, Roles], draft: 
         what = f"{len(pairs)} pairs, and target_parameters means {', '.join(names)} of this module"
         draft.say("LF-507", what, module)
         return
-    for name, (a, b) in _assigned(module, names, pairs, draft):
+    for name, (a, b) in _assigned(module, names, pairs, draft, shapes):
         _add(f"{module}.{name}", a, b, draft)
 
 
 def _assigned(
-    module: str, names: Sequence[str], pairs: Sequence[tuple[Array, Array]], draft: Draft
+    module: str, names: Sequence[str], pairs: Sequence[tuple[Array, Array]], draft: Draft, stored: Shapes
 ) -> Iterator[tuple[str, tuple[Array, Array]]]:
     """Which pair is whose: the only way in which all fit the shapes of the base."""
     if len(names) == 1:
         yield names[0], pairs[0]
         return
-    stored = draft.stacks([f"{module}.{name}" for name in names])
     shapes = [stored.get(f"{module}.{name}") for name in names]
     if None in shapes:
         what = f"{len(names)} parameters are adapted ({', '.join(names)}); the file does not say which pair is whose"

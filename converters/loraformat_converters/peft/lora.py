@@ -41,10 +41,11 @@ def read(found: Mapping[Name, Roles], draft: Draft) -> None:
     ordered = sorted(found, key=lambda name: (name.module, name.depth))
     modules = {m: {n.depth: found[n] for n in places} for m, places in itertools.groupby(ordered, lambda n: n.module)}
     parameters = {module: experts.parameters(module, nested, draft) for module, nested in modules.items()}
+    shapes = draft.stacks([f"{m}.{name}" for m, names in parameters.items() if len(names) > 1 for name in names])
     attentions = {m for m in attention.modules(found) if m in modules and not parameters[m]}
     for module, nested in modules.items():
         if parameters[module]:
-            experts.read(module, parameters[module], nested, draft)
+            experts.read(module, parameters[module], nested, draft, shapes)
         elif len(nested) > 1 or max(nested):
             what = "factors of several parameters of one module, and no target_parameters names them"
             draft.say("LF-506", what, module)
