@@ -30,6 +30,7 @@ class ReadOptions:
         base: is asked for the shapes of its parameters where a source leaves open which of them a tensor belongs to.
         config: the ``config.json`` of the base model, for what a layout takes from it, such as the number of heads.
         split_qkv: how many trained pairs a fused query-key-value pair was put together from.
+        model: what it was written for: a model with inputs for an adapter (``--for``).
     """
 
     alpha: float | None = None
@@ -38,6 +39,7 @@ class ReadOptions:
     base: Base | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     split_qkv: int | None = None
+    model: Base | None = None
 
 
 @dataclass(frozen=True, slots=True)

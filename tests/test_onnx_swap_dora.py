@@ -123,7 +123,51 @@ def test_an_adapter_written_for_the_model_later_is_the_one_that_attach_writes(tm
     told = run("convert", "a.safetensors", "b.onnx_adapter", "--fold-scale")
     assert (told.code, "LF-508" in told.err, "--for MODEL.onnx" in told.err) == (1, True, True)
     told = run("convert", "a.onnx_adapter", "c.safetensors")
-    assert (told.code, "LF-506" in told.err, "keep the adapter's own file" in told.err) == (1, True, True)
+    assert (told.code, "LF-506" in told.err, "--for MODEL.onnx, for which it was written" in told.err) == (
+        1,
+        True,
+        True,
+    )
+    assert run("convert", "a.onnx_adapter", "c.safetensors", "--for", "out.onnx").code == 0
+    same_merge(load(tmp_path / "c.safetensors"), dora(), base, tmp_path)
+
+
+def same_merge(one, other, base, folder, limit=3e-6):
+    """Both are DoRAs, and change the base alike."""
+    merge(one, base, folder / "one.onnx", force=True)
+    merge(other, base, folder / "other.onnx", force=True)
+    found, wanted, off = (run(session(path)) for path in (folder / "one.onnx", folder / "other.onnx", base.path))
+    assert one[KEY].kind == other[KEY].kind == "dora"
+    assert relative_error(found, wanted) <= limit < 0.01 < relative_error(wanted, off)
+
+
+@pytest.mark.parametrize("name", RESCALED)
+@pytest.mark.parametrize("pad", [None, 4])
+def test_a_dora_is_read_back_by_the_weights_of_its_model(name, pad, tmp_path):
+    text, place = GRAPHS[name]
+    base = open_base(save(model(text), tmp_path / "base.onnx"))
+    put(base, tmp_path / "out.onnx", [("dora", dora(place))], pad_rank=pad)
+    lf.convert(tmp_path / "out.dora.onnx_adapter", tmp_path / "back.safetensors", model=tmp_path / "out.onnx")
+    same_merge(load(tmp_path / "back.safetensors"), dora(place), base, tmp_path)
+
+
+def test_a_dora_for_another_model_is_not_read_by_the_weights_of_this_one(tmp_path):
+    for n in (1, 2):
+        base = open_base(save(model(MATMUL, seed=n), tmp_path / f"base{n}.onnx"))
+        put(base, tmp_path / f"out{n}.onnx", [("dora", dora())])
+    with pytest.raises(LoraFormatError, match=r"LF-607.*another model"):
+        lf.convert(tmp_path / "out1.dora.onnx_adapter", tmp_path / "back.safetensors", model=tmp_path / "out2.onnx")
+
+
+def test_where_the_ratio_is_0_nothing_is_left_of_b(tmp_path):
+    base = open_base(save(model(MATMUL), tmp_path / "base.onnx"))
+    none = updates.made("dora", LINEAR)
+    length = np.ones(7, np.float32)
+    length[3] = 0
+    given = Adapter({KEY: lf.Update((none["lora"], lf.Magnitude(length)), none.placement)})
+    put(base, tmp_path / "out.onnx", [("dora", given)])
+    with pytest.raises(LoraFormatError, match=r"LF-506.*is 0 in places"):
+        lf.convert(tmp_path / "out.dora.onnx_adapter", tmp_path / "back.safetensors", model=tmp_path / "out.onnx")
 
 
 def test_a_pair_in_a_file_for_slots_with_gains_is_read(tmp_path):

@@ -102,7 +102,10 @@ def init_(
 )
 @click.option("--base", metavar="BASE", help="Bind to this base: write how each matrix lies in its tensor.")
 @click.option(
-    "--for", "model", metavar="MODEL", help="The model with inputs for adapters that DST is for (.onnx_adapter)."
+    "--for",
+    "model",
+    metavar="MODEL",
+    help="The model with inputs for adapters that DST, or SRC, is for (.onnx_adapter).",
 )
 @click.option("--alpha", type=float, metavar="A", help="For a source that states no alpha.")
 @click.option("--rank", type=int, metavar="R", help="The rank that the source must have.")
@@ -163,7 +166,8 @@ def convert(
     what = " · ".join([f"{done.source.name} → {done.destination.name} ({why})", *_changed(done.adapted)])
     more = {"residuals": dict(done.adapted.residuals), "dropped": list(done.adapted.dropped)}
     # What was written for one model is run with it, and a DoRA's file says nothing without it.
-    told = command("info", model, "--how", "python") if model else command("info", destination)
+    written = model if model and done.destination.name == "onnx_adapter" else None
+    told = command("info", written, "--how", "python") if written else command("info", destination)
     _proof(done.adapter, destination, what, as_json, told, done.warnings, more, done.digest)
 
 

@@ -63,7 +63,8 @@ def convert(
         base: a path; it also tells the reader shapes that the source leaves open. Of a ``config.json`` alone, what the
             layouts take from that: nothing is bound.
         hints: what is known of the base.
-        model: a path, of a model with inputs for adapters: by its names and in its dtypes is written.
+        model: a path, of a model with inputs for adapters: by its names and in its dtypes is written, and what was written so is
+            read by its weights.
         adapt: another form of the same change, see ``loraformat.verbs.adapt``.
 
     Raises:
@@ -77,7 +78,8 @@ def convert(
     elif base is not None:
         opened = registry.open_base(base)
         options = replace(options, base=opened, config=registry.model_config(opened))
-    reading, layout, _ = registry.read(source, from_layout, options)
+    runs = registry.open_base(model) if model is not None else None
+    reading, layout, _ = registry.read(source, from_layout, replace(options, model=runs))
     adapter = reading.adapter
     if opened is not None:
         adapter = bind(_named(adapter, {space_of(opened)}, opened, options.config), opened, hints)
@@ -85,7 +87,6 @@ def convert(
         raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
     adapted = adapt(adapter)
     adapted = replace(adapted, adapter=_named(adapted.adapter, to.names, opened, options.config))
-    runs = registry.open_base(model) if model is not None else None
     told = WriteOptions(opened, options.config, model=runs)
     output = _output(adapted.adapter, destination, to, told)
     with digesting(adapted.adapter) as digest:

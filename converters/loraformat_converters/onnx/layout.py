@@ -14,7 +14,7 @@ from loraformat.updates import Update
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching.pairs import laid, pair_of
 from loraformat_converters.onnx.attaching.slot_names import inputs_of, is_olives, key_of
-from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.attaching.slots import OWN, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,8 +35,8 @@ __all__ = ["OnnxAdapter", "layout"]
 class OnnxAdapter:
     """ONNX Runtime's file: A [in, r] and B [r, out] with the scale in B, by the names of a model's inputs.
 
-    Of a DoRA it holds m/‖V‖ − 1, and B times m/‖V‖, which are of one model's weights: it is written for a model, and the
-    magnitude cannot be read back.
+    Of a DoRA it holds m/‖V‖ − 1, and B times m/‖V‖, which are of one model's weights: it is written for a model, and read
+    back with that model at hand.
     """
 
     name = "onnx_adapter"
@@ -60,6 +60,8 @@ class OnnxAdapter:
         """
         assert source.file is not None
         contents = tort.read(source.file)
+        if options.model is not None and _has_gain(contents):
+            return Reading(_trained(contents, options.model, source))
         pairs, problems = _pairs(contents.tensors)
         scale = _OF_B
         if _is_olives(contents):
@@ -113,6 +115,20 @@ class OnnxAdapter:
 layout = OnnxAdapter()
 
 
+def _has_gain(contents: tort.Contents) -> bool:
+    """Whether a target of it is a DoRA."""
+    return any(tensor.any() for name, tensor in contents.tensors.items() if (key_of(name) or ("", ""))[1] == "gain")
+
+
+def _trained(contents: tort.Contents, model: Base, source: Source) -> Adapter:
+    """With the magnitudes that the weights of its model tell; LF-607 of another model."""
+    slots = _slots_of(model)
+    if contents.model_version != slots.version:
+        what = f"it was written for another model than {model.path}, whose weights are others"
+        raise fault("LF-607", what, where=str(source.path), fix=OWN)
+    return slots.trained(slots.read(contents.tensors), model.norms)  # type: ignore[attr-defined]
+
+
 _OF_B: tuple[float, ScaleRule] = (1.0, "factor")
 
 
@@ -149,7 +165,7 @@ def _pairs(tensors: Mapping[str, Array]) -> tuple[dict[str, tuple[Array, Array]]
             problems.append(Problem("LF-506", "the tensor has a name of no known style", name, fix))
         elif found[1] == "gain":
             if tensor.any():  # zeros are what required slots take where the adapter is no DoRA
-                fix = "keep the adapter's own file"
+                fix = f"--for MODEL.onnx, for which it was written, tells V; or {OWN}"
                 problems.append(Problem("LF-506", "it is m/‖V‖ − 1 of a DoRA, whose V is the model's", found[0], fix))
         elif found[1] in sides.setdefault(found[0], {}):
             problems.append(Problem("LF-507", f"two tensors are the {found[1]} of one target", found[0]))

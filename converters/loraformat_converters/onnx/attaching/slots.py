@@ -15,6 +15,7 @@ import numpy as np
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
+from loraformat.parts import Magnitude
 from loraformat.sketch import ACCEPT, SIZE, cosine
 from loraformat_converters.onnx.attaching.pairs import folded, laid
 from loraformat_converters.onnx.attaching.slot import Gain, Slot
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Norms = Callable[[Gain, Update], Array]
 
-__all__ = ["Fed", "Slots"]
+__all__ = ["OWN", "Fed", "Slots"]
+
+OWN = "keep the adapter's own file"
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,24 @@ class Slots:
             if gain is not None:
                 gains[key] = gain
         return Fed(Adapter(targets), gains)
+
+    def trained(self, fed: Fed, norms: Norms) -> Adapter:
+        """The adapter of which ``fed`` was made, within one rounding: with the magnitude m = (1 + gain)·‖V‖ where there is a gain.
+
+        Raises:
+            LoraFormatError: LF-506 a gain of −1, behind which nothing is left of B; LF-608 V cannot be computed.
+        """
+        targets = dict(fed.pairs.items())
+        for key, gain in fed.gains.items():
+            ratio, slot = 1 + gain.astype(np.float64), self.slots[key]
+            if not ratio.all() or slot.gain is None:
+                raise fault("LF-506", "m/‖V‖ is 0 in places: what B was there is lost", where=key, fix=OWN)
+            update = _rescaled(targets[key], 1 / ratio)
+            b = update["lora"].lora_B.astype(targets[key]["lora"].lora_B.dtype)
+            update = replace(update, parts=(replace(update["lora"], lora_B=b), Magnitude(ratio)))
+            length = Magnitude((ratio * norms(slot.gain, update)).astype(np.float32))
+            targets[key] = replace(update, parts=(update["lora"], length))
+        return replace(fed.pairs, targets=targets)
 
     def _missing(self, key: str) -> Slot:
         close = nearest(key, self.slots, 2)
