@@ -11,7 +11,7 @@ from mutants import net
 from loraformat_converters.onnx.changing import spots
 from loraformat_converters.onnx.graph import index as onnx_index
 from loraformat_converters.onnx.graph import quantised as onnx_quantised
-from loraformat_converters.onnx.graph import trace, unpack
+from loraformat_converters.onnx.graph import trace, unpack, values
 from loraformat_converters.onnx.graph.nodes import Nodes
 
 READ = ("MatMulInteger", "ConvInteger", "a square QGemm", "GatherBlockQuantized 4")
@@ -110,7 +110,8 @@ def any_code_is_a_weight(patch):
 
 
 def a_reshape_moves_nothing(patch):
-    patch.setattr(trace, "_reshaped", lambda shape, node, scope: (shape[-1], shape[0] * shape[1]))
+    for module in (trace, values):
+        patch.setattr(module, "reshaped", lambda shape, node, scope: (shape[-1], shape[0] * shape[1]))
 
 
 def every_change_is_of_the_first_rows(patch):

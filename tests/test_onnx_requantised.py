@@ -16,7 +16,7 @@ from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import prove
-from loraformat.verbs.merge import merge, prepare
+from loraformat.verbs.merge import attach, merge, prepare
 from loraformat.verbs.verify import verify
 
 ROWS = np.repeat(PER_OUT[:, None].astype(np.float64), IN, 1)
@@ -174,6 +174,52 @@ def test_a_use_that_gives_8_bits_takes_a_merge_though_no_branch(tmp_path):
         prepare("attach", [("default", ours)], base, Options(tmp_path / "out.onnx"))
     merge(ours, base, tmp_path / "out.onnx", requantize=True)
     assert not np.array_equal(*(outputs(session(tmp_path / name))["c"] for name in ("out.onnx", "base.onnx")))
+
+
+def looked_up(folder):
+    """What ONNX Runtime's quantiser makes of a product of a table's rows: they go on in 8 bits."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    made = model("""g (int64[N,T] x) => (float[N,T,7] y) <float[30,16] t, float[16,7] w, float[7] b>
+      { ["/emb/Gather"] h = Gather(t, x)  ["/q/MatMul"] v = MatMul(h, w) ["/q/Add"] y = Add(v, b) }""")
+    quantize_dynamic(save(made, folder / "float.onnx"), folder / "base.onnx", weight_type=QuantType.QInt8)
+    assert onnx.load(folder / "base.onnx").graph.node[-1].op_type == "Add"
+    return folder / "base.onnx"
+
+
+def test_a_weight_that_multiplies_rows_in_8_bits_takes_a_merge_though_no_branch(tmp_path):
+    """The two scales are one product of the graph: which is the weight's, its name tells."""
+    path, given = looked_up(tmp_path), lf.Adapter({"q.weight": lora(7, 16, alpha=0.5)})
+    merge(given, open_base(path), tmp_path / "out.onnx", requantize=True)
+    stored, found = (
+        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer}
+        for p in (path, tmp_path / "out.onnx")
+    )
+    step, zero = float(stored["w_scale"]), float(stored["w_zero_point"])
+    wanted = (stored["w_quantized"] - zero) * step + given["q.weight"].matrix().T
+    codes = np.clip(np.rint(wanted / step) + zero, -127, 127)  # the quantiser gives none that is lower
+    assert np.array_equal(found.pop("w_quantized"), codes)
+    assert all(np.array_equal(tensor, stored[name]) for name, tensor in found.items())
+    assert not verify(open_base(path), given, open_base(tmp_path / "out.onnx")).problems
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*no float of it is at hand.*\n.*merge it: --requantize"):
+        attach(given, open_base(path), tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("verb", ["merge", "attach"])
+def test_a_table_whose_rows_go_on_in_8_bits_is_refused_with_a_way(verb, tmp_path):
+    given = lf.Adapter({"emb.weight": lf.Update(lora(16, 30).parts, op="embedding")})
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*its weight is UINT8.*\n.*as it was before quantisation"):
+        {"merge": merge, "attach": attach}[verb](given, open_base(looked_up(tmp_path)), tmp_path / "out.onnx")
+
+
+def test_scales_whose_names_are_others_tell_nothing(tmp_path):
+    path = looked_up(tmp_path)
+    made = onnx.load(path)
+    for node in made.graph.node:
+        node.input[:] = ["s" if name == "w_scale" else name for name in node.input]
+    next(t for t in made.graph.initializer if t.name == "w_scale").name = "s"
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*in steps that are not known exactly"):
+        merge(lf.Adapter({"q.weight": lora(7, 16)}), open_base(save(made, path)), tmp_path / "o.onnx", requantize=True)
 
 
 def test_external_codes_are_written_beside_the_model(tmp_path):

@@ -19,6 +19,8 @@ __all__ = ["obstacles"]
 
 _WAY = "--requantize rounds to its steps, and says what survives"
 
+_BEFORE = "put it into the model as it was before quantisation, or leave this weight out of that"
+
 _ATTACH = "attach it: the change then runs beside the weight"
 
 _SCATTER = 11
@@ -65,7 +67,9 @@ def _obstacle(verb: str, change: Change, sites: tuple[Site, ...], requantises: R
     asked = requantises is not None
     refused = next((site for site in sites if site.refusal and not (asked and site.refusal == site.apart)), None)
     if refused is not None:
-        way = _WAY if verb == "merge" and refused.refusal == refused.apart else ""
+        way = _BEFORE if refused.root.data_type in CODES else ""
+        if refused.refusal == refused.apart:
+            way = _WAY if verb == "merge" else f"merge it: {_WAY}; or {_BEFORE}"
         yield Problem("LF-608", f"{refused.node.name or refused.operator}: {refused.refusal}", key, way)
     if not in_codes:
         yield from _sealed(verb, change, sites, asked=asked)

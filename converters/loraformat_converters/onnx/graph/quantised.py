@@ -176,9 +176,12 @@ def _scaled(node: onnx.NodeProto, scope: Scope, reader: Reader) -> tuple[onnx.No
         return None
     scales = next((_producer(name, scope) for name in end.input if name != cast.output[0]), None)
     rounded = _producer(_input(node, 0), scope)
-    if scales is None or scales.op_type != "Mul" or rounded is None or len(rounded.output) < 2:
+    if scales is None or scales.op_type != "Mul" or rounded is None:
         return None
-    mine = [name for name in scales.input if name != rounded.output[1]]
+    if len(rounded.output) > 1:
+        mine = [name for name in scales.input if name != rounded.output[1]]
+    else:  # x is rows of a table in 8 bits, of which nothing but their names tells the scales apart (quantize_dynamic 1.32)
+        mine = [name for name in scales.input if name == f"{_input(node, 1).removesuffix('_quantized')}_scale"]
     if len(mine) != 1 or scope.home(mine[0], "constant") is None:
         return None
     return end, mine[0]
