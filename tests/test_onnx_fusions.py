@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 from graphs import adapter, model, save
+from onnx import numpy_helper, parser
 
 import loraformat as lf
 from loraformat.base import Options
@@ -51,3 +53,27 @@ def test_the_command_says_it(run, tmp_path):
     said = run(*words, "--verify", "--json").json
     assert said["proof"]["unfused"] == {"com.microsoft.BiasGelu": [2, 0]}
     assert np.isfinite(said["proof"]["error"])
+
+
+def test_a_model_of_any_size_is_counted(tmp_path):
+    """More than a file of ONNX holds, as zeros that take no place."""
+    n, layers = 8192, 9
+    held = ", ".join(f"float[{n},{n}] w{i}" for i in range(layers))
+    lines = " ".join(
+        f'["/m/{i}/MatMul"] h{i} = MatMul(g{i}, w{i}) a{i} = Add(h{i}, b) g{i + 1} = com.microsoft.Gelu(a{i})'
+        for i in range(layers)
+    )
+    made = parser.parse_model(f"""<ir_version: 10, opset_import: ["": 18, "com.microsoft": 1]>
+      g (float[N,T,{n}] g0) => (float[N,T,{n}] g{layers}) <{held}, float[{n}] b> {{ {lines} }}""")
+    del made.graph.value_info[:]
+    for i in range(layers):
+        tensor = onnx.TensorProto(name=f"w{i}", dims=[n, n], data_type=1, data_location=1)
+        for key, value in (("location", "w.bin"), ("offset", 4 * n * n * i), ("length", 4 * n * n)):
+            tensor.external_data.add(key=key, value=str(value))
+        made.graph.initializer.append(tensor)
+    made.graph.initializer.append(numpy_helper.from_array(np.zeros(n, np.float32), "b"))
+    with open(tmp_path / "w.bin", "wb") as file:
+        file.truncate(4 * n * n * layers)
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    base.apply(prepare("attach", [("default", adapter({"m.3.weight": (n, n)}))], base, Options(tmp_path / "out.onnx")))
+    assert unfused(base.path, tmp_path / "out.onnx") == {"com.microsoft.BiasGelu": (layers, layers - 1)}

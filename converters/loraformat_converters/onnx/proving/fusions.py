@@ -9,14 +9,9 @@ from pathlib import Path
 
 import onnx
 
-from loraformat_converters.onnx.graph.model import external
 from loraformat_converters.onnx.graph.operators import operator
-from loraformat_converters.onnx.graph.scopes import tensors
 
 __all__ = ["unfused"]
-
-_LARGEST = 1 << 30
-"""Bytes of a model that is looked at: the runtime writes down all of what it runs, and a file holds 2 GiB."""
 
 
 def unfused(base: Path, attached: Path) -> Mapping[str, tuple[int, int]]:
@@ -31,16 +26,15 @@ def unfused(base: Path, attached: Path) -> Mapping[str, tuple[int, int]]:
 
 
 def _fused(path: Path) -> Counter[str] | None:
-    """The operators that the optimised graph has more than the graph, on the CPU; None of a model that is too large or does not run there."""
+    """The operators that the optimised graph has more than the graph, on the CPU; None of a model that does not run there."""
     import onnxruntime
 
     model = onnx.load(str(path), load_external_data=False)
-    places = (external(tensor, path.parent) for tensor in tensors(model))
-    if path.stat().st_size + sum(place.length for place in places if place is not None) > _LARGEST:
-        return None
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
+    # What is written refers to external data where that lies (1.32), and is not run: a large model is neither copied nor packed.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         try:
