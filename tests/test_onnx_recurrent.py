@@ -204,3 +204,12 @@ def test_what_is_no_sum_is_refused(verb, tmp_path):
     base = open_base(save(graph("GRU", 1, held), tmp_path / "base.onnx"))
     with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*its gates lie in another order, and dora is no sum"):
         VERBS[verb](lf.Adapter({"lstm.weight_ih_l0": dora}), base, tmp_path / "out.onnx")
+
+
+@both_verbs
+def test_one_of_the_two_biases_is_refused_with_a_way(verb, tmp_path):
+    held = parameters("LSTM", 1)
+    base = open_base(save(graph("LSTM", 1, held), tmp_path / "base.onnx"))
+    given = lf.Adapter({"lstm.bias_hh_l0": lf.Update((lf.Replace(held["lstm.bias_hh_l0"]),))})
+    with pytest.raises(lf.LoraFormatError, match=r"LF-602 .*two biases in one tensor.*\n.*then export"):
+        VERBS[verb](given, base, tmp_path / "out.onnx")

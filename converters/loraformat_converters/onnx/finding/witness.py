@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from loraformat.adapter import Adapter
 
 __all__ = ["Names", "Witness", "map_stub"]
+
+_GATES = re.compile(r"\bbias_[ih]h_l\d+(_reverse)?$")
+"""What torch calls the biases of an LSTM, a GRU or an RNN."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,12 @@ class Names:
     def _read_again(self, adapter: Adapter, part: Part | None) -> None:
         """Take the nodes' names in their second reading too, and as stored biases complete them, where more targets are found so."""
         first, once = self.aligned["node_name"], self.tables["node_name"]
+        if len(first.names) == len(adapter) or first.rivals:
+            return
         whole = stored_paths(self.index)
         completed = _table(self.index.sites, "node_name", lambda site, _: whole.get(site.number))
         more = {**_table(self.index.sites, "node_name", second_reading), **once, **completed}
-        found = _aligned(adapter, more, part) if len(more) > len(once) and not first.rivals else first
+        found = _aligned(adapter, more, part) if len(more) > len(once) else first
         if len(found.names) > len(first.names):
             self.tables["node_name"], self.aligned["node_name"] = more, found
 
@@ -99,6 +105,10 @@ class Names:
         spoken = ", ".join(f"{len(table)} by {rung}" for rung, table in self.tables.items() if table)
         close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
         what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
+        if _GATES.search(key) and any(site.node.op_type in ("LSTM", "GRU", "RNN") for site in self.index.sites):
+            what = "the operator has the two biases in one tensor, gates in another order: a change of one is not put there"
+            fix = "merge it into the checkpoint, then export; or leave it out: loraformat convert --drop replace"
+            return fault("LF-602", what, where=key, fix=fix)
         if self.index.compiled:
             what += f"; {len(self.index.compiled)} parts of it are compiled (EPContext): attach before compiling"
         if close:
