@@ -131,6 +131,16 @@ def test_what_peft_puts_around_a_model_is_no_part_of_a_name(node, wrapped, tmp_p
     assert list(extract(open_base(save(made, tmp_path / "base.onnx")))) == [WRAPPED[node] if wrapped else plain]
 
 
+def test_scopes_tell_what_peft_puts_around_a_model_too(tmp_path):
+    text, _ = FORMS["PEFT, a Linear over rows"]
+    made = model(text)
+    for node in made.graph.node:
+        node.name = node.output[0]
+    scopes = ["", "base_model.model", "base_model.model.m.q", "base_model.model.m.q.base_layer", "linear"]
+    made.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=repr(scopes))
+    assert list(extract(open_base(save(made, tmp_path / "base.onnx")))) == [KEY]
+
+
 MAGNITUDE = "base_model.model.q.lora_magnitude_vector.default.weight"
 
 

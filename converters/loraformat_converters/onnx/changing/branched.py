@@ -95,12 +95,13 @@ def _twice(found: list[tuple[str, Site, Branch]]) -> Iterator[Problem]:
 
 def _named(index: Index, found: Iterator[tuple[Site, Branch]]) -> list[tuple[str, Site, Branch]]:
     """Each with what its target is called: by the weight's own module, by the factors' names, else as the weight is stored."""
-    whole, outside = stored_paths(index), wrapper(index.roots)
+    scopes = filter(None, (names_of(site, "name_scopes") for site in index.sites))
+    whole, outside = stored_paths(index), wrapper([*index.roots, *scopes])
 
     def key(site: Site, branch: Branch) -> str:
         stored = names_of(site, "initializer") or site.root_name
-        scopes, node = (parameter_of(site, rung) for rung in MODULES)
-        said = scopes or whole.get(site.number) or node or stored
+        full, called = (parameter_of(site, rung) for rung in MODULES)
+        said = full or whole.get(site.number) or called or stored
         if said.endswith(f".{site.parameter}"):
             module = unwrapped(said.removesuffix(f".{site.parameter}"), outside)
             return f"{_LAYER.sub('', module)}.{site.parameter}"
