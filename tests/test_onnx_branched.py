@@ -281,6 +281,25 @@ def test_a_dora_is_found_with_its_magnitude(biased, tmp_path):
     assert relative_error(placed.apply(np.ascontiguousarray(held["w"].T)), g[:, None] * whole) <= 1e-6
 
 
+@pytest.mark.parametrize("form", ["biased", "bare", "Gemm"])
+def test_a_dora_behind_another_product_is_no_pair_of_it(form, tmp_path):
+    """Two products one after the other look like the factors of a branch, and a bias like what it is added to."""
+    text = rescaled(kept="h" if form == "bare" else "k", biased=form != "bare").replace(
+        "float[N,5] x)", "float[N,4] z)"
+    )
+    text = text.replace("<float[5,7] w,", "<float[4,5] first, float[5,7] w,").replace(
+        "{ [", "{ x = MatMul(z, first) [", 1
+    )
+    if form == "Gemm":
+        text = text.replace('["/m/q/MatMul"] u = MatMul(x, w) h = Add(u, b)', '["/m/q/Gemm"] h = Gemm(x, w, b)')
+        assert "Gemm" in text
+    held = tensors(made := dora(text))
+    found = extract(open_base(save(made, tmp_path / "base.onnx")))
+    assert list(found) == [KEY]
+    assert found[KEY].kind == "dora"
+    assert relative_error(found[KEY].matrix(), float(held["s"]) * (held["a"] @ held["c"]).T) <= 1e-6
+
+
 def test_a_convolution_that_is_rescaled_is_found_too(tmp_path):
     made = dora("""g (float[N,5,11] x) => (float[N,7,L] y)
       <float[7,5,3] w, float[7] b, float[3,5,3] a, float[7,3,1] c, float[1,7,1] g, float one>

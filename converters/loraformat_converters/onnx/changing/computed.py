@@ -64,7 +64,8 @@ class Branches:
 
     def __init__(self, index: Index, values: Values) -> None:
         self.index, self.values, self.walk = index, values, Constants(index, values.folder)
-        plain = [site for site in index.sites if not site.vector and site.like in FORMS]
+        uses = (site for site in index.sites if len(site.node.input) > 1 and site.end.output)
+        plain = [site for site in uses if not site.vector and site.like in FORMS]
         self.doras = Doras(self)
         self.of_node = {id(site.node): site for site in plain}
         self.of_end = {(id(site.scope), site.end.output[0]): site for site in plain}
@@ -115,14 +116,17 @@ class Branches:
 
     def _sums(self, node: onnx.NodeProto, scope: Scope) -> Iterator[tuple[Branch, str]]:
         """Of a sum: (what is a branch, the value that it is added to)."""
-        pairs = [(self.summed(node, scope), node.input[-1])] if node.op_type == "Gemm" else []
-        if is_sum(node):
-            pairs = [(self.branch(node.input[i], scope), node.input[1 - i]) for i in (0, 1)]
-        yield from ((branch, base) for branch, base in pairs if branch is not None)
+        if (inside := self.summed(node, scope)) is not None:
+            yield inside, node.input[2]
+        for i in (0, 1) if is_sum(node) else ():
+            if (branch := self.branch(node.input[i], scope)) is not None:
+                yield branch, node.input[1 - i]
 
     def summed(self, node: onnx.NodeProto, scope: Scope) -> Branch | None:
         """s·B·A·x inside a Gemm that adds its last input: ONNX Runtime makes one of B and its Add."""
-        if node.op_type != "Gemm" or len(node.input) < 3 or attribute(node, "beta", 1.0) != 1.0:
+        if node.op_type != "Gemm" or len(node.input) < 3 or not node.output or attribute(node, "beta", 1.0) != 1.0:
+            return None
+        if scope.home(node.input[2], "constant") is not None:  # its bias
             return None
         return self.branch(node.output[0], scope, summed=True)
 

@@ -9,6 +9,7 @@ The magnitude is g·‖W + s·BA‖, which is computed, within one rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from loraformat_converters.onnx.changing.computed import Branch, Branches
 
     Array = npt.NDArray[Any]
-    Terms = Mapping[Site | Branch | None, Array]
+    Terms = Mapping[Site | None, Array]
 
 __all__ = ["Doras"]
 
@@ -36,7 +37,7 @@ __all__ = ["Doras"]
 class Doras:
     """The DoRAs of one graph.
 
-    A value is read as its terms: what multiplies the product of a weight, a branch, and 1.
+    A value is read as its terms: what multiplies each product of a stored weight, and (None) what is added.
     """
 
     def __init__(self, branches: Branches) -> None:
@@ -47,7 +48,7 @@ class Doras:
     def found(self, scope: Scope) -> Iterator[tuple[Site, Branch]]:
         """(the use of a weight, the pair beside it with its g); a sum that is a part of another one is none of its own."""
         for node in reversed(scope.nodes):
-            if id(node) in self._inside or not (is_sum(node) or self.branches.summed(node, scope)):
+            if id(node) in self._inside or not node.output or not (is_sum(node) or self.branches.summed(node, scope)):
                 continue
             seen: set[int] = set()
             try:
@@ -59,25 +60,17 @@ class Doras:
                 yield dora
 
     def _dora(self, terms: Terms, scope: Scope) -> tuple[Site, Branch] | None:
-        """What terms are, where these are the ones of a DoRA."""
-        site = next((leaf for leaf in terms if isinstance(leaf, Site)), None)
-        branch = next((leaf for leaf in terms if leaf is not None and not isinstance(leaf, Site)), None)
-        if site is None or branch is None or len(terms.keys() - {None}) != 2:
-            return None
-        g, change = _by_channel(terms[site], site), terms[branch]
-        if g is None or not self.branches.beside(site, branch, scope):
-            return None
-        if not self._keeps_bias(site, terms[site], terms.get(None, np.zeros(())), scope):
-            return None
-        if change.ndim == 0:  # B has g in it, which is taken out again
-            return (
-                (site, replace(branch, scale=branch.scale * float(change), ratio=g, inside=True)) if g.all() else None
-            )
-        c = _by_channel(change, site)
-        s = float(c @ g / (g @ g)) if c is not None and g.any() else 0.0
-        if c is None or s == 0 or not _close(site, c, s * g):
-            return None
-        return site, replace(branch, scale=branch.scale * s, ratio=c / s)
+        """What terms are, where these are the ones of a DoRA: two products, one of which is that of a pair."""
+        products = [site for site in terms if site is not None]
+        for site, last in itertools.permutations(products) if len(products) == 2 else ():
+            branch = self.branches.summed(last.node, scope) or self.branches.branch(last.end.output[0], scope)
+            g = _by_channel(terms[site], site)
+            if branch is None or g is None or not self.branches.beside(site, branch, scope):
+                continue
+            if not self._keeps_bias(site, terms[site], terms.get(None, np.zeros(())), scope):
+                return None
+            return _rescaled(site, branch, g, terms[last])
+        return None
 
     def _keeps_bias(self, site: Site, kept: Array, constant: Array, scope: Scope) -> bool:
         """Whether y has the bias of the product once and as it was; one inside the operator is rescaled with the product."""
@@ -92,17 +85,14 @@ class Doras:
 
     def _terms(self, value: str, scope: Scope, seen: set[int], depth: int = 0) -> Terms | None:
         """The terms of a value that is computed of the input; None where it is of anything else as well."""
-        branch = self.branches.branch(value, scope)
-        if branch is not None:
-            return {branch: np.ones(())}
         exact, rows = plain(value, scope), plain(value, scope, AS_ROWS)
         node = producer(exact, scope)
-        if node is not None and (branch := self.branches.summed(node, scope)) is not None:
-            rest = self._terms(node.input[2], scope, seen, depth + 1)
-            return None if rest is None else _plus({branch: np.ones(())}, rest)
         site = self.branches.of_end.get((id(scope), rows))
         if site is not None and ("Conv" not in site.like or exact == rows):
-            return {site: np.ones(())}
+            if self.branches.summed(site.node, scope) is None:
+                return {site: np.ones(())}
+            rest = self._terms(site.node.input[2], scope, seen, depth + 1)
+            return None if rest is None else _plus({site: np.ones(())}, rest)
         if node is None or node.domain not in STANDARD or len(node.input) != 2 or depth > DEPTH:
             return None
         known = [scope.home(name, "constant") is not None for name in node.input]
@@ -127,9 +117,21 @@ class Doras:
 
     def _note_bias(self, one: Terms, other: Terms) -> None:
         """What is added to a product itself."""
-        (leaf, by), *rest = one.items()
-        if isinstance(leaf, Site) and not rest and other.keys() == {None} and by.ndim == 0 and by == 1:
-            self._biases.setdefault(leaf.number, other[None])
+        (site, by), *rest = one.items()
+        if site is not None and not rest and other.keys() == {None} and by.ndim == 0 and by == 1:
+            self._biases.setdefault(site.number, other[None])
+
+
+def _rescaled(site: Site, branch: Branch, g: Array, change: Array) -> tuple[Site, Branch] | None:
+    """The pair with its g; None where what multiplies it is no multiple of g, nor a number, B having g in it already."""
+    if change.ndim == 0:
+        whole = replace(branch, scale=branch.scale * float(change), ratio=g, inside=True)
+        return (site, whole) if g.all() and change else None
+    c = _by_channel(change, site)
+    s = float(c @ g / (g @ g)) if c is not None and g.any() else 0.0
+    if c is None or s == 0 or not _close(site, c, s * g):
+        return None
+    return site, replace(branch, scale=branch.scale * s, ratio=c / s)
 
 
 def _plus(one: Terms, other: Terms) -> Terms:

@@ -30,7 +30,8 @@ def stored_paths(index: Index) -> Mapping[int, str]:
     for site in index.sites:
         called, again = names_of(site, "node_name"), second_reading(site, "node_name")
         readings = [r for r in (called, again and again.removesuffix(f".{site.parameter}")) if r]
-        nodes = [site.node, *(use.node for use in index.readers(Value(site.scope, site.end.output[0])))]
+        given = (Value(site.scope, name) for name in site.end.output[:1])
+        nodes = [site.node, *(use.node for value in given for use in index.readers(value))]
         biases = (other for node in nodes for other in by_node.get(id(node), ()) if other.vector)
         for own in (site, *biases) if called else ():
             module, _, parameter = own.root_name.rpartition(".")
