@@ -85,6 +85,8 @@ class Doras:
 
     def _terms(self, value: str, scope: Scope, seen: set[int], depth: int = 0) -> Terms | None:
         """The terms of a value that is computed of the input; None where it is of anything else as well."""
+        if depth > DEPTH:
+            return None
         exact, rows = plain(value, scope), plain(value, scope, AS_ROWS)
         node = producer(exact, scope)
         site = self.branches.of_end.get((id(scope), rows))
@@ -93,18 +95,19 @@ class Doras:
                 return {site: np.ones(())}
             rest = self._terms(site.node.input[2], scope, seen, depth + 1)
             return None if rest is None else _plus({site: np.ones(())}, rest)
-        if node is None or node.domain not in STANDARD or len(node.input) != 2 or depth > DEPTH:
+        if node is None or node.domain not in STANDARD or len(node.input) != 2:
             return None
         known = [scope.home(name, "constant") is not None for name in node.input]
         if node.op_type not in ("Add", "Sub", "Mul") or all(known) or (node.op_type == "Mul" and not any(known)):
             return None
         seen.add(id(node))
         terms: list[Terms] = []
-        for name, fixed in sorted(zip(node.input, known, strict=True), key=lambda pair: pair[1]):  # constants last
-            found = self._constant(name, scope) if fixed else self._terms(name, scope, seen, depth + 1)
+        for i in sorted((0, 1), key=known.__getitem__):  # constants last
+            name = node.input[i]
+            found = self._constant(name, scope) if known[i] else self._terms(name, scope, seen, depth + 1)
             if found is None:
                 return None
-            terms.append(found if name == node.input[0] or node.op_type != "Sub" else _times(found, -np.ones(())))
+            terms.append(_times(found, -np.ones(())) if node.op_type == "Sub" and i else found)
         if node.op_type == "Mul":
             return _times(terms[0], terms[1][None])
         if node.op_type == "Add":
