@@ -221,6 +221,16 @@ def test_slots_are_fed_doras_of_slices_and_are_off_without(form, options, tmp_pa
     is_left(base, out)
 
 
+def test_doras_of_slices_are_read_back_by_the_weights_of_their_model(form, tmp_path):
+    base, out, weight = base_of(form, tmp_path), tmp_path / "out.onnx", FORMS[form][3]
+    adapter = given("q, and pairs of the others", weight, seed=1)
+    put(base, [("mixed", adapter)], out, mode="swap")
+    lf.convert(out.with_name("out.mixed.onnx_adapter"), tmp_path / "back.safetensors", model=out)
+    found = lf.load(tmp_path / "back.safetensors")
+    assert {key: update.kind for key, update in found.items()} == {key: u.kind for key, u in adapter.items()}
+    assert relative_error(changed(found, weight), changed(adapter, weight)) <= 2e-6
+
+
 def test_only_the_slots_of_doras_have_a_gain(tmp_path):
     base, out = base_of("MatMul, Add", tmp_path), tmp_path / "out.onnx"
     put(base, [("a", given("q, and pairs of the others", MATRIX))], out, mode="swap")
