@@ -1,8 +1,9 @@
 """Writing so that a reader never sees half a file: a temporary name in the same folder, fsync, rename.
 
 Killed at any moment, the old output is still there and whole. A folder cannot be replaced in one step: the old one
-steps aside as ``.NAME.old``, and if the run dies right there the next one puts it back. Temporaries that a killed
-run left are those that nobody holds a lock on; the next run to the same output removes them.
+steps aside as ``.NAME.old``, and if the run dies right there the next one puts it back. A signal that asks the run to end
+waits until that is over. Temporaries that a killed run left are those that nobody holds a lock on; the next run to the
+same output removes them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 from loraformat.errors import fault
 from loraformat.journal import Journal
 from loraformat.locks import hold, locked, take
+from loraformat.stopping import unbroken
 
 __all__ = ["Task", "Writer", "check_free", "check_room", "write_file", "write_folder"]
 
@@ -29,7 +31,10 @@ class Writer(Protocol):
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Refuse before any work is done: LF-702 the output exists, LF-703 its folder does not."""
+    """Refuse before any work is done: LF-702 the output exists; LF-703 its folder does not, or that is no name for it."""
+    if path.name in ("", "-", ".."):
+        what = f"{str(path)!r} is no name for an output: it is written whole or not at all, under a name of its own"
+        raise fault("LF-703", what)
     if os.path.lexists(path) and not force:
         raise fault("LF-702", f"{path} exists", fix="give --force to replace it, or another name")
     if not path.parent.is_dir():
@@ -48,12 +53,15 @@ def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
     check_free(path, force)
     if path.is_dir():
         raise fault("LF-703", f"{path} is a folder; the output is a file")
+    if path.exists() and not path.is_file():
+        raise fault("LF-703", f"{path} is no plain file; the output would take its place")
     with _temporary(path, folder=False) as temporary:
         with open(temporary, "r+b") as file:
             writer(file)
             _flush(file)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with unbroken():
+            os.replace(temporary, path)
+            _sync(path.parent)
 
 
 class Task(Protocol):
@@ -79,10 +87,10 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
         writers: by the file's name in the folder; ``/`` makes folders inside it.
         task: keeps a journal, so that files of a run that was killed are taken over.
     """
+    check_free(path, force=True)
     old = path.with_name(f".{path.name}.old")
-    if path.parent.is_dir():
-        with locked(path.parent):
-            _recover(path, old)
+    with locked(path.parent):
+        _recover(path, old)
     check_free(path, force)
     _check_nothing_else(path, writers)
     with _temporary(path, folder=True, identity=task.identity if task else None) as temporary:
@@ -97,7 +105,7 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
                 _flush(file)
         for folder in {(temporary / name).parent for name in writers} | {temporary}:
             _sync(folder)
-        with locked(path.parent):
+        with locked(path.parent), unbroken():
             _swap(temporary, path, old)
             _sync(path.parent)
             _discard(path, old)
@@ -148,8 +156,8 @@ def _discard(path: Path, old: Path) -> None:
     """Delete the old folder; under another name first, so that ``.NAME.old`` is always whole."""
     if os.path.lexists(old):
         doomed = _temporary_name(path)
-        os.rename(old, doomed)
         with suppress(OSError):  # what cannot be deleted now is a leftover for the next run
+            os.rename(old, doomed)
             _remove(doomed)
 
 
@@ -180,9 +188,10 @@ def _temporary(path: Path, *, folder: bool, identity: Callable[[], str] | None =
     except OSError as error:
         raise fault("LF-703", f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        _remove(temporary)
-        if lock is not None:
-            os.close(lock)
+        with unbroken():
+            _remove(temporary)
+            if lock is not None:
+                os.close(lock)
 
 
 def _temporary_name(path: Path) -> Path:

@@ -5,7 +5,7 @@ A third party adds a kind of base with an entry point in the group ``loraformat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -33,6 +33,7 @@ __all__ = [
     "Recognising",
     "Requantising",
     "Runnable",
+    "Stored",
     "Tying",
 ]
 
@@ -133,6 +134,14 @@ class Runnable(Protocol):
 
     def how(self, language: str) -> str:
         """Code that runs it, for its own inputs and outputs: python, cpp, csharp, js or genai; LF-705 where none is."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A base that lies in other files than the one that its path names."""
+
+    def stored(self) -> Iterable[Path]:
+        """Where its weights lie."""
 
 
 @runtime_checkable

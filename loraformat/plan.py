@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraformat.base import Options
     from loraformat.resolve import Resolution
 
-__all__ = ["Job", "Outcome", "Plan", "Proof", "size"]
+__all__ = ["Job", "Outcome", "Plan", "Proof", "difference", "size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +121,8 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def difference(count: float) -> str:
+    """Bytes more or less: ``+25.8 kB``."""
+    return f"{'-' if count < 0 else '+'}{size(abs(count))}"

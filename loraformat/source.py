@@ -35,12 +35,14 @@ class Source:
         path: as the user gave it.
         folder: where sidecars lie.
         file: the tensor file, or None in a folder without any.
+        opened: what a reader of other containers than tensor files keeps, by its name: one opening for all who look.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.file: Path | None = path if not path.is_dir() else _tensor_file(path)
+        self.opened: dict[str, Any] = {}
         self._container: Container | None = None
         self._tensors: TorchFile | Distributed | None = None
 
@@ -142,7 +144,9 @@ def _not_found(path: str) -> LoraFormatError:
         return fault("LF-701", f"{path} is a link to {os.readlink(path)}, which does not exist")
     folder, _, name = path.rpartition("/")
     hub = "://" in path or (name and folder and "/" not in folder and not os.path.exists(folder))
-    if hub:
+    if path == "-":
+        fix = "of all verbs validate alone reads stdin: save it to a file"
+    elif hub:
         fix = "a path on this machine is meant; from a hub, download it first"
     else:
         close = nearest(name, _names_in(folder or "."), 1)

@@ -213,3 +213,39 @@ def test_merges_killed_at_random_moments_leave_the_old_output_or_the_new_one(rou
     assert done.returncode == 0, done.stderr
     told = [list(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
     assert sum(map(sum, told)) > rounds // 2, done.stdout  # of twice as many: the others had ended already
+
+
+def test_a_signal_between_the_renames_of_a_folder_waits_until_they_are_done(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", {"a": says("old")})
+    rename = os.rename
+
+    def interrupted(*paths):
+        rename(*paths)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("loraformat.atomic.os.rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "out", {"a": says("new")}, force=True)
+    assert everything(tmp_path) == {"out/a": "new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_signal_while_the_temporary_is_removed_waits_for_that(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def interrupted(path):
+        os.kill(os.getpid(), signal.SIGINT)
+        remove(path)
+
+    monkeypatch.setattr("loraformat.atomic.shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "out", {"a": says("new"), "b": breaks})
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_plain_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LoraFormatError, match="no plain file") as error:
+        write_file(tmp_path / "pipe", says("x"), force=True)
+    assert rule_of(error) == "LF-703"
+    assert (tmp_path / "pipe").is_fifo()

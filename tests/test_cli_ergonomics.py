@@ -198,7 +198,8 @@ def test_the_version_is_the_packages_own(run):
 # Being stopped.
 
 
-def test_ctrl_c_ends_with_a_word_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_end_ends_with_a_word_and_leaves_nothing(number, tmp_path):
     save_file({"x.weight": np.ones((4000, 9000), np.float32)}, tmp_path / "base.safetensors")
     pair = [np.ones(shape, np.float32) for shape in ((2, 9000), (4000, 2))]
     update = lf.Update((lf.Lora(*pair, 1.0, "factor"),), lf.Placement((4000, 9000), (0,), (1,)))
@@ -213,11 +214,19 @@ def test_ctrl_c_ends_with_a_word_and_leaves_nothing(tmp_path):
         deadline = time.monotonic() + 20
         while not list(tmp_path.glob(".m.safetensors.*")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         out, err = child.communicate(timeout=60)
-    assert (child.returncode, out) == (130, b"")
+    assert (child.returncode, out) == (128 + number, b"")
     assert err.decode().strip() == "interrupted"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
+
+
+def test_what_a_parent_ignores_stays_ignored(tmp_path):
+    """As under nohup: the run goes on."""
+    code = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    code += "import loraformat.cli.layouts as l, click; l.layouts.callback = lambda **_: (os.kill(os.getpid(), 1), click.echo('on')); "
+    done = subprocess.run([sys.executable, "-c", code + MAIN, "layouts"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
 
 
 # Colours.

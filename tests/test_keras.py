@@ -140,3 +140,42 @@ def test_kerashub_loads_what_is_written(bound, expected, tmp_path, monkeypatch):
         layer = layers[int(key.partition("/")[0])]
         layer._kernel.assign(weight)
         assert relative_error(keras.ops.convert_to_numpy(layer.kernel), merged) < 1e-6, key
+
+
+def _of(path, make):
+    """A file of one layer, whose factor a is made by ``make`` in its group."""
+    with h5py.File(path, "w") as file:
+        file["lora/vars/rank"] = 4
+        group = file.create_group("lora/0/vars")
+        group["lora_kernel_b"] = np.ones((4, 8), np.float32)
+        make(group)
+    return path
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path):
+    shape = (2**29, 4)
+    path = _of(
+        tmp_path / "a.lora.h5",
+        lambda g: g.create_dataset("lora_kernel_a", shape, "f4", chunks=(2**16, 4), compression="gzip"),
+    )
+    assert path.stat().st_size < 20_000
+    (problem,) = lf.validate(path).problems
+    assert (problem.rule, "unpacks to 8,589,934,592 bytes" in problem.what) == ("LF-503", True)
+
+
+@pytest.mark.parametrize("kind", ["external", "virtual", "link"])
+def test_values_that_lie_in_another_file_are_not_fetched_from_there(kind, tmp_path):
+    (tmp_path / "secret.bin").write_bytes(np.ones((8, 4), np.float32).tobytes())
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["d"] = np.ones((8, 4), np.float32)
+    layout = h5py.VirtualLayout((8, 4), "f4")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "secret.h5"), "d", shape=(8, 4))
+    ways = {
+        "external": lambda g: g.create_dataset(
+            "lora_kernel_a", (8, 4), "f4", external=[(str(tmp_path / "secret.bin"), 0, 128)]
+        ),
+        "virtual": lambda g: g.create_virtual_dataset("lora_kernel_a", layout),
+        "link": lambda g: g.__setitem__("lora_kernel_a", h5py.ExternalLink(str(tmp_path / "secret.h5"), "/d")),
+    }
+    told = lf.validate(_of(tmp_path / "a.lora.h5", ways[kind]))
+    assert [problem.rule for problem in told.problems] == ["LF-303" if kind == "link" else "LF-503"]

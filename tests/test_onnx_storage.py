@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections import Counter
 
 import ml_dtypes
@@ -13,7 +14,7 @@ import pytest
 from graphs import adapter, lora, model, run, save, session, stored
 from onnx import external_data_helper, helper
 
-from loraformat import Adapter, LoraFormatError
+from loraformat import Adapter, LoraFormatError, atomic
 from loraformat.base import Options
 from loraformat.registry import open_base
 from loraformat.testing import relative_error
@@ -204,6 +205,51 @@ def test_another_output_of_the_same_name_leaves_no_old_data_behind(tmp_path):
         (location,) = set(locations(tmp_path / "b" / "out.onnx").values())
         assert names_in(tmp_path / "b") == sorted([*kept, location])
     check(base, tmp_path / "b" / "out.onnx", first)
+
+
+@pytest.mark.parametrize("stopped", [OSError(5, "of the disk"), KeyboardInterrupt()])
+def test_a_run_that_ends_just_after_the_model_is_in_place_keeps_its_data(stopped, tmp_path, monkeypatch):
+    base, out = external(tmp_path / "a" / "base.onnx"), tmp_path / "out.onnx"
+    merge(adapter({"m.q.weight": lora(64, 48, seed=9)}), open_base(base), out)
+    sync = atomic._sync
+
+    def stop(folder):
+        sync(folder)
+        if set(locations(out).values()) - before:
+            raise stopped
+
+    before, update = set(locations(out).values()), adapter(KEYS)
+    monkeypatch.setattr(atomic, "_sync", stop)
+    with pytest.raises((LoraFormatError, KeyboardInterrupt)):
+        merge(update, open_base(base), out, force=True)
+    check(base, out, update)
+
+
+def test_the_data_of_an_older_output_stays_while_a_model_beside_it_needs_it(tmp_path):
+    base, first, second = (
+        external(tmp_path / "a" / "base.onnx"),
+        adapter(KEYS),
+        adapter({"m.q.weight": lora(64, 48, seed=9)}),
+    )
+    merge(first, open_base(base), tmp_path / "out.onnx")
+    shutil.copy(tmp_path / "out.onnx", tmp_path / "copy.onnx")
+    merge(second, open_base(base), tmp_path / "out.onnx", force=True)
+    check(base, tmp_path / "copy.onnx", first)
+    check(base, tmp_path / "out.onnx", second)
+    (tmp_path / "copy.onnx").unlink()
+    merge(first, open_base(base), tmp_path / "out.onnx", force=True)
+    assert names_in(tmp_path) == sorted(
+        ["a", "a/base.onnx", "a/weights.bin", "out.onnx", *set(locations(tmp_path / "out.onnx").values())]
+    )
+
+
+def test_the_same_adapter_in_another_base_leaves_the_data_of_the_first_alone(tmp_path):
+    one, two = external(tmp_path / "a" / "base.onnx"), external(tmp_path / "b" / "base.onnx", model(TEXT, seed=5))
+    merge(adapter(KEYS), open_base(one), tmp_path / "out.onnx")
+    shutil.copy(tmp_path / "out.onnx", tmp_path / "copy.onnx")
+    merge(adapter(KEYS), open_base(two), tmp_path / "out.onnx", force=True)
+    check(one, tmp_path / "copy.onnx", adapter(KEYS))
+    check(two, tmp_path / "out.onnx", adapter(KEYS))
 
 
 def test_the_data_of_an_attached_model_that_was_taken_elsewhere_is_its_own_again(tmp_path):

@@ -1,6 +1,8 @@
 """The JAX world's files: what flax, orbax and qwix wrote gives what their models compute, and they load what we write."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +171,39 @@ def test_a_jax_checkpoint_is_a_base(ending, run, tmp_path):
     assert run("resolve", "a.lora.safetensors", "--in", base).code == 0
     assert run("verify", "--base", base, "--adapter", "a.lora.safetensors", "--merged", f"merged{ending}").code == 0
     assert run("verify", "--base", base, "--adapter", "a.lora.safetensors", "--merged", base).code == 1
+
+
+def _orbax(path, damage):
+    """A folder that Orbax wrote, each array in files of its own, after ``damage``."""
+    library = pytest.importorskip("orbax.checkpoint", reason="needs orbax: the peers extra")
+    arrays = {"lora_a": {"value": np.ones((64, 4), np.float32)}, "lora_b": {"value": np.ones((4, 64), np.float32)}}
+    with library.Checkpointer(library.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+        writer.save(path.absolute(), args=library.args.PyTreeSave({"blocks": {"0": arrays}}))
+    assert lf.validate(path).valid
+    for file in path.rglob("*lora_a*/.zarray"):
+        file.write_text(damage(file.read_text()))
+    return path
+
+
+def test_an_orbax_folder_that_states_gigabytes_is_refused_unread(tmp_path):
+    (problem,) = lf.validate(_orbax(tmp_path / "x", lambda text: text.replace("64", str(2**29)))).problems
+    assert (problem.rule, "unpacks to 8,589,935,616 bytes" in problem.what) == ("LF-503", True)
+
+
+def test_a_damaged_orbax_folder_is_told_in_our_words_alone(tmp_path):
+    folder = _orbax(tmp_path / "x", lambda text: "")
+    code = "from loraformat.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "validate", str(folder)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "LF-503" in done.stdout
+    assert "NoneType" not in done.stdout
+
+
+def test_an_archive_is_opened_once_for_all_layouts_that_look(tmp_path, monkeypatch):
+    from loraformat_converters.flax import npz
+
+    opened = []
+    read = npz.read
+    monkeypatch.setattr(npz, "read", lambda path: opened.append(path) or read(path))
+    lf.load(GOLDEN / "nnx" / "state.npz")
+    assert len(opened) == 1

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -307,6 +308,13 @@ def test_the_size_limit_is_exact(tmp_path):
     size = path.stat().st_size
     assert lf.validate(path, limits=lf.Limits(bytes=size)).valid
     assert rules(lf.validate(path, limits=lf.Limits(bytes=size - 1))) == ["LF-710"]
+
+
+def test_the_size_of_a_folder_whose_tensors_lie_in_many_files_is_that_of_all(tmp_path):
+    (folder,) = (path.parent for path in (Path(__file__).parent / "golden" / "megatron" / "lora").rglob(".metadata"))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert lf.validate(folder, limits=lf.Limits(bytes=size)).valid
+    assert rules(lf.validate(folder, limits=lf.Limits(bytes=size - 1))) == ["LF-710"]
 
 
 def test_what_a_small_file_unpacks_to_counts_too(tmp_path):

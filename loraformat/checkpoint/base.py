@@ -90,11 +90,14 @@ class Checkpoint:
         """Head → embedding, where the configuration ties them or only one is stored."""
         return {**self.tied, **ties.paired(self.files.homes, self.config)}
 
+    def stored(self) -> Iterator[Path]:
+        """See ``loraformat.base.Stored``."""
+        return (shard.path for shard in self.files.shards.values())
+
     def describe(self) -> Mapping[str, Any]:
         """See ``loraformat.description``."""
         stored = {name: Parameter(name, info.shape, info.dtype) for name, info in self.infos}
-        paths = [shard.path for shard in self.files.shards.values()]
-        return describe_checkpoint(stored, self.config, paths, self.tied)
+        return describe_checkpoint(stored, self.config, list(self.stored()), self.tied)
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Every float tensor of two axes, and every weight in few bits; placed by ``--axes`` or by the configuration."""

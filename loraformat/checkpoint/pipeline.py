@@ -78,6 +78,10 @@ class Pipeline:
         found = ((join(c, name), p) for c, base in self.components.items() for name, p in base.parameters().items())
         return {name: replace(parameter, name=name) for name, parameter in found}
 
+    def stored(self) -> Iterator[Path]:
+        """See ``loraformat.base.Stored``."""
+        return (path for base in self.components.values() for path in base.stored())
+
     def ties(self) -> Mapping[str, str]:
         """See ``loraformat.base.Tying``."""
         return {join(c, one): join(c, two) for c, base in self.components.items() for one, two in base.ties().items()}

@@ -94,7 +94,9 @@ def combine(
     **settings: Any,
 ) -> None:
     """Make one adapter of several, each with a weight; exact unless the method or --rank asks for less."""
+    from loraformat.apart import check_apart
     from loraformat.atomic import check_free, write_file
+    from loraformat.cli.adapters import parse
     from loraformat.verbs.combine import combine as run
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.recipe import follow, recipe_text
@@ -102,6 +104,8 @@ def combine(
     layout, _ = target_layout(out, to_layout)
     for path in filter(None, (out, save_recipe)):
         check_free(Path(path), force)
+    if save_recipe:
+        check_apart(save_recipe, out, *(parse(word).path for word in adapters))
     warnings: list[Problem] = []
     if recipe:
         _check_recipe_alone(ctx, adapters)

@@ -68,12 +68,15 @@ def init_(
 ) -> None:
     """Make a fresh adapter for BASE: A random, B zero, ΔW = 0; the same seed gives the same bytes everywhere."""
     from loraformat import registry
+    from loraformat.apart import check_apart
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.init import init
 
     layout, _ = target_layout(out, to_layout)
+    opened = registry.open_base(base)
+    check_apart(out, opened, names)
     adapter = init(
-        registry.open_base(base),
+        opened,
         targets,
         rank=rank,
         alpha=alpha,
@@ -143,12 +146,14 @@ def convert(
     as_json: bool,
 ) -> None:
     """Write the adapter SRC as DST, in another layout; ΔW stays the same unless you ask for less."""
+    from loraformat.apart import check_apart
     from loraformat.layout import ReadOptions
     from loraformat.verbs.adapt import adapt
     from loraformat.verbs.convert import convert as run
     from loraformat.verbs.convert import target_layout
 
     _, why = target_layout(destination, to_layout)
+    check_apart(destination, names)
     done = run(
         source,
         destination,
@@ -200,15 +205,16 @@ def bind(
 ) -> None:
     """Write into FILE what its base says: placement, SHA-256 and sketch of every target. The digest stays the same."""
     from loraformat import registry
+    from loraformat.apart import check_apart
     from loraformat.layout import ReadOptions
     from loraformat.verbs.bind import bind as run
     from loraformat.verbs.convert import save, target_layout
 
-    opened = registry.open_base(base)
+    destination, opened = out or file, registry.open_base(base)
+    check_apart(destination, opened, names)
     reading, _, _ = registry.read(file, options=ReadOptions(base=opened))
     with progress_bar("bind", None, quiet=as_json):
         bound = run(reading.adapter, opened, hints(names, axes), sketches=not no_sketch)
-    destination = out or file
     save(bound, destination, target_layout(destination, "native")[0], force=force)
     following = command("merge", destination, "--into", base, "-o", "OUT")
     _proof(bound, destination, f"bound to {base}", as_json, following, reading.warnings)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loraformat.cli.adapters import open_both
+from loraformat.cli.adapters import open_both, parse
 from loraformat.cli.check import report
 from loraformat.cli.options import Choice, force, hints, json_flag, mapping, origin, strength
 from loraformat.cli.printing import alike, command, echo_json, warn
@@ -214,12 +214,14 @@ class _Asked:
 
 
 def _carry_out(asked: _Asked) -> None:
+    from loraformat.apart import check_apart
     from loraformat.atomic import check_free
     from loraformat.verbs.graph import check_provable, inlined, prove
     from loraformat.verbs.merge import prepare
 
     if not asked.plan_only:
         check_free(Path(asked.out), asked.force)
+        check_apart(asked.out, *(parse(word).path for word in asked.words), asked.names, asked.inputs)
     base, gathered = open_both(asked.words, asked.base, asked.only, asked.scale)
     base = inlined(base) if asked.inline else base
     stated = hints(asked.names, asked.axes, asked.origin)

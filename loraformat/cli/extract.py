@@ -91,11 +91,13 @@ def extract(
 
 def _attached(model: str, out: str, name: str | None, to_layout: str | None, force: bool, as_json: bool) -> None:
     from loraformat import registry
+    from loraformat.apart import check_apart
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.graph import extract as run
 
     layout, _ = target_layout(out, to_layout)
     base = registry.open_base(model)
+    check_apart(out, base)
     adapter = run(base, name=name)
     save(adapter, out, layout, force=force)
     if as_json:
@@ -111,14 +113,17 @@ def _between(
     from pathlib import Path
 
     from loraformat import registry
+    from loraformat.apart import check_apart
     from loraformat.atomic import check_free
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.extract import between
 
     layout, _ = target_layout(out, to_layout)
     check_free(Path(out), force)
+    two = registry.open_base(base), registry.open_base(tuned)
+    check_apart(out, *two)
     with progress_bar("extract", None, quiet=as_json):
-        found = between(registry.open_base(base), registry.open_base(tuned), **asked)
+        found = between(*two, **asked)
     said = save(found.adapter, out, layout, force=force)
     if as_json:
         left = [_left_json(other) for other in found.left_out]

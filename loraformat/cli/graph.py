@@ -18,12 +18,12 @@ __all__ = ["detach"]
 def detach(model: str, out: str, force: bool, as_json: bool) -> None:
     """Write MODEL as it was before attach; refused where it was changed since."""
     from loraformat import registry
-    from loraformat.plan import size
+    from loraformat.plan import difference, size
     from loraformat.verbs.graph import detach as run
 
     outcome = run(registry.open_base(model), out, force=force)
     if as_json:
         echo_json({"schema": 1, "verb": "detach", "out": out, "written": outcome.written})
         return
-    told = f"what {model} was before attach · {outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
+    told = f"what {model} was before attach · {difference(outcome.grown)} ({size(outcome.written)})"
     click.echo(f"{out}: {told} · next: {command('info', out)}", err=True)

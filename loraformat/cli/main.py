@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraformat.errors import LoraFormatError, Problem
+from loraformat.stopping import ended_by_exception
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -100,23 +101,24 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name in a file may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")
     colour = False if os.environ.get("NO_COLOR") else None  # None: as the stream is a terminal or not
-    try:
-        # click gives ctx.exit's code back, and raises everything else
-        code = cli.main(prog_name="loraformat", standalone_mode=False, color=colour)
-    except LoraFormatError as error:
-        _fail(error, colour)
-    except click.Abort:  # what click makes of Ctrl-C
-        click.echo("\ninterrupted", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # the disk, the permissions, the name: whatever it is, it is not in our hands
-        what = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
-        _fail(LoraFormatError(Problem("LF-701", what)), colour)
+    with ended_by_exception() as came:
+        try:
+            # click gives ctx.exit's code back, and raises everything else
+            code = cli.main(prog_name="loraformat", standalone_mode=False, color=colour)
+        except LoraFormatError as error:
+            _fail(error, colour)
+        except click.Abort:  # what click makes of Ctrl-C, and so of every signal that asks to end
+            click.echo("\ninterrupted", err=True)
+            sys.exit(128 + came[0] if came else 130)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:  # the disk, the permissions, the name: whatever it is, it is not in our hands
+            what = f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+            _fail(LoraFormatError(Problem("LF-701", what)), colour)
     sys.exit(code if isinstance(code, int) else 0)
 
 

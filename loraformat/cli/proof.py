@@ -9,7 +9,7 @@ import click
 
 from loraformat.cli.check import verdict_json
 from loraformat.cli.printing import alike, echo_json, printable
-from loraformat.plan import size
+from loraformat.plan import difference, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +47,7 @@ def show_proof(plan: Plan, outcome: Outcome, proof: Proof | None, following: str
         click.echo(line, err=True)
     found = f"{len(outcome.norms)}/{total} targets by {plan.rungs}"
     change = _change(plan, outcome) + (f" · {proof}" if proof else "")
-    grown = f"{outcome.grown / 1e6:+.1f} MB ({size(outcome.written)})"
+    grown = f"{difference(outcome.grown)} ({size(outcome.written)})"
     if outcome.resumed:
         grown += f" · {len(outcome.resumed)} files were finished by a run that was killed"
     after = f" · next: {following}" if following else ""

@@ -13,7 +13,7 @@ from loraformat.cli.progress import progress_bar
 from loraformat.errors import LoraFormatError, Problem, fault
 
 if TYPE_CHECKING:
-    from loraformat.base import Graph
+    from loraformat.base import Base, Graph
     from loraformat.pages import Facts
     from loraformat.resolve import Hints
 
@@ -44,15 +44,20 @@ def report(
 
     Of a model with adapters attached it is about these, each with the place of every target.
     """
+    from loraformat import registry
+    from loraformat.apart import check_apart
     from loraformat.atomic import check_free, write_file
     from loraformat.pages import page
 
     check_free(Path(out), force)
+    check_apart(out, source, names)
     stated = hints(names, axes)
     if base is None and (stated.names or stated.axes):
         raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
+    opened = registry.open_base(base) if base is not None else None
+    check_apart(out, opened)
     with progress_bar("report", None, quiet=as_json):
-        told = _facts(source, base, layout, stated)
+        told = _facts(source, opened, layout, stated)
     text = page(told, Path(source).name).encode()
 
     def write(file: BinaryIO) -> None:
@@ -69,13 +74,12 @@ def report(
     )
 
 
-def _facts(source: str, base: str | None, layout: str | None, stated: Hints) -> list[Facts]:
+def _facts(source: str, opened: Base | None, layout: str | None, stated: Hints) -> list[Facts]:
     from loraformat import registry
     from loraformat.layout import ReadOptions
     from loraformat.pages import facts
     from loraformat.values import value_problems
 
-    opened = registry.open_base(base) if base is not None else None
     try:
         reading, found, evidence = registry.read(source, layout, ReadOptions(base=opened))
     except LoraFormatError as error:

@@ -39,6 +39,7 @@ def retarget(
 ) -> None:
     """Write FILE under other names: those of SPACE, or of BASE. ΔW stays the same, in the tensors that are there."""
     from loraformat import registry
+    from loraformat.apart import check_apart
     from loraformat.identity import digest
     from loraformat.layout import ReadOptions
     from loraformat.naming.spaces import TORCH, space_of
@@ -46,6 +47,7 @@ def retarget(
     from loraformat.verbs.retarget import retarget as run
 
     opened, own = (registry.open_base(path) if path else None for path in (base, origin))
+    check_apart(out, opened, own, names)
     meant = own or (opened if opened is not None and space_of(opened) == TORCH else None)
     reading, _, _ = registry.read(file, options=ReadOptions(base=meant))
     stated = names_of(Path(names)) if names else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraformat import canonical, registry
+from loraformat.apart import check_apart
 from loraformat.atomic import write_file, write_folder
 from loraformat.errors import Problem, fault
 from loraformat.identity import digesting
@@ -79,6 +80,7 @@ def convert(
         opened = registry.open_base(base)
         options = replace(options, base=opened, config=registry.model_config(opened))
     runs = registry.open_base(model) if model is not None else None
+    check_apart(destination, opened or base, runs)
     reading, layout, _ = registry.read(source, from_layout, replace(options, model=runs))
     adapter = reading.adapter
     if opened is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from loraformat.apart import check_apart
 from loraformat.errors import fault
 
 if TYPE_CHECKING:
@@ -21,13 +22,11 @@ def detach(base: Base, out: str | os.PathLike[str], *, force: bool = False) -> O
     """Write an attached model as it was before ``attach``.
 
     Raises:
-        LoraFormatError: LF-608 no graph; LF-613 nothing is attached, or the model was changed since.
+        LoraFormatError: LF-608 no graph; LF-613 nothing is attached, or the model was changed since; LF-703 the output.
     """
     graph = _graph(base, "detach")
-    path = Path(out)
-    if path.exists() and path.resolve() == base.path.resolve():
-        raise fault("LF-703", f"{out} is the attached model itself", fix="write to another name")
-    return graph.detach(path, force=force)
+    check_apart(out, base)
+    return graph.detach(Path(out), force=force)
 
 
 def extract(base: Base, *, name: str | None = None) -> Adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+from loraformat.apart import check_apart
 from loraformat.base import Base, Options
 from loraformat.bound import check_bound
 from loraformat.errors import LoraFormatError, Problem, fault
@@ -40,17 +41,31 @@ def prepare(
         any_base: apply an adapter that was bound to other weights.
 
     Raises:
-        LoraFormatError: LF-6xx; LF-703 the output would be the base itself.
+        LoraFormatError: LF-6xx; LF-703 the output would be a file of the base.
     """
-    if options.out.exists() and options.out.resolve() == base.path.resolve():
-        raise fault(
-            "LF-703", f"{options.out} is the base itself", fix="write to another name: the base is the way back"
-        )
+    check_apart(options.out, base)
+    _check_ending(options.out, base.path)
     jobs = [Job(adapter, _resolved(adapter, base, hints or Hints()), name) for name, adapter in adapters]
     if not any_base:
         for job in jobs:
             check_bound(job.adapter, base, job.resolution)
     return base.plan(verb, jobs, options)
+
+
+_ENDINGS = {
+    ".safetensors": "safetensors",
+    ".onnx": "ONNX",
+    ".gguf": "GGUF",
+    **dict.fromkeys((".bin", ".pt", ".pth"), "PyTorch"),
+}
+
+
+def _check_ending(out: Path, base: Path) -> None:
+    """LF-703 where the output's name promises another kind of file than the base is: nothing here converts a model."""
+    wanted, given = _ENDINGS.get(out.suffix.lower()), _ENDINGS.get(base.suffix.lower())
+    if wanted and given and wanted != given:
+        fix = f"name it {out.with_suffix(base.suffix).name}; another kind of model is made by its own exporter"
+        raise fault("LF-703", f"{out} is a name of {wanted}, and what is written is {given}, as the base", fix=fix)
 
 
 def _resolved(adapter: Adapter, base: Base, hints: Hints) -> Resolution:

@@ -134,10 +134,15 @@ class _Found:
 
 
 def _check_size(source: Source, limits: Limits) -> None:
-    if limits.bytes is None or source.file is None:
-        return
-    if source.file.stat().st_size > limits.bytes:
+    if limits.bytes is not None and _size(source) > limits.bytes:
         raise fault("LF-710", f"{source.path} is larger than the {limits.bytes:,} bytes that are allowed")
+
+
+def _size(source: Source) -> int:
+    """Bytes of the tensor file; of everything in a folder whose tensors lie in no one file: Orbax, distributed."""
+    if source.file is not None and not source.distributed:
+        return source.file.stat().st_size
+    return sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
 
 
 def _excesses(adapter: Adapter, limits: Limits) -> Iterator[Problem]:

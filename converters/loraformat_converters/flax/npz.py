@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from loraformat.errors import fault
+from loraformat.unpacked import check_unpacked
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -19,17 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-_SWELL, _SMALL = 64, 2**28
-"""What a file may grow by when unpacked, and what it may hold in any case: no archive fills the memory by itself."""
-
 
 def read(path: Path) -> dict[str, Array]:
     """Path → array; nothing is unpickled. LF-503: damaged, or not an archive of plain arrays."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > max(_SMALL, _SWELL * path.stat().st_size):
-            raise fault("LF-503", f"{path} unpacks to {size:,} bytes: it is no archive of weights")
+        check_unpacked(path, size)
         with np.load(path, allow_pickle=False) as arrays:
             found = {str(name): arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError, NotImplementedError) as error:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from loraformat.errors import fault
+from loraformat.errors import LoraFormatError, fault
+from loraformat.unpacked import check_unpacked
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -57,16 +62,47 @@ class _Checkpoint(Mapping[str, "Array"]):
     def _arrays(self) -> dict[str, Array]:
         library = _library()
         try:
-            with library.Checkpointer(library.PyTreeCheckpointHandler()) as reader:
+            with _silent(), library.Checkpointer(library.PyTreeCheckpointHandler()) as reader:
                 index = reader.metadata(self.path.absolute()).item_metadata
+                if index is None:
+                    raise ValueError("its storage finds no arrays: a file of it is damaged or missing")
+                check_unpacked(self.path, _stated(index.tree))
                 wanted = _mapped(index.tree, lambda _: library.RestoreArgs(restore_type=np.ndarray))
                 tree = reader.restore(self.path.absolute(), args=library.args.PyTreeRestore(restore_args=wanted))
+        except LoraFormatError:
+            raise
         except Exception as error:  # whatever its storage engine raises for a damaged folder
+            _forget_pending()
             raise fault("LF-503", f"{self.path} cannot be restored: {str(error).splitlines()[0]}") from None
         found = dict(_leaves(tree, ()))
         if found.keys() != set(self.names):
             raise fault("LF-503", f"{self.path} holds other arrays than its {_INDEX} names")
         return found
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Orbax's own log of a damaged folder quotes the file's bytes to the terminal; what is wrong, the fault says."""
+    log = logging.getLogger("absl")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _forget_pending() -> None:
+    """Reads that were under way when one failed end in threads of tensorstore (0.1.86), each by a traceback of its own."""
+    before = sys.unraisablehook
+    if getattr(before, "forgets", False):
+        return
+
+    def told(pending: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(pending.exc_value, RuntimeError) and "Event loop is closed" in str(pending.exc_value)):
+            before(pending)
+
+    told.forgets = True  # type: ignore[attr-defined]
+    sys.unraisablehook = told
 
 
 def _names(path: Path) -> tuple[str, ...]:
@@ -98,6 +134,14 @@ def _mapped(tree: Any, change: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return [_mapped(value, change) for value in tree]
     return change(tree)
+
+
+def _stated(tree: Any) -> int:
+    """Bytes of all arrays, as their index has them."""
+    if isinstance(tree, Mapping | list | tuple):
+        return sum(map(_stated, tree.values() if isinstance(tree, Mapping) else tree))
+    shape, dtype = getattr(tree, "shape", None), getattr(tree, "dtype", None)
+    return math.prod(shape) * np.dtype(dtype).itemsize if shape is not None and dtype is not None else 0
 
 
 def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Array]]:

@@ -62,10 +62,11 @@ def open_tree(source: Source) -> Tree | None:
     Raises:
         LoraFormatError: LF-503 a damaged container; LF-704 what reads it is not installed.
     """
-    arrays = _arrays(source)
-    if not arrays:
-        return None
-    return _tree(arrays)
+    if "tree" not in source.opened:
+        arrays = _arrays(source)
+        source.opened["tree"] = _tree(arrays) if arrays else None
+    tree: Tree | None = source.opened["tree"]
+    return tree
 
 
 def _tree(arrays: Mapping[str, Array]) -> Tree:

@@ -23,6 +23,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat.shapes import shape_problems
+from loraformat.unpacked import check_unpacked
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
@@ -96,15 +97,19 @@ class Keras:
 
 def _arrays(source: Source) -> dict[str, Array]:
     """Path → array of every dataset."""
-    library = _library()
+    library, path = _library(), source.file
+    assert path is not None  # detect has seen its first bytes
     found: dict[str, Array] = {}
 
     def take(name: str, item: Any) -> None:
         if isinstance(item, library.Dataset):
+            if item.external or item.is_virtual:
+                raise ValueError(f"{name} lies in another file")
+            check_unpacked(path, int(item.nbytes) + sum(array.nbytes for array in found.values()))
             found[name] = item[()]
 
     try:
-        with library.File(source.file, "r") as file:
+        with library.File(path, "r") as file:
             file.visititems(take)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         raise fault("LF-503", f"{source.path} is no sound HDF5 file: {error}") from None

@@ -42,6 +42,7 @@ from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.resolving import resolved
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.model import FLOATS, array, load
+from loraformat_converters.onnx.graph.scopes import tensors
 from loraformat_converters.onnx.graph.store import Storage
 from loraformat_converters.onnx.graph.values import Values
 from loraformat_converters.onnx.how import how
@@ -87,6 +88,11 @@ class OnnxBase:
             for name, tensor in self.index.roots.items()
             if tensor.data_type in FLOATS
         }
+
+    def stored(self) -> Iterator[Path]:
+        """The data files; see ``loraformat.base.Stored``."""
+        locations = {e.value for t in tensors(self.model) for e in t.external_data if e.key == "location"}
+        return (self.path.parent / location for location in locations)
 
     def describe(self) -> Mapping[str, Any]:
         """See ``loraformat_converters.onnx.info``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -69,6 +70,10 @@ class OnnxFolder:
             for file, model in self.models.items()
             for name, parameter in model.base.parameters().items()
         }
+
+    def stored(self) -> Iterator[Path]:
+        """The models with their data files; see ``loraformat.base.Stored``."""
+        return (path for m in self.models.values() for path in (m.base.path, *m.base.stored()))
 
     def describe(self) -> Mapping[str, Any]:
         """kind, components (name, or the empty text → its files), models (file → see ``…onnx.info``)."""
@@ -189,6 +194,8 @@ class OnnxFolder:
         writers: dict[str, Writer] = {name: partial(_copy, self.path / name) for name in kept}
         for file, storage in storages.items():
             inside = Path(file).parent
+            taken = set(self.files) - self._own_data(file)
+            storage.name_in_new_folder({os.path.relpath(name, inside) for name in taken})
             writers |= {(inside / name).as_posix(): writer for name, writer in storage.writers().items()}
         write_folder(out, dict(sorted(writers.items())), force=force)
         total = sum((out / name).stat().st_size for name in writers)
@@ -257,6 +264,10 @@ class OnnxFolder:
             for proof in [self.models[file].base.prove(own, inputs)]
         ]
         return max(proofs, key=lambda proof: proof.error / proof.limit)
+
+    def _own_data(self, file: str) -> set[str]:
+        """Data files that this model alone refers to."""
+        return set(self._data(file)) - {name for other in self.models if other != file for name in self._data(other)}
 
     def _rest(self, plans: Iterable[str]) -> list[str]:
         """What is copied as it is: not the models that change, nor data that only they refer to."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import itertools
+import mmap
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -77,8 +80,20 @@ class Storage:
         self.copied = [] if here else sorted(self.places.keys() - touched)
         # A written data file has a name of the output's own: it is nobody else's, and an older output is whole
         # until the model itself is renamed.
+        tag = _free(out, tag)
         self.renamed = {name: f"{out.name}.{tag}.{i}.data" for i, name in enumerate(sorted({*touched, *self.copied}))}
         self.added = f"{out.name}.{tag}.new.data"
+
+    def name_in_new_folder(self, taken: Container[str]) -> None:
+        """Data files by the names that they have in the base: a folder is written, and replaced, as a whole.
+
+        Args:
+            taken: names, from the model's folder, of files that another model of the base needs, or that are taken along.
+        """
+        numbered = (f"{self.out.name}.{i}.data" for i in itertools.count())
+        free = (name for name in numbered if name not in taken and name not in self.renamed)
+        self.renamed = {name: next(free) if name in taken else name for name in self.renamed}
+        self.added = next(free)
 
     @property
     def data_bytes(self) -> int:
@@ -101,22 +116,23 @@ class Storage:
             check_free(self.out.parent / name, force)
         writers = self.writers()
         new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
+        before = _identity(self.out)
         try:
             for name, writer in writers.items():
                 write_file(self.out.parent / name, writer, force=force or name != self.out.name)
         except BaseException:
-            for path in new:
-                path.unlink(missing_ok=True)
+            if _identity(self.out) == before:  # else the model is in its place, and needs them
+                for path in new:
+                    path.unlink(missing_ok=True)
             raise
         self._clear(writers.keys())
         return self.out.stat().st_size + self.data_bytes
 
     def _clear(self, keep: Collection[str]) -> None:
-        """Delete the data files of an older output of this name, which nothing refers to any more."""
-        own = re.compile(rf"{re.escape(self.out.name)}\.[0-9a-f]{{8}}\.(\d+|new)\.data")
+        """Delete the data files of an older output of this name, unless a model beside it refers to them."""
         used = {place.name for place in self.places.values()} | set(keep)
-        for path in self.out.parent.glob(f"{glob.escape(self.out.name)}.*.data"):
-            if own.fullmatch(path.name) and path.name not in used:
+        for path in _data_of(self.out, "[0-9a-f]{8}"):
+            if path.name not in used and not _needed(path):
                 path.unlink()
 
     def _relocate(self) -> None:
@@ -148,6 +164,38 @@ class Storage:
             for tile in item.tiles():
                 append(file, tile)
             file.write(bytes(_aligned(item.length) - item.length))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells a file from another that has taken its name; None where there is none."""
+    if not os.path.lexists(path):
+        return None
+    info = path.lstat()
+    return info.st_dev, info.st_ino
+
+
+def _data_of(out: Path, tag: str) -> Iterator[Path]:
+    """The data files that outputs of this name wrote."""
+    own = re.compile(rf"{re.escape(out.name)}\.{tag}\.(\d+|new)\.data")
+    return (path for path in out.parent.glob(f"{glob.escape(out.name)}.*.data") if own.fullmatch(path.name))
+
+
+def _free(out: Path, tag: str) -> str:
+    """The tag, or another one where a model has data files by it: the same adapters may have been put into another base."""
+    while any(_needed(path) for path in _data_of(out, tag)):
+        tag = hashlib.sha256(tag.encode()).hexdigest()[:8]
+    return tag
+
+
+def _needed(data: Path) -> bool:
+    """Whether the bytes of a model in the same folder have the data file's name: attached to, or copied from, an older output."""
+    models = (path for path in data.parent.glob("*.onnx") if path.is_file() and path.stat().st_size)
+    return any(_mentions(path, data.name.encode()) for path in models)
+
+
+def _mentions(path: Path, name: bytes) -> bool:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(name) >= 0
 
 
 def _aligned(length: int) -> int:
