@@ -165,6 +165,20 @@ def test_an_adapter_with_sketches_is_attached_to_what_genai_built(precision, lim
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("mode", ["branch", "swap"])
+def test_what_genai_built_is_proved_by_inputs_that_are_made_up(precision, mode, llama, built, tmp_path):
+    """The builder names the sizes in its own configuration, and onnx.checker refuses its graphs before any change."""
+    bound = bind(load(llama.adapter), open_base(llama.checkpoint))
+    base, options = open_base(built(precision) / "model.onnx"), Options(tmp_path / "out.onnx", mode=mode)
+    plan = prepare("attach", [("default", bound)], base, options)
+    base.apply(plan)
+    proof = base.prove(plan)
+    assert proof.holds
+    assert proof.moved > 10 * proof.limit if precision == "fp32" else proof.moved > proof.limit
+
+
+@pytest.mark.slow
 def test_without_sketches_the_builders_names_tell_what_is_not_packed(llama, built):
     found = open_base(built("int4") / "model.onnx").resolve(load(llama.adapter), Hints())
     assert {key.removesuffix(".weight").rpartition(".")[2] for key in found.targets} == {

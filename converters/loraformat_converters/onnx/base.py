@@ -19,6 +19,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.parts import roles_of
 from loraformat.plan import Job, Outcome, Plan, Proof, size
 from loraformat.resolve import Hints, Match, Resolution
+from loraformat.stopping import unbroken
 from loraformat.tiles import Norms
 from loraformat.turned import turned
 from loraformat_converters.onnx.attaching import magnitude
@@ -273,7 +274,7 @@ class OnnxBase:
                 self.plan("attach", jobs, Options(_other(plan)))
 
     def _feeds(self, inputs: Path | None) -> Mapping[str, Array]:
-        return stated(inputs) if inputs else generated(self.model, self.index)
+        return stated(inputs) if inputs else generated(self.model, self.index, self.path.parent)
 
     def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
         """Run what ``apply`` wrote against the other verb's result, which is made beside it and deleted."""
@@ -294,8 +295,9 @@ class OnnxBase:
             fewer = unfused(self.path, out) if plan.verb == "attach" else {}
             return replace(worst, moved=min(p.moved for p in proofs if p.moved or len(proofs) == 1), unfused=fewer)
         finally:
-            for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
-                path.unlink(missing_ok=True)
+            with unbroken():
+                for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
+                    path.unlink(missing_ok=True)
 
     def _recorded(self) -> Record:
         if self.record is None:

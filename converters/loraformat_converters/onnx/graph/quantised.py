@@ -128,8 +128,13 @@ def product(node: onnx.NodeProto, position: int, kind: int, scope: Scope, reader
             what = widened.op_type if widened is not None else "more than one node"
             refusal = refusal or f"{operator(node)} gives 8 bits, which {what} reads: a change would be rounded to them"
     kept = None if bias and words.end == "codes" else bias
-    rounds = x != _input(node, words.x) or operator(node).endswith("DynamicQuantizeMatMul")
+    rounds = x != _input(node, words.x) or operator(node).endswith("DynamicQuantizeMatMul") or _in_int8(node)
     return Product(words.like, x, end, _dtype(scale, scope), scale, zero, kept, refusal, rounds)
+
+
+def _in_int8(node: onnx.NodeProto) -> bool:
+    """MatMulNBits with accuracy_level 4, as onnxruntime-genai builds it for the CPU: x is rounded to int8 in the product."""
+    return any(a.name == "accuracy_level" and a.i == 4 for a in node.attribute)
 
 
 def _gather(node: onnx.NodeProto, scope: Scope, reader: Reader) -> Product | None:

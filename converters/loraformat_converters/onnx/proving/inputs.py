@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,15 +25,18 @@ _PASSING = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Tr
 """Operators that hand an index on as it is."""
 
 
-def generated(model: onnx.ModelProto, index: Index) -> dict[str, Array]:
+def generated(model: onnx.ModelProto, index: Index, folder: Path) -> dict[str, Array]:
     """Values for every input that has no default; the same symbol has one size, different symbols different sizes.
+
+    Args:
+        folder: where the model lies; what onnxruntime-genai builds says there how large its symbols are.
 
     Raises:
         LoraFormatError: LF-705 an input of a type or rank that cannot be made up.
     """
     bounds = _bounds(index)
     stored = {tensor.name for tensor in model.graph.initializer}
-    draw, sizes = np.random.default_rng(0), dict[str, int]()
+    draw, sizes = np.random.default_rng(0), _genai(folder)
     return {v.name: _value(v, bounds, sizes, draw) for v in model.graph.input if v.name not in stored}
 
 
@@ -45,6 +49,16 @@ def stated(path: str | os.PathLike[str]) -> dict[str, Array]:
         raise fault(
             "LF-705", f"cannot read inputs from {path}: {error}", fix="numpy.savez(FILE, name=array, …)"
         ) from None
+
+
+def _genai(folder: Path) -> dict[str, int]:
+    """Of a model that onnxruntime-genai (0.18) built, the sizes of a prompt with nothing before it; of another one, none."""
+    try:
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        head = int(settings["model"]["decoder"]["head_size"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return {"sequence_length": 3, "total_sequence_length": 3, "past_sequence_length": 0, "kv_cache_dim": head}
 
 
 def _value(value: onnx.ValueInfoProto, bounds: Mapping[str, int], sizes: dict[str, int], draw: Any) -> Array:
