@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +307,14 @@ def test_a_full_disk_is_told_and_leaves_nothing(out, tmp_path):
     assert f"LF-703  cannot write {out}: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert left(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("words", [["info", GPT2], ["info", GPT2, "--json"], ["validate", GPT2, "--jsonl"]])
+def test_a_stdout_that_takes_nothing_is_told_on_stderr(words):
+    code = "from loraformat.cli.main import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "LF-701  cannot use a file: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -354,3 +354,25 @@ def test_a_square_leaf_of_no_known_name_needs_a_word():
     branched = jax_live.branch({"gate": jnp.zeros((7, 7))}, adapter, axes={"gate": "in,out"})
     wanted = X @ (1.5 * pair.lora_B @ pair.lora_A).T
     assert relative_error(np.asarray(branched(lambda p, x: x @ p["gate"], X)), wanted) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
+def test_codes_whose_scales_lie_elsewhere_are_not_merged_into(dtype):
+    with pytest.raises(LoraFormatError, match="LF-608"):
+        jax_live.apply({"w": jnp.ones((7, 5), dtype)}, Adapter({"w": lora(LINEAR)}, names="flax"))
+
+
+def test_a_leaf_without_values_is_branched_and_not_merged():
+    params, adapter = {"w": normal(7, 5)}, Adapter({"w": lora(LINEAR)}, names="flax")
+    shapes = jax.eval_shape(lambda: {"w": jnp.ones((7, 5))})
+    with pytest.raises(LoraFormatError, match=r"LF-608.*has no values"):
+        jax_live.apply(shapes, adapter)
+    traced = jax.eval_shape(lambda b, x: b(lambda p, x: x @ p["w"], x), jax_live.branch(params, adapter), X)
+    assert traced.shape == (3, 4, 5)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    params = {"a/w": normal(7, 5), "a": {"w": normal(7, 5)}}
+    for way in (jax_live.apply, jax_live.branch):
+        with pytest.raises(LoraFormatError, match="LF-603"):
+            way(params, Adapter({"a/w": lora(LINEAR)}, names="flax"))

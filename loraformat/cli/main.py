@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -125,10 +126,13 @@ def main() -> None:
 def _fail(error: LoraFormatError, colour: bool | None) -> None:
     from loraformat.cli.printing import echo_json, echo_line, lines_of
 
+    told = False
     if "--json" in sys.argv or "--jsonl" in sys.argv:
         echo = echo_json if "--json" in sys.argv else echo_line
-        echo({"schema": 1, "problems": [p.as_json() for p in error.problems]})
-    else:
+        with suppress(OSError):  # where stdout itself is what fails, stderr says so
+            echo({"schema": 1, "problems": [p.as_json() for p in error.problems]})
+            told = True
+    if not told:
         lines = lines_of(error.problems)
         click.echo("\n".join(lines[:_SHOWN]), err=True, color=colour)
         if (more := len(lines) - _SHOWN) > 0:

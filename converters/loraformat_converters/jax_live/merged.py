@@ -30,8 +30,8 @@ def apply(
     ``params`` may be traced: the function can be called under ``jit``. For ``names`` and ``axes`` see ``branch``.
 
     Raises:
-        LoraFormatError: LF-602 to LF-606 a target is not found, or how it lies is not known; LF-612 a replacement of
-            another shape.
+        LoraFormatError: LF-602 to LF-606 a target is not found, or how it lies is not known; LF-608 a leaf of integers or
+            fp8, which are codes whose scales lie elsewhere, or without values; LF-612 a replacement of another shape.
     """
     positions, leaves, structure = named(params)
     for at, (key, update) in placed(adapter, positions, leaves, names or {}, axes or {}).items():
@@ -41,6 +41,10 @@ def apply(
 
 def changed(key: str, update: Update, base: Any) -> Any:
     """W' of one target."""
+    if not jnp.issubdtype(base.dtype, jnp.floating) or jnp.dtype(base.dtype).itemsize < 2:
+        raise fault("LF-608", f"a leaf of {base.dtype} is no weight that float arithmetic changes", where=key)
+    if isinstance(base, jax.ShapeDtypeStruct):
+        raise fault("LF-608", "the leaf has no values (a ShapeDtypeStruct)", where=key, fix="branch takes it")
     value = base.astype(jnp.float32)
     added = False
     for part in update.parts:

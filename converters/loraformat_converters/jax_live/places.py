@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.names import nearest
 from loraformat.placing import place
@@ -42,7 +44,7 @@ def placed(
         if at in found:
             problems.append(Problem("LF-603", f"{name} is meant by {found[at][0]} too", key))
             continue
-        shape = tuple(leaves[at].shape)
+        shape = tuple(np.shape(leaves[at]))
         try:
             where, _ = place(key, update, shape, axes.get(key), [])
             found[at] = key, update.placed(where)
