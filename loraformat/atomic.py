@@ -189,7 +189,8 @@ def _temporary(path: Path, *, folder: bool, identity: Callable[[], str] | None =
         raise fault("LF-703", f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with unbroken():
-            _remove(temporary)
+            with suppress(OSError):  # a disk that became read-only: what went wrong before says so
+                _remove(temporary)
             if lock is not None:
                 os.close(lock)
 

@@ -249,3 +249,13 @@ def test_what_is_no_plain_file_is_never_replaced(tmp_path):
         write_file(tmp_path / "pipe", says("x"), force=True)
     assert rule_of(error) == "LF-703"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_temporary_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch):
+    def refused(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("loraformat.atomic._remove", refused)
+    with pytest.raises(LoraFormatError, match="cannot write .*: No space left on device") as error:
+        write_file(tmp_path / "out", breaks)
+    assert rule_of(error) == "LF-703"

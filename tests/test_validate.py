@@ -270,6 +270,20 @@ def test_a_file_on_stdin_is_read_like_any_other(run, stdin, tmp_path):
     ]
 
 
+def test_stdin_that_no_disk_takes_is_a_line_like_any_other(run, stdin, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loraformat.cli.validate._copy", full)
+    stdin(b"")
+    told = run("validate", "-", native(tmp_path / "a.safetensors"), "--jsonl")
+    assert [(line["path"], line["valid"]) for line in lines(told)] == [
+        ("-", False),
+        (str(tmp_path / "a.safetensors"), True),
+    ]
+    assert "No space left on device" in lines(told)[0]["problems"][0]["what"]
+
+
 class Endless(io.RawIOBase):
     """A stream of zeros; given to a reader without a limit it would fill the disk, so it complains."""
 

@@ -108,13 +108,18 @@ def _stdin(options: dict[str, Any]) -> Validation:
     """What comes on stdin, kept in a temporary file: a tensor file is read in any order."""
     import tempfile  # slow to import, and needed for stdin only
 
+    from loraformat.errors import Problem
     from loraformat.source import Source
-    from loraformat.verbs.validate import validate
+    from loraformat.verbs.validate import Validation, validate
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stdin.safetensors"
-        with open(path, "wb") as file:
-            _copy(sys.stdin.buffer, file, options["limits"].bytes)
+        try:
+            with open(path, "wb") as file:
+                _copy(sys.stdin.buffer, file, options["limits"].bytes)
+        except OSError as error:
+            what = f"stdin cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}"
+            return Validation("-", None, "", None, (Problem("LF-701", what, fix="TMPDIR=FOLDER names another place"),))
         source = Source(path)
         source.path = Path("-")
         return validate(source, **options)

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -123,7 +124,8 @@ class Storage:
         except BaseException:
             if _identity(self.out) == before:  # else the model is in its place, and needs them
                 for path in new:
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
             raise
         self._clear(writers.keys())
         return self.out.stat().st_size + self.data_bytes
