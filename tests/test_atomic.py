@@ -256,6 +256,6 @@ def test_a_temporary_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch)
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("loraformat.atomic._remove", refused)
-    with pytest.raises(LoraFormatError, match="cannot write .*: No space left on device") as error:
+    with pytest.raises(LoraFormatError, match=r"cannot write .*: No space left on device") as error:
         write_file(tmp_path / "out", breaks)
     assert rule_of(error) == "LF-703"
