@@ -139,6 +139,19 @@ def test_it_is_proved_by_another_way_of_computing_it(form, kind, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.onnx", "out.onnx"]
 
 
+@pytest.mark.parametrize(("level", "limit"), [(0, 1e-5), (1, 1e-5), (4, 5e-2)])
+def test_a_product_in_int8_is_proved_as_one_that_rounds(level, limit, tmp_path):
+    """accuracy_level 4: ONNX Runtime rounds x to int8 in the product, and a last bit of x can become a whole step."""
+    made, weight = FORMS["MatMulNBits 4"]()
+    made.graph.node[0].attribute.append(onnx.helper.make_attribute("accuracy_level", level))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    update = lf.Adapter({KEY: lora(*weight.shape)})
+    plan = prepare("attach", [("default", update)], base, Options(tmp_path / "out.onnx"))
+    base.apply(plan)
+    proof = prove(base, plan)
+    assert (proof.limit, proof.holds) == (limit, True)
+
+
 @pytest.mark.parametrize("form", [form for form in FORMS if "Gather" not in form and "Conv" not in form])
 def test_a_row_chooses_a_magnitude_beside_codes(form, tmp_path):
     path, plain, _ = given(form, tmp_path)

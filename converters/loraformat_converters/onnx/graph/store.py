@@ -8,7 +8,7 @@ import itertools
 import mmap
 import os
 import re
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from loraformat.errors import fault
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
 from loraformat.ranges import append
+from loraformat.stopping import unbroken
 from loraformat_converters.onnx.graph.model import External, external
 from loraformat_converters.onnx.graph.scopes import tensors
 
@@ -121,21 +122,19 @@ class Storage:
         try:
             for name, writer in writers.items():
                 write_file(self.out.parent / name, writer, force=force or name != self.out.name)
-        except BaseException:
-            if _identity(self.out) == before:  # else the model is in its place, and needs them
-                for path in new:
-                    with suppress(OSError):
-                        path.unlink(missing_ok=True)
-            raise
-        self._clear(writers.keys())
+        finally:
+            with unbroken():
+                if _identity(self.out) != before:  # the model is in its place, and needs them, whatever came then
+                    self._clear(writers.keys())
+                else:
+                    _remove(new)
         return self.out.stat().st_size + self.data_bytes
 
     def _clear(self, keep: Collection[str]) -> None:
         """Delete the data files of an older output of this name, unless a model beside it refers to them."""
         used = {place.name for place in self.places.values()} | set(keep)
-        for path in _data_of(self.out, "[0-9a-f]{8}"):
-            if path.name not in used and not _needed(path):
-                path.unlink()
+        older = (path for path in _data_of(self.out, "[0-9a-f]{8}") if path.name not in used)
+        _remove(path for path in older if not _needed(path))
 
     def _relocate(self) -> None:
         for name, new in self.renamed.items():
@@ -174,6 +173,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
         return None
     info = path.lstat()
     return info.st_dev, info.st_ino
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _data_of(out: Path, tag: str) -> Iterator[Path]:
