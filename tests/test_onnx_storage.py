@@ -22,6 +22,7 @@ from loraformat.verbs.graph import detach
 from loraformat.verbs.init import init
 from loraformat.verbs.merge import attach, merge, prepare
 from loraformat.verbs.verify import verify
+from loraformat_converters.onnx.graph import store
 
 KEYS = {"m.q.weight": (64, 48), "m.k.weight": (32, 64)}
 TEXT = """g (float[T,N,48] x) => (float[T,N,40] y) <float[48,64] wq, float[64] bq, float[64,32] wk, float[32,40] wo>
@@ -223,6 +224,23 @@ def test_a_run_that_ends_just_after_the_model_is_in_place_keeps_its_data(stopped
     with pytest.raises((LoraFormatError, KeyboardInterrupt)):
         merge(update, open_base(base), out, force=True)
     check(base, out, update)
+
+
+def test_a_run_leaves_the_data_of_another_one_to_the_same_output_alone(tmp_path, monkeypatch):
+    """The second begins and ends when the first has written its data, and not yet the model."""
+    base, out = external(tmp_path / "a" / "base.onnx"), tmp_path / "out.onnx"
+    first, others = adapter(KEYS), [adapter({"m.q.weight": lora(64, 48, seed=9)})]
+    write = store.write_file
+
+    def between(path, writer, **how):
+        if path == out and others:
+            merge(others.pop(), open_base(base), out, force=True)
+        write(path, writer, **how)
+
+    monkeypatch.setattr(store, "write_file", between)
+    merge(first, open_base(base), out, force=True)
+    assert not others
+    check(base, out, first)
 
 
 def test_the_data_of_an_older_output_stays_while_a_model_beside_it_needs_it(tmp_path):

@@ -8,8 +8,9 @@ import itertools
 import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,6 +19,7 @@ import onnx
 
 from loraformat.atomic import check_free, write_file
 from loraformat.errors import fault
+from loraformat.locks import hold, take
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
 from loraformat.ranges import append
@@ -120,21 +122,25 @@ class Storage:
         new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
         before = _identity(self.out)
         try:
-            for name, writer in writers.items():
-                write_file(self.out.parent / name, writer, force=force or name != self.out.name)
+            with ExitStack() as locks:  # another run to this output leaves the data alone until the model refers to it
+                for name, writer in writers.items():
+                    path = self.out.parent / name
+                    write_file(path, writer, force=force or name != self.out.name)
+                    if (lock := hold(path)) is not None:
+                        locks.callback(os.close, lock)
         finally:
             with unbroken():
                 if _identity(self.out) != before:  # the model is in its place, and needs them, whatever came then
                     self._clear(writers.keys())
                 else:
-                    _remove(new)
+                    _remove(path for path in new if not _needed(path) and _idle(path))
         return self.out.stat().st_size + self.data_bytes
 
     def _clear(self, keep: Collection[str]) -> None:
         """Delete the data files of an older output of this name, unless a model beside it refers to them."""
         used = {place.name for place in self.places.values()} | set(keep)
         older = (path for path in _data_of(self.out, "[0-9a-f]{8}") if path.name not in used)
-        _remove(path for path in older if not _needed(path))
+        _remove(path for path in older if not _needed(path) and _idle(path))
 
     def _relocate(self) -> None:
         for name, new in self.renamed.items():
@@ -179,6 +185,19 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _idle(path: Path) -> bool:
+    """Whether no run is about to put a model in its place that refers to this file."""
+    if sys.platform == "win32":  # where an open file is not deleted
+        return True
+    try:
+        lock = take(path)
+    except OSError:  # a file system without locks
+        return True
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
 
 
 def _data_of(out: Path, tag: str) -> Iterator[Path]:
