@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
@@ -20,7 +20,7 @@ from loraformat.journal import Journal
 from loraformat.locks import hold, locked, take
 from loraformat.stopping import unbroken
 
-__all__ = ["Task", "Writer", "check_free", "check_room", "write_file", "write_folder"]
+__all__ = ["Task", "Writer", "check_free", "check_room", "write_file", "write_folder", "write_together"]
 
 
 class Writer(Protocol):
@@ -55,13 +55,38 @@ def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
         raise fault("LF-703", f"{path} is a folder; the output is a file")
     if path.exists() and not path.is_file():
         raise fault("LF-703", f"{path} is no plain file; the output would take its place")
-    with _temporary(path, folder=False) as temporary:
-        with open(temporary, "r+b") as file:
-            writer(file)
-            _flush(file)
+    write_together({path: writer})
+
+
+def write_together(writers: Mapping[Path, Writer]) -> None:
+    """Files of one folder that belong together: all are written, then each is renamed right after the other; or none is.
+
+    What exists is replaced. Each file is locked until all are in their places.
+    """
+    with ExitStack() as stack:
+        temporaries = {path: stack.enter_context(_temporary(path, folder=False)) for path in writers}
+        for path, writer in writers.items():
+            with open(temporaries[path], "r+b") as file:
+                writer(file)
+                _flush(file)
         with unbroken():
+            _rename(temporaries)
+            for folder in {path.parent for path in writers}:
+                _sync(folder)
+
+
+def _rename(temporaries: Mapping[Path, Path]) -> None:
+    """Each to its place; where one cannot, those that were not there before go again."""
+    new = []
+    try:
+        for path, temporary in temporaries.items():
+            if not os.path.lexists(path):
+                new.append(path)
             os.replace(temporary, path)
-            _sync(path.parent)
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 class Task(Protocol):

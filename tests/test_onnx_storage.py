@@ -227,20 +227,35 @@ def test_a_run_that_ends_just_after_the_model_is_in_place_keeps_its_data(stopped
 
 
 def test_a_run_leaves_the_data_of_another_one_to_the_same_output_alone(tmp_path, monkeypatch):
-    """The second begins and ends when the first has written its data, and not yet the model."""
+    """The second begins and ends when the first has its data in its place, and not yet the model."""
     base, out = external(tmp_path / "a" / "base.onnx"), tmp_path / "out.onnx"
     first, others = adapter(KEYS), [adapter({"m.q.weight": lora(64, 48, seed=9)})]
-    write = store.write_file
+    replace = os.replace
 
-    def between(path, writer, **how):
+    def between(temporary, path):
         if path == out and others:
             merge(others.pop(), open_base(base), out, force=True)
-        write(path, writer, **how)
+        replace(temporary, path)
 
-    monkeypatch.setattr(store, "write_file", between)
+    monkeypatch.setattr("loraformat.atomic.os.replace", between)
     merge(first, open_base(base), out, force=True)
     assert not others
     check(base, out, first)
+
+
+@pytest.mark.parametrize("stopped", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_swap_that_is_not_finished_leaves_its_older_adapters_too(stopped, tmp_path, monkeypatch):
+    base, out = external(tmp_path / "a" / "base.onnx"), tmp_path / "out.onnx"
+    attach({"one": adapter(KEYS)}, open_base(base), out, mode="swap")
+    before = {path: digest(path) for path in tmp_path.iterdir() if path.is_file()}
+
+    def stop(file, data):
+        raise stopped
+
+    monkeypatch.setattr(store, "_write_all", stop)
+    with pytest.raises((LoraFormatError, KeyboardInterrupt)):
+        attach({"one": adapter({"m.q.weight": lora(64, 48, seed=9)})}, open_base(base), out, mode="swap", force=True)
+    assert {path: digest(path) for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_the_data_of_an_older_output_stays_while_a_model_beside_it_needs_it(tmp_path):

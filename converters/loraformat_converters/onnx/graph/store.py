@@ -9,17 +9,16 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat.atomic import check_free, write_file
+from loraformat.atomic import check_free, write_together
 from loraformat.errors import fault
-from loraformat.locks import hold, take
+from loraformat.locks import take
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
 from loraformat.ranges import append
@@ -115,32 +114,27 @@ class Storage:
         return {**writers, **self.beside, self.out.name: lambda file: _write_all(file, graph)}
 
     def write(self, force: bool) -> int:
-        """Data files first, the model last, or nothing at all; the bytes written."""
-        for name in self.beside:
-            check_free(self.out.parent / name, force)
-        writers = self.writers()
-        new = [self.out.parent / name for name in writers if not os.path.lexists(self.out.parent / name)]
-        before = _identity(self.out)
+        """Data files and model, or nothing at all; the bytes written."""
+        for path in (self.out, *(self.out.parent / name for name in self.beside)):
+            check_free(path, force)
+        if self.out.is_dir():
+            raise fault("LF-703", f"{self.out} is a folder; the output is a file")
+        writers, before = self.writers(), _identity(self.out)
         try:
-            with ExitStack() as locks:  # another run to this output leaves the data alone until the model refers to it
-                for name, writer in writers.items():
-                    path = self.out.parent / name
-                    write_file(path, writer, force=force or name != self.out.name)
-                    if (lock := hold(path)) is not None:
-                        locks.callback(os.close, lock)
+            write_together({self.out.parent / name: writer for name, writer in writers.items()})
         finally:
-            with unbroken():
-                if _identity(self.out) != before:  # the model is in its place, and needs them, whatever came then
+            if _identity(self.out) != before:  # the model is in its place, whatever came then
+                with unbroken():
                     self._clear(writers.keys())
-                else:
-                    _remove(path for path in new if not _needed(path) and _idle(path))
         return self.out.stat().st_size + self.data_bytes
 
     def _clear(self, keep: Collection[str]) -> None:
         """Delete the data files of an older output of this name, unless a model beside it refers to them."""
         used = {place.name for place in self.places.values()} | set(keep)
         older = (path for path in _data_of(self.out, "[0-9a-f]{8}") if path.name not in used)
-        _remove(path for path in older if not _needed(path) and _idle(path))
+        for path in older:
+            if not _needed(path) and _idle(path):
+                path.unlink(missing_ok=True)
 
     def _relocate(self) -> None:
         for name, new in self.renamed.items():
@@ -179,12 +173,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
         return None
     info = path.lstat()
     return info.st_dev, info.st_ino
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
 
 
 def _idle(path: Path) -> bool:
