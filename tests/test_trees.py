@@ -1,5 +1,6 @@
 """The JAX world's files: what flax, orbax and qwix wrote gives what their models compute, and they load what we write."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,18 @@ def test_a_damaged_orbax_folder_is_told_in_our_words_alone(tmp_path):
     assert (done.returncode, done.stderr) == (1, "")
     assert "LF-503" in done.stdout
     assert "NoneType" not in done.stdout
+
+
+def test_a_read_that_nobody_waits_for_is_not_logged_and_what_others_say_is(tmp_path, caplog):
+    lf.validate(_orbax(tmp_path / "x", lambda text: ""))
+    caplog.clear()
+    for place in (
+        "orbax/checkpoint/handlers.py",
+        'tasks.py> exception=ValueError(\'Error opening "zarr" driver',
+        "theirs.py",
+    ):
+        logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: <Task defined at %s>", place)
+    assert [record.args for record in caplog.records] == [("theirs.py",)]
 
 
 def test_an_archive_is_opened_once_for_all_layouts_that_look(tmp_path, monkeypatch):

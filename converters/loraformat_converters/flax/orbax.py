@@ -83,12 +83,19 @@ class _Checkpoint(Mapping[str, "Array"]):
 @contextmanager
 def _silent() -> Iterator[None]:
     """Orbax's own log of a damaged folder quotes the file's bytes to the terminal; what is wrong, the fault says."""
+    logging.getLogger("asyncio").addFilter(_of_others)
     log = logging.getLogger("absl")
     before, log.disabled = log.disabled, True
     try:
         yield
     finally:
         log.disabled = before
+
+
+def _of_others(record: logging.LogRecord) -> bool:
+    """Whether it is no word of a read of Orbax that nobody waits for any more, which asyncio logs whenever it is collected."""
+    said = record.getMessage()
+    return not ("exception was never retrieved" in said and ("orbax" in said or 'Error opening "zarr' in said))
 
 
 def _forget_pending() -> None:
