@@ -72,7 +72,6 @@ class _Checkpoint(Mapping[str, "Array"]):
         except LoraFormatError:
             raise
         except Exception as error:  # whatever its storage engine raises for a damaged folder
-            _forget_pending()
             raise fault("LF-503", f"{self.path} cannot be restored: {str(error).splitlines()[0]}") from None
         found = dict(_leaves(tree, ()))
         if found.keys() != set(self.names):
@@ -83,6 +82,7 @@ class _Checkpoint(Mapping[str, "Array"]):
 @contextmanager
 def _silent() -> Iterator[None]:
     """Orbax's own log of a damaged folder quotes the file's bytes to the terminal; what is wrong, the fault says."""
+    _forget_pending()  # before the first read: they end when they will
     logging.getLogger("asyncio").addFilter(_of_others)
     log = logging.getLogger("absl")
     before, log.disabled = log.disabled, True
