@@ -127,6 +127,22 @@ def test_an_index_out_of_range_is_an_error(name, provider, wrong, tmp_path):
             session(tmp_path / "out.onnx", optimise=optimise).run(None, x)
 
 
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("select", ["index", "weights"])
+def test_choices_for_another_number_of_rows_are_an_error(select, provider, tmp_path):
+    """The twelve tokens of four rows could as well be those of six, three or two."""
+    base = open_base(save(named(model(GRAPHS["Gemm of flattened tokens"][0])), tmp_path / "base.onnx"))
+    one = adapter({KEY: lora(7, 5)})
+    put(base, tmp_path / "out.onnx", [("a", one), ("b", one)], select=select, provider=provider)
+    running, x = session(tmp_path / "out.onnx"), np.ones((4, 3, 5), np.float32)
+    chosen = [np.zeros(n, np.int64) if select == "index" else np.zeros((n, 2), np.float32) for n in (4, 6, 3, 2)]
+    name = f"lora.{select}"
+    assert running.run(None, {"x": x, name: chosen[0]})[0].shape == (4, 3, 7)
+    for wrong in chosen[1:]:
+        with pytest.raises(Exception, match=r"broadcast|reshape|axis"):
+            running.run(None, {"x": x, name: wrong})
+
+
 @pytest.mark.parametrize("name", ["MatMul", "Conv", "Gather"])
 def test_where_a_gather_gives_zeros_the_row_is_nan(name, tmp_path):
     """As on CUDA, whose Gather writes zeros beyond the range (gather_impl.cu): here the table holds one row more."""

@@ -35,7 +35,8 @@ class Choice:
     Args:
         make: where the nodes go that all targets share.
         select: ``index`` or ``weights``.
-        rows: how many rows there are, as an input's size.
+        start: the model's input whose axis counts the rows.
+        size: how many rows there are, as an input's size.
         count: how many adapters there are.
 
     Attributes:
@@ -43,10 +44,12 @@ class Choice:
         index: [rows], safe to gather with; "" where weights are fed.
     """
 
-    def __init__(self, graph: Index, make: Nodes, select: str, rows: int | str, count: int) -> None:
-        self.make, self.by_index = make, select == "index"
+    def __init__(
+        self, graph: Index, make: Nodes, select: str, start: tuple[str, int], size: int | str, count: int
+    ) -> None:
+        self.make, self.start, self.by_index = make, start, select == "index"
         self.input = INDEX if self.by_index else WEIGHTS
-        kind, sizes = (onnx.TensorProto.INT64, [rows]) if self.by_index else (onnx.TensorProto.FLOAT, [rows, count])
+        kind, sizes = (onnx.TensorProto.INT64, [size]) if self.by_index else (onnx.TensorProto.FLOAT, [size, count])
         graph.taken.add(self.input)
         graph.graph.input.append(helper.make_tensor_value_info(self.input, kind, sizes))
         self.index, self._mask, self._void = self._indexed(count) if self.by_index else self._weighed()
@@ -54,12 +57,13 @@ class Choice:
 
     @property
     def rows(self) -> str:
-        """[1]: how many rows there are."""
+        """[1]: how many rows the model is fed. More or fewer choices would cut tokens apart by their own number."""
         return self._once("rows", self._count)
 
     def _count(self) -> str:
-        ends = [self.make.store(role, np.array([n])) for n, role in enumerate(("zero", "one"))]
-        return self.make.node("Slice", [self.make.node("Shape", [self.input], "shape"), *ends], "count")
+        name, axis = self.start
+        shape = self.make.node("Shape", [name], "shape")
+        return self.make.node("Gather", [shape, self.make.store("axis", np.array([axis]))], "count")
 
     def _indexed(self, count: int) -> tuple[str, str, str]:
         """(index, [rows, N] of bool, [rows, 1]: 0, or NaN for an index that is none)."""

@@ -63,10 +63,11 @@ class Stack:
         self.editor = Editor(index)
         self.ends = Ends(index, self.editor)
         self.stems: dict[tuple[int, str], str] = {}
-        self.rows = RowsOf(model, starts(model, options.rows))
+        start = starts(model, options.rows)
+        self.rows = RowsOf(model, start)
         self.own = Nodes(index, index.stem("rows"))
         self.shared = [self.own.stem]
-        self.choice = Choice(index, self.own, options.select, self.rows.size, self.count)
+        self.choice = Choice(index, self.own, options.select, next(iter(start.items())), self.rows.size, self.count)
 
     @property
     def values(self) -> dict[str, str]:
