@@ -104,6 +104,44 @@ def test_a_normalisation_that_onnx_runtime_folds_offline_is_seen(tmp_path):
     assert problems(onnx.load(tmp_path / "optimised.onnx"), tmp_path) == ["LF-608"]
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_product_that_gives_a_normalisations_value_holds_it(last, tmp_path):
+    """As dynamo and then onnxslim or onnxsim leave a Linear with a BatchNorm1d: the weight has its own name, and no metadata."""
+    made = model(
+        f"""g (float[N,5] x) => (float[N,9] {"getitem" if last else "y"}) <float[9,5] w, float[9] b>
+        {{ ["node_Gemm_8"] getitem = Gemm <transB = 1> (x, w, b) {"" if last else "y = Relu(getitem)"} }}"""
+    )
+    made.graph.node[0].input[1] = made.graph.initializer[0].name = "c.weight"
+    given = adapter({"c.weight": (9, 5)})
+    assert problems(made, tmp_path, given) == ["LF-608"]
+    made.graph.node[0].output[0] = "addmm"
+    if last:
+        made.graph.output[0].name = "addmm"
+        assert problems(made, tmp_path, given) == ["LF-608"]
+        made.graph.node[0].name = "node_addmm"
+    else:
+        made.graph.node[1].input[0] = "addmm"
+    assert problems(made, tmp_path, given) == []
+
+
+@pytest.mark.parametrize(("stored", "scopes", "wrong"), [
+    ("onnx::Mul_27", None, True),
+    ("/n/Add_output_0", None, True),
+    ("add_1", ["", "n", "mul_1"], True),
+    ("n.weight", ["", "n", "mul_1"], False),
+    ("other.weight", ["", "n", "mul_1"], False),
+])  # fmt: skip
+def test_a_vector_without_its_name_is_computed_of_the_parameter(stored, scopes, wrong, tmp_path):
+    """Gemma's norms multiply by 1 + w, which every exporter computes ahead. ``other.weight`` is a tensor of equal values."""
+    made = model("""g (float[N,5] x) => (float[N,5] y) <float[5] w> { ["/n/Mul"] y = Mul(x, w) }""")
+    made.graph.node[0].input[1] = made.graph.initializer[0].name = stored
+    if scopes:
+        made.graph.node[0].name = "node_mul_1"
+        made.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=repr(scopes))
+    given = lf.Adapter({"n.weight": lf.Update((lf.Replace(np.ones(5, np.float32)),))})
+    assert problems(made, tmp_path, given) == ["LF-608"] * wrong
+
+
 def test_the_user_cannot_state_it_away(tmp_path):
     assert problems(graph(), tmp_path, names={"c.weight": "/c/Conv"}) == ["LF-608"]
     assert problems(graph(), tmp_path, names={"c.weight": "onnx::Conv_7"}) == ["LF-608"]

@@ -183,6 +183,26 @@ def test_a_tensor_that_two_modules_share_means_neither_by_its_name(tmp_path):
     assert "a, b" in problem.what
 
 
+def test_metadata_tells_a_tied_module_from_a_second_call(tmp_path):
+    """TorchScript calls the second call of ``fc`` ``fc_1``; metadata names a module by its own name at each call."""
+    made = scoped(chain(("n1", "w"), ("n2", "w"), ("n3", "w")), "fc", "fc_1", "fc")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    found = base.resolve(adapter({"fc.weight": (6, 6)}), Hints()).targets["fc.weight"]
+    assert [match.node for match in found] == ["n1", "n3"]
+    base = open_base(save(scoped(chain(("n1", "w"), ("n2", "w")), "fc", "fc_1"), tmp_path / "two.onnx"))
+    both = base.resolve(adapter({"fc.weight": (6, 6), "fc_1.weight": (6, 6)}), Hints()).require().targets
+    assert {key: [match.node for match in places] for key, places in both.items()} == {"fc.weight": ["n1"], "fc_1.weight": ["n2"]}
+
+
+def test_a_second_call_that_may_be_a_module_of_its_own_is_none(tmp_path):
+    made = chain(("/fc/MatMul", "w"), ("/fc_1/MatMul", "w"))
+    assert resolve(made, ["fc.weight"], tmp_path) == ({"fc.weight": {"w"}}, [])
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(6, np.float32), "fc_1.bias"))
+    problem = refusal(made, ["fc.weight"], tmp_path)
+    assert problem.rule == "LF-609"
+    assert "as a second call of the target's module, or as fc_1" in problem.what
+
+
 def test_two_nameless_uses_of_a_tensor_may_be_two_modules(tmp_path):
     made = chain(("n1", "tied.weight"), ("n2", "tied.weight"))
     assert refusal(made, ["tied.weight"], tmp_path).rule == "LF-609"

@@ -3,6 +3,8 @@
 A batch normalisation behind a convolution becomes γ/σ times every row of W. torch's exporters do it (2.13, both by
 default), and so do ONNX Runtime (1.32), onnxsim and onnxslim; the operator keeps the module's name, dynamo's weight even
 its own. ΔW was trained beside W and not beside that, so neither W + ΔW nor a branch would be what the module computes.
+
+A vector is stored as it is, under its own name, unless something was computed of it: Gemma's norms multiply by 1 + w.
 """
 
 from __future__ import annotations
@@ -24,14 +26,20 @@ _RULES = "pkg.onnxscript.rewriter.rule_name"
 _FOLDING = re.compile(r"FuseBatchNorm|ConvAffine|AffineConv")
 """What onnxscript (0.7.2, the last step of torch's dynamo exporter) calls the rewrites that change a weight."""
 
-_REWRITTEN = re.compile(r"node_Conv(Transpose)?_\d+")
-"""How it calls a convolution that it wrote anew, for a normalisation or a padding: metadata says which, and tools drop it."""
+_REWRITTEN = re.compile(r"node_(Conv(Transpose)?|Gemm)_\d+")
+"""How it calls an operator that it wrote anew, for a normalisation or a padding: metadata says which, and tools drop it."""
 
-_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|MatMulBnFusion)_.*")
+_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|ConvAddFusion|MatMulBnFusion)_.*")
 """How ONNX Runtime (1.32) calls what it computes of a weight."""
 
 _RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
 """How TorchScript (2.13) and onnxsim (0.8) call it. A torch module's weight has a name where nothing was computed of it."""
+
+_COMPUTED = re.compile(r"onnx::\w+|_v_\d+|/.+")
+"""How these call any tensor that they computed: TorchScript ``onnx::Mul_27``, tools by the node that gave it."""
+
+_OF_NORMALISATION = re.compile(r"getitem(_\d+)?")
+"""How dynamo calls what a normalisation gives, the first of three: a product that gives it holds the normalisation."""
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"})
 
@@ -61,21 +69,37 @@ def _changed(site: Site) -> str:
     rules = next((p.value for p in site.node.metadata_props if p.key == _RULES), "")
     if _FOLDING.search(rules):
         return f"a batch normalisation was folded into its {site.parameter} ({rules})"
+    given = site.node.output[0]
+    if site.known_operator and _OF_NORMALISATION.fullmatch(given):
+        return f"it gives {given}, of a batch normalisation, which was folded into its {site.parameter}"
+    if site.node.op_type == "Gemm" and given in site.scope.outputs and _is_rewritten(site):
+        return f"the exporter wrote it anew to give {given}: a batch normalisation may be folded into its {site.parameter}"
     if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
         return f"a batch normalisation was folded into its {site.parameter}, now {site.root_name}"
     return ""
 
 
+def _is_rewritten(site: Site) -> bool:
+    return bool(_REWRITTEN.fullmatch(site.node.name)) and not site.node.metadata_props and bool(site.bias)
+
+
+def _computed(site: Site) -> bool:
+    """Whether a vector's name is none of a parameter's: dynamo's have the path of their module."""
+    stored = names_of(site, "initializer") or ""
+    return bool(_COMPUTED.fullmatch(stored)) or ("." not in stored and names_of(site, "name_scopes") is not None)
+
+
 def _unproved(site: Site, said: Sequence[Witness]) -> str:
-    """Why the values of a convolution may have been changed."""
+    """Why the values of a vector, or of a convolution, may have been changed."""
+    if site.vector and _computed(site):
+        return f"its {site.parameter} lost its name and is {site.root_name}, which was computed when the model was exported"
     if site.node.op_type not in _CONVOLUTIONS:
         return ""
     alike = max((witness.cosine for witness in said if witness.rung == "sketch"), default=0.0)
     named = any(witness.rung != "sketch" for witness in said)
-    rewritten = bool(_REWRITTEN.fullmatch(site.node.name)) and not site.node.metadata_props and bool(site.bias)
     if named and _RENAMED.fullmatch(names_of(site, "initializer") or ""):
         return f"its {site.parameter} lost its name and is {site.root_name}: a batch normalisation was folded into it"
-    if alike < _SAME and rewritten:
+    if alike < _SAME and _is_rewritten(site):
         return "the exporter wrote it anew: a batch normalisation may be folded into it"
     if alike < _SAME and not named:
         return f"its {site.parameter} is like W (cosine {alike:.3f}) and not W: a batch normalisation may be folded into it"

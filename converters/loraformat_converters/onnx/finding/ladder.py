@@ -10,7 +10,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.fingerprint import Finder
 from loraformat_converters.onnx.finding.folded import require_own_values
-from loraformat_converters.onnx.finding.names import MODULES, modules_of, same_module
+from loraformat_converters.onnx.finding.names import MODULES, modules_of, names_of, of_one_module
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.witness import Names, Witness, map_stub
 from loraformat_converters.onnx.graph.index import Index, Site
@@ -90,7 +90,7 @@ def _agree(index: Index, values: Values, key: str, said: Sequence[Witness]) -> F
     if all(witness.rung in _OF_TENSORS and witness.by != "user" for witness in said):
         _require_one_module(key, common)
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
-    sites = tuple(site for root in roots for site in _calls(index.uses(root), common))
+    sites = tuple(site for root in roots for site in _calls(index, key, index.uses(root), common))
     rows = next((witness.rows for witness in said if witness.rows), None)
     order = next((witness.order for witness in said if witness.order), None)
     return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows, order)
@@ -109,7 +109,7 @@ def _require_one_module(key: str, sites: Sequence[Site]) -> None:
         return
     modules = sorted({name for site in sites for name in modules_of(site)}, key=lambda name: (len(name), name))
     nameless = sum(not modules_of(site) for site in sites)
-    if nameless or any(not same_module(modules[0], other) for other in modules):
+    if nameless or not any(all(of_one_module(first, site) for site in sites) for first in sites):
         names = ", ".join([*modules[:3], *[f"{nameless} without a module's name"][: bool(nameless)]])
         what = (
             f"{sites[0].root_name} is used {len(sites)} times ({names}): which of them the target means, nothing says"
@@ -118,14 +118,25 @@ def _require_one_module(key: str, sites: Sequence[Site]) -> None:
         raise fault("LF-609", what, where=key, fix=fix)
 
 
-def _calls(uses: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
-    """The named sites, and the further calls of the same module with the same weight."""
-    names = {name for site in sites for name in modules_of(site)}
+def _calls(index: Index, key: str, uses: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
+    """The named sites, and the further calls of the same module with the same weight.
 
-    def belongs(site: Site) -> bool:
-        return any(same_module(name, other) for other in modules_of(site) for name in names)
+    Raises:
+        LoraFormatError: LF-609 TorchScript (torch 2.13) calls the second call of ``fc`` as it calls a module ``fc_1``, and
+            the graph has parameters of that.
+    """
+    more = [use for use in uses if use not in sites and any(of_one_module(named, use) for named in sites)]
+    owners = {name.rpartition(".")[0] for name in index.roots}
+    doubtful = next((use for use in more if names_of(use, "node_name") in owners - _paths(sites)), None)
+    if doubtful is not None:
+        path = names_of(doubtful, "node_name")
+        what = f"{doubtful.node.name} reads {doubtful.root_name} too: as a second call of the target's module, or as {path}"
+        raise fault("LF-609", what, where=key, fix="export with dynamo=True, which says which, or untie the two modules first")
+    return [use for use in uses if use in sites or use in more]
 
-    return [site for site in uses if site in sites or belongs(site)]
+
+def _paths(sites: Sequence[Site]) -> set[str | None]:
+    return {names_of(site, "node_name") for site in sites}
 
 
 def _one_target_each(found: Mapping[str, Found], ambiguous: list[Problem]) -> None:

@@ -9,7 +9,17 @@ import onnx
 from loraformat_converters.onnx.graph import exported
 from loraformat_converters.onnx.graph.index import Site
 
-__all__ = ["MODULES", "RUNGS", "modules_of", "names_of", "own_copy", "parameter_of", "same_module", "second_reading"]
+__all__ = [
+    "MODULES",
+    "RUNGS",
+    "modules_of",
+    "names_of",
+    "of_one_module",
+    "own_copy",
+    "parameter_of",
+    "same_module",
+    "second_reading",
+]
 
 RUNGS = ("name_scopes", "initializer", "node_name")
 """In the order in which they are reported; where two speak, they must agree."""
@@ -61,6 +71,14 @@ def second_reading(site: Site, rung: str) -> str | None:
 def modules_of(site: Site) -> set[str]:
     """What the site's module is called, by every witness."""
     return {name for rung in MODULES if (name := names_of(site, rung))}
+
+
+def of_one_module(site: Site, other: Site) -> bool:
+    """Whether two uses of one weight are calls of one module, as far as names tell: metadata names a module, not its call."""
+    first, second = (names_of(use, "name_scopes") for use in (site, other))
+    if first and second:
+        return first == second
+    return any(same_module(name, called) for name in modules_of(site) for called in modules_of(other))
 
 
 def _of_builder(module: str) -> str:
