@@ -59,6 +59,71 @@ def test_of_zeros_the_weight_does_not_matter(verb, tmp_path):
     assert relative_error(session(tmp_path / "out.onnx").run(None, {"x": x})[0], wanted) <= 1e-6
 
 
+# One call of a module on x, another on a constant, which was folded: (nodes, weight, bias, what is stored, its values).
+def elsewhere():
+    draw = np.random.default_rng(4)
+    square, tall, kernel, table, b, c = (
+        draw.standard_normal(s).astype(np.float32) for s in ((6, 6), (12, 6), (9, 6, 3), (20, 6), (12,), (1, 3, 6))
+    )
+    product = '["{}"] h = MatMul(x, "m.weight") {} y = Concat <axis = 1> (h, "{}")'
+    biased = '["{}"] p = MatMul(x, "m.weight") ["{}"] h = Add(p, "m.bias") y = Concat <axis = 1> (h, "{}")'
+    conv = '["/m/Conv"] h = Conv(x, "m.weight") y = Concat <axis = 0> (h, "{}")'
+    look = '["/m/Gather"] h = Gather("m.weight", x) y = Concat <axis = 1> (h, "{}")'
+    windows = np.stack([c[0].T[:, :1], c[0].T[:, 1:2], c[0].T[:, 2:]], 1)[..., 0].reshape(6, 3)
+    return {
+        "a bias that is added": (biased.format("n", "n_1", "linear"), tall.T, b, "linear", c @ tall.T + b),
+        "no bias, and added itself": ('["n"] h = MatMul(x, "m.weight") y = Add(h, "linear_1")', tall.T, None, "linear_1", c[:, :1] @ tall.T),
+        "a square weight": (product.format("n", "", "linear_2"), square.T, None, "linear_2", c @ square.T),
+        "by a tool, of a second call": (
+            biased.format("/m/MatMul", "/m/Add", "/m_1/Add_output_0"), tall.T, b, "/m_1/Add_output_0", c @ tall.T + b),
+        "by a tool, cut afterwards": (product.format("/m/MatMul", "", "/m_1/Split_output_1"), tall.T, None, "/m_1/Split_output_1", (c @ tall.T)[..., 6:].repeat(2, -1)),
+        "a convolution": (conv.format("conv1d_1"), kernel, None, "conv1d_1", np.einsum("oik,ik->o", kernel, windows).reshape(1, 9, 1)),
+        "a look-up": (look.format("embedding"), table, None, "embedding", table[[[3, 3, 7]]]),
+        "a look-up, by a tool": (look.format("/m_1/Gather_output_0"), table, None, "/m_1/Gather_output_0", table[[[3, 3, 7]]]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", elsewhere())
+def test_what_was_computed_of_a_constant_is_told_whatever_the_operator(name, verb, tmp_path):
+    body, weight, bias, stored, values = elsewhere()[name]
+    kind = {"conv1d_1": "float[N,6,3]"}.get(stored, "int64[N,T]" if "look-up" in name else "float[N,T,6]")
+    made = model(f"g ({kind} x) => (float[A,B,C] y) {{ {body} }}")
+    held = {"m.weight": weight, "m.bias": bias, stored: values}
+    made.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in held.items() if v is not None)
+    out, in_ = (weight.shape[1], weight.shape[0]) if "Conv" not in body else (9, 18)
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    given = (
+        lf.Adapter({"m.weight": lora(out, in_)}) if "look-up" not in name else lf.Adapter({"m.weight": table_pair()})
+    )
+    with pytest.raises(lf.LoraFormatError, match=rf"LF-608  a product of it and a constant .* is stored as {stored}"):
+        VERBS[verb](given, base, tmp_path / "out.onnx")
+    last = next(t for t in made.graph.initializer if t.name == stored)
+    last.name = made.graph.node[-1].input[1] = "learned"
+    VERBS[verb](given, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
+
+
+def table_pair():
+    pair = lora(6, 20)["lora"]
+    return lf.Update((pair,), op="embedding")
+
+
+def test_a_product_that_another_module_explains_is_that_modules(tmp_path):
+    """Of a square weight any tensor could be a product; this is the bias of another, which was called on zeros."""
+    draw = np.random.default_rng(5)
+    w, v, c = (draw.standard_normal(s).astype(np.float32) for s in ((6, 6), (6, 6), (6,)))
+    made = model("""g (float[N,6] x) => (float[N,6] y) { h = Gemm(x, "a.weight", "a.bias")
+        t = Gemm(h, "b.weight") y = Add(t, linear) }""")
+    held = {"a.weight": w, "b.weight": v, "a.bias": c, "linear": c[None]}
+    made.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in held.items())
+    path, given = tmp_path / "base.onnx", lf.Adapter({"b.weight": lora(6, 6), "a.weight": lora(6, 6)})
+    merge(given, open_base(save(made, path)), tmp_path / "out.onnx")
+    made.graph.initializer[-1].CopyFrom(numpy_helper.from_array(c[None] + 1, "linear"))
+    with pytest.raises(lf.LoraFormatError) as caught:
+        merge(given, open_base(save(made, path)), tmp_path / "out.onnx", force=True)
+    assert [(p.rule, p.where) for p in caught.value.problems] == [("LF-608", "b.weight"), ("LF-608", "a.weight")]
+
+
 def test_another_modules_product_keeps_nobody_from_anything(tmp_path):
     made, _ = folded(drawn()[-1])
     for tensor in made.graph.initializer:

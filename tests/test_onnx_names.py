@@ -191,7 +191,10 @@ def test_metadata_tells_a_tied_module_from_a_second_call(tmp_path):
     assert [match.node for match in found] == ["n1", "n3"]
     base = open_base(save(scoped(chain(("n1", "w"), ("n2", "w")), "fc", "fc_1"), tmp_path / "two.onnx"))
     both = base.resolve(adapter({"fc.weight": (6, 6), "fc_1.weight": (6, 6)}), Hints()).require().targets
-    assert {key: [match.node for match in places] for key, places in both.items()} == {"fc.weight": ["n1"], "fc_1.weight": ["n2"]}
+    assert {key: [match.node for match in places] for key, places in both.items()} == {
+        "fc.weight": ["n1"],
+        "fc_1.weight": ["n2"],
+    }
 
 
 def test_a_second_call_that_may_be_a_module_of_its_own_is_none(tmp_path):

@@ -73,7 +73,9 @@ def _changed(site: Site) -> str:
     if site.known_operator and _OF_NORMALISATION.fullmatch(given):
         return f"it gives {given}, of a batch normalisation, which was folded into its {site.parameter}"
     if site.node.op_type == "Gemm" and given in site.scope.outputs and _is_rewritten(site):
-        return f"the exporter wrote it anew to give {given}: a batch normalisation may be folded into its {site.parameter}"
+        return (
+            f"the exporter wrote it anew to give {given}: a batch normalisation may be folded into its {site.parameter}"
+        )
     if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
         return f"a batch normalisation was folded into its {site.parameter}, now {site.root_name}"
     return ""

@@ -131,7 +131,9 @@ def _calls(index: Index, key: str, uses: Sequence[Site], sites: Sequence[Site]) 
     if doubtful is not None:
         path = names_of(doubtful, "node_name")
         what = f"{doubtful.node.name} reads {doubtful.root_name} too: as a second call of the target's module, or as {path}"
-        raise fault("LF-609", what, where=key, fix="export with dynamo=True, which says which, or untie the two modules first")
+        raise fault(
+            "LF-609", what, where=key, fix="export with dynamo=True, which says which, or untie the two modules first"
+        )
     return [use for use in uses if use in sites or use in more]
 
 
