@@ -42,12 +42,12 @@ def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
 def _other(key: str, update: Update, base: Base, match: Match, parameter: Parameter | None) -> Problem | None:
     """By the digest, where the tensor lies as it lay then; else by the sketch, which survives casts and transposes."""
     # What a checkpoint stores the other way round is named as its parameter lies; a graph's tensor is another one then.
-    named = match.parameter if match.parameter and not match.node else match.placement
+    named = match.parameter if match.parameter and match.node is None else match.placement
     if parameter is not None and update.base_sha256 is not None and update.placement == named:
         found = runs_sha256(tile for _, tile in read_runs(base, parameter))
         if found == update.base_sha256:
             return None
-        if not (match.node and parameter.dtype in _CAST):
+        if not (match.node is not None and parameter.dtype in _CAST):
             what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
             return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
     recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 import loraformat as lf
 from loraformat.registry import open_base
+from loraformat.sketch import sketch
 from loraformat.testing import relative_error
 from loraformat.verbs.merge import attach, merge
 
@@ -54,13 +56,48 @@ def problems(made, tmp_path, given=None, **hints):
         {"weight": "ConvBnFusion_W_c.weight"},
         {"weight": "ConvBnFusion_W_c.weight_quantized"},
         {"weight": "_v_51"},
+        {"node": "/c/Conv_output_0", "weight": "/n/BatchNormalization_output_0_weight", "named": False},
+        {"node": "conv2d", "weight": "mul_1_weight", "named": False},
         {"node": "node_Conv_46", "weight": "c.weight", "rule": "FuseBatchNormIntoConv, RemoveOptionalBiasFromConv"},
         {"node": "node_Conv_46", "weight": "c.weight"},
     ],
-    ids=["TorchScript", "ONNX Runtime", "quantised after it", "onnxsim", "dynamo", "dynamo, then a tool"],
+    ids=[
+        "TorchScript",
+        "ONNX Runtime",
+        "quantised after it",
+        "onnxsim",
+        "onnxslim",
+        "dynamo, onnxslim",
+        "dynamo",
+        "dynamo, then a tool",
+    ],
 )
-def test_a_name_is_no_proof_of_a_weight_into_which_something_may_be_folded(form, tmp_path):
-    assert problems(graph(**form), tmp_path) == ["LF-608"]
+def test_neither_a_name_nor_a_sketch_is_proof_of_a_weight_into_which_something_may_be_folded(form, tmp_path):
+    """A sketch has no scale: it is that of W where all of γ/σ are one factor."""
+    form, named = {**form}, form.get("named", True)
+    form.pop("named", None)
+    values = np.random.default_rng(5).standard_normal(KERNEL).astype(np.float32)
+    place = convolution()["c.weight"].placement
+    sketched = lf.Adapter({"c.weight": replace(convolution()["c.weight"], sketch=sketch(values, place))})
+    if named:
+        assert problems(graph(**form, values=values), tmp_path) == ["LF-608"]
+    if form["weight"] != "c.weight":
+        assert problems(graph(**form, values=values * 0.4), tmp_path, sketched) == ["LF-608"]
+
+
+def test_a_scale_that_onnxslim_folds_into_a_linear_weight_is_seen(tmp_path):
+    """As it makes one Gemm of q's MatMul, Add and attention's 1/√d."""
+    made = model(
+        """g (float[N,5] x) => (float[N,9] y) <float[9,5] w, float[9] b> { y = Gemm <transB = 1> (x, w, b) }"""
+    )
+    values = numpy_helper.to_array(made.graph.initializer[0])
+    place = lf.Placement((9, 5), (0,), (1,))
+    given = lf.Adapter(
+        {"q.weight": replace(adapter({"q": (9, 5)})["q"], placement=place, sketch=sketch(values * 8, place))}
+    )
+    assert problems(made, tmp_path, given) == []
+    made.graph.node[0].input[1] = made.graph.initializer[0].name = "/q/Add_output_0_weight_fused"
+    assert problems(made, tmp_path, given) == ["LF-608"]
 
 
 @pytest.mark.parametrize(("node", "bias"), [("/c/Conv", True), ("node_conv2d", True), ("node_Conv_46", False)])

@@ -101,6 +101,21 @@ def test_one_value_that_differs_is_another_weight(tmp_path):
     assert evidence[0].startswith("sketch: cosine 1.000")  # found all the same, but not called equal
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("factor", "told"), [(8**-0.5, True), (1.5, True), (1.03, False)])
+def test_a_scale_that_was_folded_into_a_weight_is_told(factor, told, named, tmp_path):
+    """Attention's 1/√d in the weight of q: a sketch is the same, whatever the scale."""
+    k = normal(8, 6)
+    made = two(normal(6, 8, seed=1), np.float32(factor) * k.T, names=("n0", "/enc/k/MatMul" if named else "n1"))
+    base = checkpoint(tmp_path, **{"enc.k.weight": k})
+    found, _, problems = resolve(made, {"enc.k.weight": (8, 6)}, tmp_path, base=base)
+    if told:
+        assert [(p.rule, p.where) for p in problems] == [("LF-608", "enc.k.weight")]
+        assert f"w1 is {factor:.3g} times enc.k.weight" in problems[0].what
+    else:
+        assert (found, problems) == ({"enc.k.weight": {"w1"}}, [])
+
+
 SQUARE = {"gemm": '["n"] y = Gemm <transB = 1> (x, w)', "matmul": '["n"] y = MatMul(x, w)'}
 
 
@@ -255,6 +270,17 @@ def test_a_weight_that_is_not_like_the_sketch_is_not_changed_by_its_name(tmp_pat
         prepare("merge", ours, base, Options(tmp_path / "out.onnx"))
     assert len(caught.value.problems) == 1
     assert prepare("merge", ours, base, Options(tmp_path / "out.onnx"), any_base=True).steps
+
+
+@pytest.mark.parametrize("cast", [np.float32, np.float16])
+@pytest.mark.parametrize("node", ["/enc/q/MatMul", ""])
+def test_a_digest_is_not_compared_with_a_turned_weight_whatever_its_node_is_called(node, cast, tmp_path):
+    w = normal(6, 6)
+    letter = {np.float16: "float16", np.float32: "float"}[cast]
+    made = graph(f"g ({letter}[N,6] x) => ({letter}[N,6] y) {{ y = MatMul(x, w) }}", w=w.T.astype(cast))
+    made.graph.node[0].name = node
+    bound = adapter({"enc.q.weight": replace(sketched(w), base_sha256=runs_sha256([w]))})
+    merge(bound, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
 
 
 def test_a_close_relative_of_the_base_is_taken(tmp_path):

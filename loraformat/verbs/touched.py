@@ -82,4 +82,4 @@ def _in_result(
 
 
 def _as_it_is(place: Match) -> bool:
-    return bool(place.rows or place.permute or (place.parameter and not place.node))
+    return bool(place.rows or place.permute or (place.parameter and place.node is None))

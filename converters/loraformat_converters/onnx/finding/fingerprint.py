@@ -11,6 +11,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loraformat.dtypes import numpy_dtype
 from loraformat.errors import fault
 from loraformat.resolve import Hints, Match
@@ -34,6 +36,10 @@ __all__ = ["Finder", "Sighting", "own_sketch"]
 
 _RUNS = 512
 """How many runs of rows are looked at in one weight: more would be no packed weight, but a vocabulary."""
+
+
+_LEAST = 0.9
+"""The least share of a weight's norm that rounding to few bits leaves; and it adds no more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,21 @@ class Finder:
         alike = self._alike(key, here) or self._alike(key, elsewhere)
         if not alike and not equal:
             alike = self._within(key)
+        if alike and not equal:
+            self._require_scale(key, alike)
         return [sighting for sighting in (equal, alike) if sighting]
+
+    def _require_scale(self, key: str, seen: Sighting) -> None:
+        """LF-608 where a weight is like that of ``--base`` and another multiple of it: a sketch has no scale."""
+        mine, theirs = self._weight(key), self.values.read(seen.sites[0])
+        if mine is None or theirs is None:
+            return
+        matrix = theirs[1].to_matrix(theirs[0])[slice(*seen.rows) if seen.rows else ...]
+        have, want = (float(np.linalg.norm(np.asarray(m, np.float32))) for m in (matrix, mine[0]))
+        if not _LEAST * want <= have <= want / _LEAST:
+            what = f"{seen.sites[0].root_name} is {have / want:.3g} times {key}: a scale was folded into it"
+            fix = "export without folding, or merge into the checkpoint and export that"
+            raise fault("LF-608", what, where=key, fix=fix)
 
     def silence(self, key: str) -> str:
         """What to add where nothing was found: how near the nearest weight came."""

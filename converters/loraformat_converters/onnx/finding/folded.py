@@ -29,11 +29,11 @@ _FOLDING = re.compile(r"FuseBatchNorm|ConvAffine|AffineConv")
 _REWRITTEN = re.compile(r"node_(Conv(Transpose)?|Gemm)_\d+")
 """How it calls an operator that it wrote anew, for a normalisation or a padding: metadata says which, and tools drop it."""
 
-_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|ConvAddFusion|MatMulBnFusion)_.*")
-"""How ONNX Runtime (1.32) calls what it computes of a weight."""
+_CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|ConvAddFusion|MatMulBnFusion)_.*|.+_(weight|bias)_fused")
+"""How ONNX Runtime (1.32) and onnxslim (0.1.98) call what they compute of a weight: attention's 1/√d times q's too."""
 
-_RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
-"""How TorchScript (2.13) and onnxsim (0.8) call it. A torch module's weight has a name where nothing was computed of it."""
+_RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+|(.+_output_\d+|getitem|mul)(_\d+)?_weight")
+"""How TorchScript (2.13), onnxsim (0.8) and onnxslim call it. A weight has its own name where nothing was computed of it."""
 
 _COMPUTED = re.compile(r"onnx::\w+|_v_\d+|/.+")
 """How these call any tensor that they computed: TorchScript ``onnx::Mul_27``, tools by the node that gave it."""
@@ -77,7 +77,7 @@ def _changed(site: Site) -> str:
             f"the exporter wrote it anew to give {given}: a batch normalisation may be folded into its {site.parameter}"
         )
     if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
-        return f"a batch normalisation was folded into its {site.parameter}, now {site.root_name}"
+        return f"a normalisation or a scale was folded into its {site.parameter}, now {site.root_name}"
     return ""
 
 
@@ -99,7 +99,7 @@ def _unproved(site: Site, said: Sequence[Witness]) -> str:
         return ""
     alike = max((witness.cosine for witness in said if witness.rung == "sketch"), default=0.0)
     named = any(witness.rung != "sketch" for witness in said)
-    if named and _RENAMED.fullmatch(names_of(site, "initializer") or ""):
+    if _RENAMED.fullmatch(names_of(site, "initializer") or ""):
         return f"its {site.parameter} lost its name and is {site.root_name}: a batch normalisation was folded into it"
     if alike < _SAME and _is_rewritten(site):
         return "the exporter wrote it anew: a batch normalisation may be folded into it"
