@@ -313,6 +313,18 @@ def test_a_files_name_tells_which_prefix_it_lacks(key, tmp_path):
     assert [place.file for place in places] == ["encoder_model.onnx"]
 
 
+def test_a_file_beside_the_one_that_the_target_is_of_is_not_changed(tmp_path):
+    """An exported encoder and decoder both call their modules layers.0: each fits without its beginning."""
+    folder(tmp_path, encoder_model=one("/layers.0/q/MatMul", 1), decoder_model=one("/layers.0/q/MatMul", 2))
+    files = {name: open_base(tmp_path / "models" / f"{name}_model.onnx") for name in ("encoder", "decoder")}
+    key = "model.decoder.layers.0.q.weight"
+    problem = only_problem(files["encoder"], key)
+    assert problem.rule == "LF-603"
+    assert "encoder_model.onnx has it without model.decoder. in front" in problem.what
+    for name, hints in (("decoder", {}), ("encoder", {"names": {key: "layers.0.q"}})):
+        assert files[name].resolve(adapter({key: (6, 6)}), lf.Hints(**hints)).require().targets.keys() == {key}
+
+
 def test_a_files_name_is_matched_by_whole_words(tmp_path):
     base = folder(tmp_path, encoder_model=one("/layers.0/q/MatMul", 1), decoder_model=one("/layers.0/q/MatMul", 2))
     problem = only_problem(base, "encoder_attn.layers.0.q.weight")

@@ -12,9 +12,9 @@ from loraformat.huggingface import is_embedding
 from loraformat.naming.spaces import TORCH
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.turned import neutral
-from loraformat_converters.onnx.finding.ladder import Found, climb
+from loraformat_converters.onnx.finding.ladder import PREFIX, Found, climb
 from loraformat_converters.onnx.finding.orient import parameter_of
-from loraformat_converters.onnx.finding.part import Part
+from loraformat_converters.onnx.finding.part import Part, parts
 from loraformat_converters.onnx.finding.tied import moves_along, partners
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.values import Values
@@ -48,7 +48,11 @@ def resolved(
     targets: dict[str, tuple[Match, ...]] = {}
     meant = {site.number for place in found.values() for site in place.sites}
     laid = hints.base.linears(Hints()) if hints.base else {}
+    beside = parts(file.name for file in path.parent.glob("*.onnx")).get(path.name) if part is None else None
     for key, place in found.items():
+        if beside is not None and (problem := _of_another_file(key, place, beside)):
+            ambiguous.append(problem)
+            continue
         target = _Target(path.name, key, adapter, place, hints.spec(key) or _spec(adapter, key, laid))
         try:
             targets[key] = tuple(target.match(site) for site in place.sites)
@@ -57,6 +61,21 @@ def resolved(
         except LoraFormatError as error:
             unresolved += error.problems
     return Resolution(targets, tuple(unresolved), tuple(ambiguous))
+
+
+def _of_another_file(key: str, found: Found, beside: Part) -> Problem | None:
+    """LF-603 where names fit without their beginning, and that is what a file beside this one is called after.
+
+    An exported encoder and decoder both call their modules ``block.0`` (optimum-onnx 0.1).
+    """
+    less = next((said for said in found.evidence if said.startswith(f"{PREFIX} without ")), None)
+    known = any(said.startswith((*_OF_VALUES, "user")) for said in found.evidence)
+    if less is None or known or beside.holds(key) is not False:
+        return None
+    what = (
+        f"{beside.file} has it {less.removeprefix(f'{PREFIX} ')}, and by its name it is of another file in this folder"
+    )
+    return Problem("LF-603", what, key, "give that file, or the folder")
 
 
 def _spec(adapter: Adapter, key: str, laid: Mapping[str, Placement | None]) -> str | None:
