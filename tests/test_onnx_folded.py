@@ -60,6 +60,7 @@ def problems(made, tmp_path, given=None, **hints):
         {"node": "conv2d", "weight": "mul_1_weight", "named": False},
         {"node": "node_Conv_46", "weight": "c.weight", "rule": "FuseBatchNormIntoConv, RemoveOptionalBiasFromConv"},
         {"node": "node_Conv_46", "weight": "c.weight"},
+        {"node": "node_Conv_46_quant", "weight": "c.weight", "bias": False},
     ],
     ids=[
         "TorchScript",
@@ -70,6 +71,7 @@ def problems(made, tmp_path, given=None, **hints):
         "dynamo, onnxslim",
         "dynamo",
         "dynamo, then a tool",
+        "dynamo, then a quantiser",
     ],
 )
 def test_neither_a_name_nor_a_sketch_is_proof_of_a_weight_into_which_something_may_be_folded(form, tmp_path):

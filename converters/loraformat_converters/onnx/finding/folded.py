@@ -26,7 +26,7 @@ _RULES = "pkg.onnxscript.rewriter.rule_name"
 _FOLDING = re.compile(r"FuseBatchNorm|ConvAffine|AffineConv")
 """What onnxscript (0.7.2, the last step of torch's dynamo exporter) calls the rewrites that change a weight."""
 
-_REWRITTEN = re.compile(r"node_(Conv(Transpose)?|Gemm)_\d+")
+_REWRITTEN = re.compile(r"node_(Conv(Transpose)?|Gemm)_\d+(?P<quantised>_quant)?")
 """How it calls an operator that it wrote anew, for a normalisation or a padding: metadata says which, and tools drop it."""
 
 _CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|ConvAddFusion|MatMulBnFusion)_.*|.+_(weight|bias)_fused")
@@ -38,7 +38,7 @@ _RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+|(.+_output_\d+|getitem
 _COMPUTED = re.compile(r"onnx::\w+|_v_\d+|/.+")
 """How these call any tensor that they computed: TorchScript ``onnx::Mul_27``, tools by the node that gave it."""
 
-_OF_NORMALISATION = re.compile(r"getitem(_\d+)?")
+_OF_NORMALISATION = re.compile(r"getitem(_\d+)?(_quantized)?")
 """How dynamo calls what a normalisation gives, the first of three: a product that gives it holds the normalisation."""
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"})
@@ -82,7 +82,9 @@ def _changed(site: Site) -> str:
 
 
 def _is_rewritten(site: Site) -> bool:
-    return bool(_REWRITTEN.fullmatch(site.node.name)) and not site.node.metadata_props and bool(site.bias)
+    """Without metadata, and with a bias, which a normalisation always leaves; a quantiser adds it elsewhere."""
+    named = _REWRITTEN.fullmatch(site.node.name)
+    return named is not None and not site.node.metadata_props and bool(site.bias or named["quantised"])
 
 
 def _computed(site: Site) -> bool:
