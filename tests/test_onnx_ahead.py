@@ -103,6 +103,19 @@ def test_what_was_computed_of_a_constant_is_told_whatever_the_operator(name, ver
     VERBS[verb](given, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
 
 
+@pytest.mark.parametrize("calls", [("m", "m_1"), ("m",), ("m_1",), ("m_1", "m_2")])
+def test_a_module_whose_first_call_is_gone_is_not_changed(calls, tmp_path):
+    """What a tool made of it has the name of another operator, such as the Tanh behind it."""
+    lines = [f'["/{call}/Gemm"] v{n + 1} = Gemm(v{n}, "m.weight")' for n, call in enumerate(calls)]
+    made = model(f'g (float[N,6] v0) => (float[N,6] v{len(calls)}) <float[6,6] "m.weight"> {{ {" ".join(lines)} }}')
+    base, given = open_base(save(made, tmp_path / "base.onnx")), lf.Adapter({"m.weight": lora(6, 6)})
+    if calls[0] == "m":
+        merge(given, base, tmp_path / "out.onnx")
+        return
+    with pytest.raises(lf.LoraFormatError, match=r"LF-60[89]"):
+        merge(given, base, tmp_path / "out.onnx")
+
+
 def table_pair():
     pair = lora(6, 20)["lora"]
     return lf.Update((pair,), op="embedding")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from loraformat.errors import Problem
-from loraformat_converters.onnx.finding.names import modules_of, same_module
+from loraformat_converters.onnx.finding.names import modules_of, names_of, same_module
 from loraformat_converters.onnx.graph.model import FLOATS, array
 from loraformat_converters.onnx.graph.operators import WEIGHTS
 
@@ -96,15 +96,26 @@ def _rows_of(table: Array, rows: Array) -> bool:
 def computed_ahead(values: Values, changes: Iterable[tuple[tuple[Site, ...], list[Change]]]) -> Iterator[Problem]:
     """LF-608 for every change of a weight or bias of which a product is stored too, or may be."""
     stored = _Stored(values)
-    for sites, wanted in changes if stored.names else ():
+    for sites, wanted in changes:
         name = next((name for name in stored.names if stored.reaches(name, sites)), None)
+        what = ""
         if name is not None:
             what = (
                 f"a product of it and a constant was computed when the model was exported or optimised, and is stored as {name}, "
                 "or nothing shows that this is another's"
             )
+        elif _lacks_first(sites):
+            what = f"{sites[0].node.name} is a later call of its module, and the first was computed ahead, or left out"
+        if what:
             fix = "export with that constant as an input, or merge into the checkpoint, then export"
             yield Problem("LF-608", what, wanted[0].key, fix)
+
+
+def _lacks_first(sites: tuple[Site, ...]) -> bool:
+    """Whether nodes are named after later calls alone of the module that the tensor is named after."""
+    module = sites[0].root_name.rpartition(".")[0]
+    paths = {names_of(site, "node_name") for site in sites}
+    return module not in paths and all(path is not None and same_module(module, path) for path in paths)
 
 
 class _Stored:
