@@ -32,8 +32,11 @@ _REWRITTEN = re.compile(r"node_(Conv(Transpose)?|Gemm)_\d+(?P<quantised>_quant)?
 _CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|ConvAddFusion|MatMulBnFusion)_.*|.+_(weight|bias)_fused")
 """How ONNX Runtime (1.32) and onnxslim (0.1.98) call what they compute of a weight: attention's 1/√d times q's too."""
 
-_RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+|(.+_output_\d+|getitem|mul)(_\d+)?_weight")
-"""How TorchScript (2.13), onnxsim (0.8) and onnxslim call it. A weight has its own name where nothing was computed of it."""
+_RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
+"""How TorchScript (2.13) and onnxsim (0.8) call it. A torch module's weight has a name where nothing was computed of it."""
+
+_OF_TOOLS = re.compile(r"_v_\d+|(.+_output_\d+|getitem|mul)(_\d+)?_weight")
+"""How onnxsim and onnxslim do: computed, whatever the operator is called. TorchScript's may be turned, in Keras' models."""
 
 _COMPUTED = re.compile(r"onnx::\w+|_v_\d+|/.+")
 """How these call any tensor that they computed: TorchScript ``onnx::Mul_27``, tools by the node that gave it."""
@@ -69,13 +72,8 @@ def _changed(site: Site) -> str:
     rules = next((p.value for p in site.node.metadata_props if p.key == _RULES), "")
     if _FOLDING.search(rules):
         return f"a batch normalisation was folded into its {site.parameter} ({rules})"
-    given = site.node.output[0]
-    if site.known_operator and _OF_NORMALISATION.fullmatch(given):
-        return f"it gives {given}, of a batch normalisation, which was folded into its {site.parameter}"
-    if site.node.op_type == "Gemm" and given in site.scope.outputs and _is_rewritten(site):
-        return (
-            f"the exporter wrote it anew to give {given}: a batch normalisation may be folded into its {site.parameter}"
-        )
+    if site.known_operator and _OF_NORMALISATION.fullmatch(site.node.output[0]):
+        return f"it gives {site.node.output[0]}, of a batch normalisation, which was folded into its {site.parameter}"
     if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
         return f"a normalisation or a scale was folded into its {site.parameter}, now {site.root_name}"
     return ""
@@ -94,17 +92,18 @@ def _computed(site: Site) -> bool:
 
 
 def _unproved(site: Site, said: Sequence[Witness]) -> str:
-    """Why the values of a vector, or of a convolution, may have been changed."""
+    """Why the values of a vector, of a convolution or of a last Gemm may have been changed."""
     if site.vector and _computed(site):
         return f"its {site.parameter} lost its name and is {site.root_name}, which was computed when the model was exported"
+    alike = max((witness.cosine for witness in said if witness.rung == "sketch"), default=0.0)
+    last = site.node.op_type == "Gemm" and site.node.output[0] in site.scope.outputs  # whose name tells nothing
+    if alike < _SAME and (last or site.node.op_type in _CONVOLUTIONS) and _is_rewritten(site):
+        return "the exporter wrote it anew: a batch normalisation may be folded into it"
     if site.node.op_type not in _CONVOLUTIONS:
         return ""
-    alike = max((witness.cosine for witness in said if witness.rung == "sketch"), default=0.0)
-    named = any(witness.rung != "sketch" for witness in said)
-    if _RENAMED.fullmatch(names_of(site, "initializer") or ""):
+    named, stored = any(witness.rung != "sketch" for witness in said), names_of(site, "initializer") or ""
+    if _OF_TOOLS.fullmatch(stored) or (named and _RENAMED.fullmatch(stored)):
         return f"its {site.parameter} lost its name and is {site.root_name}: a batch normalisation was folded into it"
-    if alike < _SAME and _is_rewritten(site):
-        return "the exporter wrote it anew: a batch normalisation may be folded into it"
     if alike < _SAME and not named:
         return f"its {site.parameter} is like W (cosine {alike:.3f}) and not W: a batch normalisation may be folded into it"
     return ""
