@@ -116,6 +116,14 @@ def test_a_module_whose_first_call_is_gone_is_not_changed(calls, tmp_path):
         merge(given, base, tmp_path / "out.onnx")
 
 
+def test_a_kernel_that_paddle_named_is_no_value(tmp_path):
+    made = model("""g (float[N,6,3] x) => (float[N,9,3] y) <float[9,6,1] "conv3_weights", float[9,9,1] conv4_expand_weights>
+        { h = Conv(x, "conv3_weights") y = Conv(h, conv4_expand_weights) }""")
+    merge(
+        lf.Adapter({"conv3_weights": lora(9, 6)}), open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx"
+    )
+
+
 def table_pair():
     pair = lora(6, 20)["lora"]
     return lf.Update((pair,), op="embedding")

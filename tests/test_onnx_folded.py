@@ -168,6 +168,7 @@ def test_a_product_that_gives_a_normalisations_value_holds_it(last, tmp_path):
     ("/n/Add_output_0", None, True),
     ("add_1", ["", "n", "mul_1"], True),
     ("n.weight", ["", "n", "mul_1"], False),
+    ("/If_0.else_branch/n.weight", None, False),
     ("other.weight", ["", "n", "mul_1"], False),
 ])  # fmt: skip
 def test_a_vector_without_its_name_is_computed_of_the_parameter(stored, scopes, wrong, tmp_path):

@@ -40,7 +40,7 @@ _MOVES = frozenset({"Cast", "Constant", "Identity", "Reshape", "Squeeze", "Trans
 
 _TORCH: dict[str, re.Pattern[str]] = {
     "linear": re.compile(r"(linear|addmm|matmul|mm|bmm|einsum)(_\d+)?"),
-    "convolution": re.compile(r"(conv\w*?)(_\d+)?"),
+    "convolution": re.compile(r"_?conv(olution|[123]d|_transpose[123]d)(_\d+)?"),
     "table": re.compile(r"embedding(_\d+)?"),
 }
 """What torch.onnx (2.13, dynamo) calls the value of a product, one that it folded too; its own constants are ``val_7``."""

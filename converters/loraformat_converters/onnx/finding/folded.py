@@ -38,7 +38,7 @@ _RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
 _OF_TOOLS = re.compile(r"_v_\d+|(.+_output_\d+|getitem|mul)(_\d+)?_weight")
 """How onnxsim and onnxslim do: computed, whatever the operator is called. TorchScript's may be turned, in Keras' models."""
 
-_COMPUTED = re.compile(r"onnx::\w+|_v_\d+|/.+")
+_COMPUTED = re.compile(r"(/.+/)?onnx::\w+|_v_\d+|/.+_output_\d+")
 """How these call any tensor that they computed: TorchScript ``onnx::Mul_27``, tools by the node that gave it."""
 
 _OF_NORMALISATION = re.compile(r"getitem(_\d+)?(_quantized)?")
