@@ -60,7 +60,7 @@ class Answer(enum.Enum):
 
 @dataclass(frozen=True)
 class _Module:
-    """W [out, in] and b [out] of what a weight's operator computes; None where it has none, or it cannot be read."""
+    """W [out, in] and b [out] of what a weight's operator computes; None where it has none, or it tells nothing."""
 
     kind: str
     weight: Array | None
@@ -76,8 +76,6 @@ class _Module:
             return Answer.UNKNOWN
         if self.kind == "table":
             return Answer.PRODUCT if _rows_of(self.weight.T, values[:_LOOKED_UP]) else Answer.NO
-        if self.weight.shape[0] <= self.weight.shape[1]:
-            return Answer.UNKNOWN
         x, *_ = np.linalg.lstsq(self.weight, rest.T)
         near = np.linalg.norm(self.weight @ x - rest.T) <= _NEAR * np.linalg.norm(rest)
         return Answer.PRODUCT if near else Answer.NO
@@ -152,7 +150,7 @@ class _Stored:
         if weight is None or weight.operand.batch:
             return Answer.NO
         kind = "convolution" if "Conv" in weight.like else "table" if weight.looks_up else "linear"
-        sizes, out = self.index.roots[name].dims, weight.placement.matrix_shape[-2]
+        sizes, (*_, out, in_) = self.index.roots[name].dims, weight.placement.matrix_shape
         if not (_path(name) or _TORCH[kind].fullmatch(name)):
             return Answer.NO
         if len(sizes) < 2 or sizes[_Module(kind, None, None).axis] != out:
@@ -160,7 +158,9 @@ class _Stored:
         near = () if kind == "table" else (s for s in _around(self.index, weight) if s.vector and s.parameter == "bias")
         bias = next((s for s in near if s.root_name not in self.names), None)
         stored = array(self.index.roots[name], self.values.folder).astype(np.float32)
-        return _Module(kind, _matrix(self.values, weight), _matrix(self.values, bias)).gives(stored)
+        tells = kind == "table" or out > in_  # of a W that is square or wide any tensor is a product: it is not read
+        read = _matrix(self.values, weight) if tells else None
+        return _Module(kind, read, _matrix(self.values, bias)).gives(stored)
 
 
 def _is_value(name: str, tensor: onnx.TensorProto) -> bool:
