@@ -111,7 +111,7 @@ def path_of(stranger):
 
 def feeds_of(stranger, base):
     """Made-up values, and the stated ones."""
-    draw, made = np.random.default_rng(5), generated(base.model, base.index)
+    draw, made = np.random.default_rng(5), generated(base.model, base.index, base.path.parent)
     for name, given in stranger.inputs.items():
         value = draw.standard_normal(given) if isinstance(given, tuple) else np.asarray(given)
         made[name] = value.astype(made[name].dtype)

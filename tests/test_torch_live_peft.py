@@ -98,8 +98,8 @@ def test_on_a_plain_model_the_adapter_gives_pefts_own_outputs(name, mode):
     before, base = state(model), outputs(model, name)
     wanted = load_file(HERE / name / "truth.safetensors")["y"]
     handle = torch_live.apply(adapter, model, mode=mode)
-    # a merge rounds W + ΔW, and a chain of layers carries that on
-    tolerance = 2e-2 if cases()[0][name].dtype == torch.bfloat16 else 1e-6 if mode == "branch" else 4e-6
+    # a merge rounds W + ΔW, and a chain of layers carries that on; the truth was computed on another processor
+    tolerance = 2e-2 if cases()[0][name].dtype == torch.bfloat16 else 2e-6 if mode == "branch" else 4e-6
     assert testing.relative_error(outputs(model, name), wanted) <= tolerance
     handle.enabled = False
     assert np.array_equal(outputs(model, name), base)
