@@ -14,6 +14,8 @@ import pytest
 
 OTHERWISE = {
     "test_an_index_out_of_range_is_an_error": "CUDA's Gather checks no index: such a row is NaN",
+    "test_an_index_that_is_no_adapters_is_an_error": "CUDA's Gather checks no index: such a row is NaN",
+    "v of another size]": "CUDA's Attention is wrong where v has another size than q (0.69 off; its MultiHeadAttention is right)",
     "test_a_proof_takes_inputs_where_it_can_make_none": "CUDA's Gather checks no index: the base runs",
     "test_onnx_experts.py::test_every_expert": "CUDA's MoE wants sizes of at least 16",
     "test_onnx_experts.py::test_values_tell": "CUDA's MoE wants sizes of at least 16",
