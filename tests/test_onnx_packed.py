@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from graphs import inputs, lora, model, run, save, session
+from graphs import feeds, inputs, lora, model, run, save, session
 from installed import needs
 from onnx import numpy_helper
 from quantised_graphs import packed as packed_bits
@@ -35,7 +35,7 @@ def weight(seed=0):
     return np.random.default_rng(seed).standard_normal((OUT, IN)).astype(np.float32)
 
 
-def product(form, w):
+def product(form, w, opset=18):
     """x·Wᵀ without a name."""
     head = f"g (float[N,T,{IN}] x) => (float[N,T,{OUT}] y)"
     if form == "MatMulNBits":
@@ -49,7 +49,7 @@ def product(form, w):
     else:
         flat = f"g (float[N,{IN}] x) => (float[N,{OUT}] y)"
         body = {"MatMul": f"{head} {{ y = MatMul(x, w) }}", "Gemm": f"{flat} {{ y = Gemm <transB = 1> (x, w) }}"}[form]
-        made, held = model(body), {"w": w if form == "Gemm" else w.T}
+        made, held = model(body, opset=opset), {"w": w if form == "Gemm" else w.T}
     made.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in held.items())
     return made
 
@@ -157,14 +157,26 @@ def test_two_targets_of_the_same_rows_are_an_error(tmp_path):
     assert [p.rule for p in found.ambiguous] == ["LF-603"]
 
 
-def test_an_opset_without_the_pad_is_refused_for_a_branch(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, {"prefold": True}, {"topology": "concat"}, {"topology": "folded"}, {"mode": "swap"}]
+)
+@pytest.mark.parametrize("opset", [7, 10])
+def test_an_opset_whose_pad_takes_its_sizes_as_attributes(opset, options, tmp_path):
     w = weight()
-    made = product("MatMul", w)
-    made.opset_import[0].version = 10
-    base = open_base(save(made, tmp_path / "base.onnx"))
-    with pytest.raises(lf.LoraFormatError, match="LF-608  opset 10 has no operator that fills B up"):
-        attach(ours(w), base, tmp_path / "out.onnx")
-    merge(ours(w), base, tmp_path / "out.onnx")
+    base, x = (
+        open_base(save(product("MatMul", w, opset=opset), tmp_path / "base.onnx")),
+        feeds(session(tmp_path / "base.onnx")),
+    )
+    merge(ours(w), base, tmp_path / "merged.onnx")
+    base.apply(prepare("attach", [("a", ours(w))], base, Options(tmp_path / "out.onnx", **options)))
+    onnx.checker.check_model(tmp_path / "out.onnx", full_check=True)
+    running = Session(tmp_path / "out.onnx")
+    if options.get("mode") == "swap":
+        running.load("a", ours(w))
+        running = running.use("a")
+    assert relative_error(running.run(x)["y"], session(tmp_path / "merged.onnx").run(None, x)[0]) <= 2e-6
+    detach(open_base(tmp_path / "out.onnx"), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
 
 
 def test_the_sketch_of_a_run_is_that_of_the_rows_by_themselves():

@@ -70,6 +70,4 @@ def owners(pairs: Sequence[Factors]) -> list[int]:
 
 def padded(make: Nodes, value: str, ends: Sequence[int], role: str) -> str:
     """With zeros before and after each axis."""
-    if not any(ends):
-        return value
-    return make.node("Pad", [value, make.store(f"{role}/ends", np.array(ends, np.int64))], f"{role}/padded")
+    return make.pad(value, ends, f"{role}/padded") if any(ends) else value

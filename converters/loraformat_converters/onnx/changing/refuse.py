@@ -27,10 +27,6 @@ _SCATTER = 11
 """The first opset with ScatterND, without which rows of a weight cannot be set in the graph."""
 
 
-_PAD = 11
-"""The first opset whose Pad takes sizes that are values: a change of some rows of a weight needs it."""
-
-
 Requantises = Callable[["Site"], bool]
 """Whether a quantised weight may be rounded to its codes again, and can be."""
 
@@ -53,9 +49,6 @@ def obstacles(
             if verb == "attach" and "rows" in change.update and opset < _SCATTER:
                 what = f"opset {opset} has no operator that sets rows of a weight (ScatterND is of opset {_SCATTER})"
                 yield Problem("LF-608", what, change.key, "merge it")
-            if verb == "attach" and change.rows is not None and opset < _PAD:
-                what = f"opset {opset} has no operator that fills B up with zeros (Pad takes its sizes since {_PAD})"
-                yield Problem("LF-608", what, change.key, "convert the model's opset first")
         if any(owners.setdefault(site.number, sites) is not sites for site in sites):
             what = f"two adapters change {sites[0].root_name}, one at some of its uses, one at others"
             yield Problem("LF-609", what, wanted[0].key, "apply one after the other: merge, then merge into the result")

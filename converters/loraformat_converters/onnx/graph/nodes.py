@@ -99,6 +99,12 @@ class Nodes:
         self.list.append(helper.make_node("Split", inputs, outputs, outputs[0], axis=-1, **how))
         return outputs
 
+    def pad(self, value: str, ends: Sequence[int], role: str) -> str:
+        """``value`` with so many zeros before each axis, then after each."""
+        if self.index.opset < 11:  # since which the sizes are an input
+            return self.node("Pad", [value], role, pads=list(ends))
+        return self.node("Pad", [value, self.store(f"{role}/ends", np.array(ends, np.int64))], role)
+
     def unsqueeze(self, value: str, axis: int, role: str) -> str:
         """``value`` with an axis of 1 more."""
         if self.index.opset < 13:  # since which the axes are an input
@@ -113,8 +119,7 @@ class Nodes:
             return value, tuple(shape)
         before = [0] * (len(shape) - 2) + [rows[0], 0]
         after = [0] * (len(shape) - 2) + [out - rows[1], 0]
-        pads = self.store(f"{role}/pads", np.array([*before, *after], np.int64))
-        return self.node("Pad", [value, pads], role), (*shape[:-2], out, shape[-1])
+        return self.pad(value, [*before, *after], role), (*shape[:-2], out, shape[-1])
 
     def runs(
         self,
