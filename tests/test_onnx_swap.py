@@ -253,8 +253,10 @@ def test_a_model_whose_initializers_are_all_inputs_has_required_slots_only(tmp_p
         made.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     base = open_base(save(made, tmp_path / "base.onnx"))
     given = adapter({KEY: (7, 5)})
-    with pytest.raises(LoraFormatError, match=r"LF-608.*IR version 4"):
+    with pytest.raises(LoraFormatError, match=r"LF-608.*IR version 4(.|\n)*--slots required"):
         put(base, tmp_path / "out.onnx", [("a", given)])
+    with pytest.raises(LoraFormatError, match=r"LF-608.*IR version 4"):
+        prepare("attach", [("a", given)], base, Options(tmp_path / "out.onnx", live_scale=True))
     put(base, tmp_path / "out.onnx", [("a", given)], slots="required")
     merge(given, base, tmp_path / "merged.onnx")
     tensors = tort.read(tmp_path / "out.a.onnx_adapter").tensors

@@ -60,6 +60,10 @@ def obstacles(
     if apart.wanted(options):
         yield from apart.obstacles(spots, model)
         spots = apart.products(spots)
+    if index.ir_version < 4 and (options.live_scale or (options.mode == "swap" and options.slots == "optional")):
+        what = f"until IR version 4 no input has a default that a feed replaces, and this model's is {index.ir_version}"
+        fix = "raise the model's ir_version first" + ("; or --slots required" if options.mode == "swap" else "")
+        yield Problem("LF-608", what, fix=fix)
     if options.mode == "swap":
         for job in jobs:
             if job.name and not re.fullmatch(r"[^./\\\0][^/\\\0]*", job.name):

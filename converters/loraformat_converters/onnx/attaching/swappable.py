@@ -28,9 +28,6 @@ FORMS_FED: Mapping[str, Form] = {
 
 def obstacles(spots: Sequence[Spot], options: Options, index: Index) -> Iterator[Problem]:
     """Why a weight, or a change of it, has no slot."""
-    if options.slots == "optional" and index.ir_version < 4:
-        what = f"until IR version 4 every initializer is an input as well, and this model's is {index.ir_version}"
-        yield Problem("LF-608", what, fix="--slots required, or raise the model's ir_version first")
     seen: set[str] = set()
     for spot in (part for whole in spots for part in whole.parts()):
         site = spot.sites[0]
