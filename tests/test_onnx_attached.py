@@ -12,6 +12,7 @@ import pytest
 import updates
 from graphs import adapter, inputs, lora, model, run, save, session, stored
 from onnx import helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from test_onnx_operators import constant_nodes
 
 from loraformat import Adapter, Hints, Lora, LoraFormatError, Placement, Update, digest
@@ -320,6 +321,21 @@ def test_an_attached_model_takes_no_other_adapter(verb, tmp_path):
     put("attach", base, [Adapter({KEY: updates.made("dora", PLACE)})], tmp_path / "attached.onnx")
     with pytest.raises(LoraFormatError, match="LF-608  the model has an adapter attached already"):
         put(verb, open_base(tmp_path / "attached.onnx"), [adapter({KEY: (7, 5)})], tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("topology", ["separate", "concat"])
+def test_a_model_in_which_an_output_has_another_producer_is_not_what_it_was(topology, tmp_path):
+    """ONNX Runtime's converter to float16 puts a Cast in front of each output, which has then two producers on the way back."""
+    text = """g (float[N,5] x) => (float[N,7] y, float[N,7] z) <float[5,7] q, float[5,7] k>
+      { ["/m/q/MatMul"] y = MatMul(x, q)  ["/m/k/MatMul"] z = MatMul(x, k) }"""
+    base, given = open_base(save(model(text), tmp_path / "base.onnx")), adapter({KEY: (7, 5), "m.k.weight": (7, 5)})
+    put("attach", base, [given], tmp_path / "out.onnx", topology=topology)
+    half = convert_float_to_float16(onnx.load(tmp_path / "out.onnx"), keep_io_types=True)
+    opened = open_base(save(half, tmp_path / "half.onnx"))
+    assert relative_error(run(opened.path)["y"], run(tmp_path / "out.onnx")["y"]) <= 5e-3
+    with pytest.raises(LoraFormatError, match="LF-613 .*is not what it was"):
+        detach(opened, tmp_path / "again.onnx")
+    assert opened.describe()["attached"]
 
 
 def test_an_attached_model_is_verified_by_what_it_holds(tmp_path):
