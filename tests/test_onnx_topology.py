@@ -81,7 +81,7 @@ def test_what_reads_one_value_has_one_product_more(tmp_path):
     assert (found.count("Concat"), len(found)) == (3, 10)
 
 
-@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize("opset", [7, 11, 18])
 @pytest.mark.parametrize(("dtype", "limit"), [("float", 1e-6), ("float16", 5e-3)])
 def test_small_products_of_one_x_are_one_product(opset, dtype, limit, monkeypatch, tmp_path):
     """One is an output of the graph, two are read in branches of an If."""
@@ -108,7 +108,7 @@ def test_small_products_of_one_x_are_one_product(opset, dtype, limit, monkeypatc
         assert (tmp_path / f"{small}.again.onnx").read_bytes() == base.path.read_bytes()
 
 
-@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize("opset", [7, 11, 18])
 def test_where_zeros_would_cost_more_than_kernels_each_weight_has_its_own_concat(opset, monkeypatch, tmp_path):
     base, given = open_base(save(model(SHARED, opset=opset), tmp_path / "base.onnx")), Adapter(PAIRS["siblings"][1])
     put(base, tmp_path / "together.onnx", [("a", given)], "concat")
@@ -124,6 +124,20 @@ def test_where_zeros_would_cost_more_than_kernels_each_weight_has_its_own_concat
     assert lf.digest(extract(open_base(tmp_path / "apart.onnx"))) == lf.digest(given)
     detach(open_base(tmp_path / "apart.onnx"), tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
+
+
+def test_a_model_whose_products_are_joined_is_asked_about_as_it_was(tmp_path):
+    """Its own operators multiply nothing with nothing, [0, 1] · [1, 1]: that is no weight of anything."""
+    base, given = open_base(save(model(SHARED), tmp_path / "base.onnx")), Adapter(PAIRS["siblings"][1])
+    put(base, tmp_path / "out.onnx", [("a", given)], "concat", live_scale=True)
+    out = open_base(tmp_path / "out.onnx")
+    assert out.linears(lf.Hints()) == base.linears(lf.Hints())
+    assert out.describe()["weights"] == base.describe()["weights"]
+    (place,) = out.resolve(given, lf.Hints()).require().targets["m.q.weight"]
+    assert place.handle.root_name == "q"
+    for pair in ((base, out), (out, base)):
+        with pytest.raises(LoraFormatError, match=r"LF-608  .*out.onnx has an adapter attached"):
+            lf.extract(*pair, rank=2)
 
 
 def test_zeros_are_weighed_by_the_rows_that_they_fill(tmp_path):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from loraformat.verbs import graph
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat.base import Base
+    from loraformat.base import Base, Graph
 
     F32 = npt.NDArray[np.float32]
 
@@ -108,9 +108,13 @@ def between(
 
     Raises:
         LoraFormatError: LF-705 what is asked; LF-602 … LF-605 a linear without a counterpart or a known orientation;
-            LF-608 a quantised one; LF-312 a value that is not finite; LF-304 nothing differs.
+            LF-608 a quantised one, or an adapter that is attached; LF-312 a value that is not finite; LF-304 nothing differs.
     """
     _check(rank, energy, take)
+    for model in (base, tuned):
+        if "extract" in model.verbs and cast("Graph", model).attached:
+            what = f"{model.path} has an adapter attached, which is not in its weights"
+            raise fault("LF-608", what, fix=f"loraformat extract {model.path} takes it out as it is")
     stated = hints or Hints()
     side = _side_by_side(base, tuned, only, stated)
     updates, pairs, equal, seen = dict[str, Update](), dict[str, Pair](), 0, set[str]()

@@ -97,7 +97,10 @@ class OnnxBase:
 
     def describe(self) -> Mapping[str, Any]:
         """See ``loraformat_converters.onnx.info``."""
-        return describe(self.model, self.index, self.path)
+        try:
+            return describe(self.model, self.bare.index, self.path)
+        except LoraFormatError:  # changed since attach: as it is
+            return describe(self.model, self.index, self.path)
 
     def how(self, language: str) -> str:
         """See ``loraformat_converters.onnx.how``."""
@@ -105,7 +108,7 @@ class OnnxBase:
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
         """Module path + ``.weight`` → (out, in) of every site that can be changed, in torch's orientation."""
-        sites = (s for s in self.index.sites if s.refusal is None and not s.vector and _is_matrix(s))
+        sites = (s for s in self.bare.index.sites if s.refusal is None and not s.vector and _is_matrix(s))
         named = ((self._key(site), site.placement) for site in sites if not site.looks_up)
         return {key: Placement(p.matrix_shape, (0,), (1,)) for key, p in named if key}
 
@@ -132,7 +135,7 @@ class OnnxBase:
 
     def sketch(self, match: Match) -> Array | None:
         """Of what is computed with at a place, where its weight is quantised or packed."""
-        return self.values.sketch(match.handle, match.permute)
+        return self.bare.values.sketch(match.handle, match.permute)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor and node names, and values, which must agree.
@@ -148,19 +151,19 @@ class OnnxBase:
         self, adapter: Adapter, hints: Hints, part: Part | None, problems: Sequence[Problem] = ()
     ) -> Resolution:
         """The same for one of several graphs that are one model, where ``part`` says what the file's name tells."""
-        return resolved(self.path, self.index, self.values, adapter, hints, part, problems)
+        return resolved(self.path, self.bare.index, self.bare.values, adapter, hints, part, problems)
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """What ``verb`` changes; every refusal that the graph gives reason for, at once."""
+        if self.record is not None:
+            fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
+            raise fault("LF-608", "the model has an adapter attached already", where=str(self.path), fix=fix)
         if attaches := verb == "attach":
             jobs = jobs_of(self, jobs, options)
         changes = gathered(jobs)
         rounds = verb == "merge" and options.requantize
         problems = list(obstacles(verb, changes, self.index.opset, self._rounds if rounds else None))
         problems += computed_ahead(self.values, changes.items())
-        if self.record is not None:
-            fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
-            problems.append(Problem("LF-608", "the model has an adapter attached already", str(self.path), fix))
         if problems:
             raise LoraFormatError(problems)
         changed = by_tensor(changes) if verb == "merge" else changes
@@ -255,6 +258,11 @@ class OnnxBase:
     def without(self) -> OnnxBase:
         """The model as it was before ``attach``, in memory."""
         return OnnxBase(self.path, self._detached())
+
+    @cached_property
+    def bare(self) -> OnnxBase:
+        """What targets are looked for in: of an attached model, whose operators may have given up their weights, ``without``."""
+        return self.without() if self.record else self
 
     def inlined(self) -> OnnxBase:
         """The model with its local functions written into the graph, where their weights can be changed."""
