@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import updates
-from graphs import adapter, lora, model, save, session
+from graphs import adapter, feeds, lora, model, save, session
 
 import loraformat as lf
 from loraformat import Adapter, Lora, LoraFormatError, Placement
@@ -362,6 +362,33 @@ def test_what_no_row_could_choose_is_refused(case, tmp_path):
     way_out = "--select index" if "select" in options else "--mode branch|--to-lora R"
     with pytest.raises(LoraFormatError, match=rf"LF-608[\s\S]*({way_out})"):
         put(base, tmp_path / "out.onnx", [("a", Adapter({KEY: updates.made(kind, place)}))], **options)
+
+
+@pytest.mark.parametrize(("bias", "chosen"), [("1,7", True), ("N,1", False), ("3,7", False)])
+def test_a_magnitude_leaves_one_bias_for_all_rows(bias, chosen, tmp_path):
+    """A Gemm adds a C of as many rows as x too; where there are as many as adapters, each would be taken for one's."""
+    text = (
+        f"g (float[3,5] x) => (float[3,7] y) <float[5,7] w, float[{bias.replace('N', '3')}] b> {{ y = Gemm(x, w, b) }}"
+    )
+    base = open_base(save(named(model(text)), tmp_path / "base.onnx"))
+    given = [(n, Adapter({KEY: updates.made("dora", Placement((7, 5), (0,), (1,)))})) for n in "ab"]
+    if not chosen:
+        with pytest.raises(LoraFormatError, match="LF-608"):
+            put(base, tmp_path / "out.onnx", given)
+        return
+    put(base, tmp_path / "out.onnx", given)
+    merge(given[0][1], base, tmp_path / "merged.onnx")
+    x = feeds(session(base.path))
+    found = session(tmp_path / "out.onnx").run(None, x | {"lora.index": np.array([1, 2, 1])})[0]
+    assert relative_error(found, session(tmp_path / "merged.onnx").run(None, x)[0]) <= 3e-6
+
+
+def test_an_x_that_is_one_row_has_none_to_choose(tmp_path):
+    base = open_base(
+        save(named(model("g (float[5] x) => (float[7] y) <float[5,7] w> { y = MatMul(x, w) }")), tmp_path / "base.onnx")
+    )
+    with pytest.raises(LoraFormatError, match=r"LF-608 .*multiplies along the axis of the rows"):
+        put(base, tmp_path / "out.onnx", [("a", adapter({KEY: (7, 5)}))])
 
 
 def test_options_of_another_mode_are_mistakes(tmp_path, run):

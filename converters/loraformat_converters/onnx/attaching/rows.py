@@ -82,6 +82,11 @@ class RowsOf:
         shape = self._walks[0].shapes.get(name)
         return None if shape is None else len(shape)
 
+    def is_vector(self, name: str) -> bool:
+        """Whether a value is known to have one axis at most that is longer than 1, its last."""
+        shape = self._walks[0].shapes.get(name)
+        return shape is not None and all(n == 1 for n in shape[:-1])
+
 
 _PRIMES = ((10007, 5, 3, 7, 11, 2, 13), (10009, 3, 7, 2, 5, 13, 11))
 """For the rows, and for what else has no size: small, because tables of positions are short."""

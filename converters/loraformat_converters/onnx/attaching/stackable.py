@@ -44,7 +44,7 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
             )
             continue
         for change in spot.changes:
-            if change.update.kind == "dora" and all(_rescaled(site, change) for site in spot.sites):
+            if change.update.kind == "dora" and all(_rescaled(site, change, rows) for site in spot.sites):
                 if options.select == "weights":
                     what = "a dora update is not linear in its weight, in PEFT: a row can choose it, and not mix it"
                     yield Problem("LF-608", what, change.key, "--select index; or merge it, or --mode branch")
@@ -59,10 +59,12 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
                 yield Problem("LF-608", what, change.key, ways)
 
 
-def _rescaled(site: Site, change: Change) -> bool:
-    """Whether a row can choose g = m/‖V‖ of a DoRA too."""
-    plain = site.like in LINEAR and site.bias is not None and change.update["lora"].mid is None
-    return plain and change.update["magnitude"].magnitude_axes is None
+def _rescaled(site: Site, change: Change, rows: RowsOf) -> bool:
+    """Whether a row can choose g = m/‖V‖ of a DoRA too: the bias, of which it keeps 1 - g, is one vector for all rows."""
+    plain = (
+        site.like in LINEAR and change.update["lora"].mid is None and change.update["magnitude"].magnitude_axes is None
+    )
+    return plain and site.bias is not None and (not site.bias or rows.is_vector(site.bias))
 
 
 def _refusal(site: Site, rows: RowsOf) -> str:
@@ -77,6 +79,8 @@ def _refusal(site: Site, rows: RowsOf) -> str:
         return (
             f"{site.node.name or site.like} reads the rows along axis {state.axis}; along axis 0 they can be told apart"
         )
+    if site.like in LINEAR and rows.axes(site.x) == 1:
+        return f"{site.node.name or site.like} multiplies along the axis of the rows"
     if site.like in ("Conv", "ConvTranspose") and state.per != 1:
         return f"{site.node.name or site.like} reads several entries for a row"
     return ""
