@@ -257,6 +257,8 @@ LOST = {
     "turned over": "b = Constant <value_ints = [-1]> ()  e = Constant <value_ints = [-99999]> ()  s = Slice(x, b, e, axes, b)  h = MatMul(s, w)",
     "cut": "b = Constant <value_ints = [0]> ()  e = Constant <value_ints = [99999]> ()  s = Slice(x, b, e, b)  h = MatMul(s, w)",
     "moved along": "p = Constant <value_ints = [1, 0, 0, -1, 0, 0]> ()  s = Pad(x, p)  h = MatMul(s, w)",
+    "picked": "i = Cast <to = 7> (x)  s = GatherElements <axis = 0> (x, i)  h = MatMul(s, w)",
+    "picked by others' places": "i = Cast <to = 7> (z)  s = GatherElements <axis = 1> (x, i)  h = MatMul(s, w)",
     "another input's": "h = MatMul(z, w)",
     "in an unknown operator": "s = com.microsoft.Unheard(x)  h = MatMul(s, w)",
 }  # fmt: skip
@@ -273,6 +275,8 @@ def test_where_the_rows_cannot_be_told_apart_the_target_is_refused(how, tmp_path
 
 
 KEPT = {
+    "picked in each row": "e = Sign(x)  i = Cast <to = 7> (e)  s = GatherElements <axis = -1> (x, i)  h = MatMul(s, w)",
+    "picked from a table": "e = Sign(x)  i = Cast <to = 7> (e)  n = Shape(x)  o = Slice(sq, zero, b2, zero)  c = Concat <axis = 0> (o, o)  u = Expand(c, n)  s = GatherElements <axis = 2> (u, i)  h = MatMul(s, w)",
     "turned and turned back": "s = Transpose <perm = [1, 0, 2]> (x)  t = Relu(s)  u = Transpose <perm = [1, 0, 2]> (t)  h = MatMul(u, w)",
     "through attention": """t = Transpose <perm = [0, 2, 1]> (x)  s = MatMul(x, t)  p = Softmax <axis = -1> (s)
         o = MatMul(p, x)  h = MatMul(o, w)""",

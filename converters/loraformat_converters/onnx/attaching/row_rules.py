@@ -196,6 +196,14 @@ def _gather(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
     raise LostError(f"{node.name or node.op_type} picks among the rows")
 
 
+def _gather_elements(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
+    """By as many indices as there are rows, each of its own row, or of a table that is not of the rows."""
+    state = _agreed(node, list(read.values()))
+    if 1 not in read or (0 in read and attribute(node, "axis", 0) % own.rank(node.input[0]) == state.axis):
+        raise LostError(f"{node.name or node.op_type} picks among the rows")
+    return state
+
+
 def _slice(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
     """Of other axes; of the rows' own, all of them in their order, however many there are."""
     state, rank = _kept(own, node, read), own.rank(node.input[0])
@@ -306,6 +314,7 @@ RULES: Mapping[str, Callable[[Values, onnx.NodeProto, Read], Rows]] = {
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
     **_each(_gather, "Gather com.microsoft.GatherBlockQuantized"),
+    "GatherElements": _gather_elements,
     "Slice": _slice,
     "Resize": _resize,
     "Upsample": _resize,
