@@ -288,6 +288,14 @@ def test_the_python_code_of_a_model_that_is_fed_adapters_runs(mode, run, tmp_pat
     assert "style" in code
 
 
+@pytest.mark.parametrize(("select", "said"), [("index", "1 in lora.index;"), ("weights", "column 0 of lora.weights;")])
+def test_the_code_names_the_input_by_which_rows_choose(select, said, run, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "stack", "--rows", "x", "--select", select)).code == 0
+    code = printed(run, "out.onnx", "python")
+    assert said in code
+    assert ("lora.weights" in code, "lora.index" in code) == (select == "weights", select == "index")
+
+
 def test_an_active_adapter_is_in_the_code_of_every_language_that_can(run, tmp_path):
     assert run(*changed(tmp_path, "--mode", "swap")).code == 0
     for language in ("cpp", "csharp"):

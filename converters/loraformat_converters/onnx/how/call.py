@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import fault
+from loraformat_converters.onnx.attaching.choice import INDEX, WEIGHTS
 from loraformat_converters.onnx.attaching.slot_names import file_of, key_of
 
 __all__ = ["Call", "Feed", "quoted"]
@@ -150,10 +151,11 @@ def _notes(description: Mapping[str, Any], path: Path) -> Sequence[str]:
     """Lines that belong above the code: what is attached and how it is chosen, which inputs need not be fed."""
     notes = []
     optional = [entry["name"] for entry in description["inputs"] if entry["optional"]]
+    by_index = any(entry["name"] == INDEX for entry in description["inputs"])
     for number, entry in enumerate(description["attached"], 1):
         state = {
             "branch": "always on",
-            "stack": f"{number} in lora.index, column {number - 1} of lora.weights; 0 is the base",
+            "stack": (f"{number} in {INDEX}" if by_index else f"column {number - 1} of {WEIGHTS}") + "; 0 is the base",
             "swap": f"in {file_of(path.name, str(entry['name']))}, " + (
                 "active where a run says so" if optional else "whose tensors are fed in the place of zeros"
             ),
