@@ -111,10 +111,7 @@ def between(
             LF-608 a quantised one, or an adapter that is attached; LF-312 a value that is not finite; LF-304 nothing differs.
     """
     _check(rank, energy, take)
-    for model in (base, tuned):
-        if "extract" in model.verbs and cast("Graph", model).attached:
-            what = f"{model.path} has an adapter attached, which is not in its weights"
-            raise fault("LF-608", what, fix=f"loraformat extract {model.path} takes it out as it is")
+    _check_bare(base, tuned)
     stated = hints or Hints()
     side = _side_by_side(base, tuned, only, stated)
     updates, pairs, equal, seen = dict[str, Update](), dict[str, Pair](), 0, set[str]()
@@ -150,6 +147,14 @@ def _check(rank: int | None, energy: float | None, take: Collection[str]) -> Non
         raise fault("LF-705", f"energy {energy} is no share of ‖ΔW‖²", fix="--energy E with 0 < E ≤ 1")
     if unknown := [kind for kind in take if kind not in KINDS]:
         raise fault("LF-705", f"no tensors are called {', '.join(unknown)}", fix=f"one of {', '.join(KINDS)}")
+
+
+def _check_bare(*models: Base) -> None:
+    """LF-608 of a graph whose tensors are not all that acts."""
+    for model in models:
+        if "extract" in model.verbs and cast("Graph", model).attached:
+            what = f"{model.path} has an adapter attached, which is not in its weights"
+            raise fault("LF-608", what, fix=f"loraformat extract {model.path} takes it out as it is")
 
 
 def _side_by_side(base: Base, tuned: Base, only: Sequence[str], hints: Hints) -> Counterparts:

@@ -30,8 +30,9 @@ from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
 from loraformat_converters.onnx.changing.ahead import computed_ahead
 from loraformat_converters.onnx.changing.branched import branched
+from loraformat_converters.onnx.changing.identity import base_sha256
 from loraformat_converters.onnx.changing.merge import written_data
-from loraformat_converters.onnx.changing.record import Record, base_sha256
+from loraformat_converters.onnx.changing.record import Record
 from loraformat_converters.onnx.changing.refuse import obstacles
 from loraformat_converters.onnx.changing.requantised import kept
 from loraformat_converters.onnx.changing.rewriting import Rewriting, tag

@@ -7,7 +7,8 @@
 
 Behind their products both operators run one attention: on the CPU (onnxruntime 1.20.1 and 1.32.0) and with CUDA (1.31.1, one
 H100) their outputs are the same bits, but where on the CPU MultiHeadAttention of no mask and no present takes flash attention
-(7e-8), and in float16 with CUDA where there is a present and no past (3e-4). What it does not take, it refuses by itself when it is run. The node stays where it is, and becomes it.
+(7e-8), and in float16 with CUDA where there is a present and no past (3e-4). What it does not take, it refuses by itself when
+it is run. The node stays where it is, and becomes it.
 """
 
 from __future__ import annotations

@@ -69,36 +69,39 @@ def widen(
         A value of ours → the value of the base in whose place it stands.
     """
     first, dtype = uses[0][0], uses[0][0].dtype
-    pairs = [pair for _, own in uses for pair in own]
-    a = make.turn(make.node("Concat", [pair.a for pair in pairs], "A/all", axis=0), 2, "A/T")
+    a = make.turn(make.node("Concat", [pair.a for _, own in uses for pair in own], "A/all", axis=0), 2, "A/T")
     a = make.cast(a, dtype, "A/cast", wide(dtype))
     apart = _stand_apart(uses)
-    below = _below(make, uses, apart)
-    run = Nodes(index, make.stem)
-    hidden = between(run, run.node("MatMul", [first.x, a], "hidden"))
-    if apart:
-        parts = run.split(hidden, [sum(pair.r for pair in own) for _, own in uses], "hidden/of")
-        xs = [run.node("Concat", [first.x, part], "x", axis=-1) for part in parts]
-    else:
-        xs = [run.node("Concat", [first.x, hidden], "x", axis=-1)] * len(uses)
-    small = {n for n, (site, _) in enumerate(uses) if not apart and joins(site)}
-    values, side_by_side = dict.fromkeys(xs, first.x), []
-    for n, (b, x, (site, _)) in enumerate(zip(below, xs, uses, strict=True)):
+    below, run = _below(make, uses, apart), Nodes(index, make.stem)
+    xs = _beside(run, first.x, between(run, run.node("MatMul", [first.x, a], "hidden")), uses, apart)
+    values, small = dict.fromkeys(xs, first.x), list[tuple[Site, str]]()
+    several = not apart and sum(joins(site) for site, _ in uses) > 1
+    for b, x, (site, _) in zip(below, xs, uses, strict=True):
         weight, name = site.values[-1].name, index.fresh(f"{make.stem}/weight")
         node = helper.make_node("Concat", [weight, b], [name], name, axis=site.operand.in_[0])
-        if n in small and len(small) > 1:
+        if several and joins(site):
             run.list.append(node)
-            side_by_side.append((site, name))
+            small.append((site, name))
             continue
         editor.before(site.scope, site.node.output[0], [node])
         values[name] = weight
         site.node.input[site.side] = name
         site.node.input[1 - site.side] = x
-    if side_by_side:
-        values |= join(run, xs[0], side_by_side)
+    if small:
+        values |= join(run, xs[0], small)
     reader = min((site for site, _ in uses), key=lambda site: site.number)
     editor.before(reader.scope, reader.node.output[0], run.list)
     return values
+
+
+def _beside(
+    run: Nodes, x: str, hidden: str, uses: Sequence[tuple[Site, Sequence[Factors]]], apart: bool
+) -> Sequence[str]:
+    """[x|u] as each weight reads it: with all of u, or ``apart`` with its own part."""
+    if not apart:
+        return [run.node("Concat", [x, hidden], "x", axis=-1)] * len(uses)
+    parts = run.split(hidden, [sum(pair.r for pair in own) for _, own in uses], "hidden/of")
+    return [run.node("Concat", [x, part], "x", axis=-1) for part in parts]
 
 
 def _stand_apart(uses: Sequence[tuple[Site, Sequence[Factors]]]) -> bool:

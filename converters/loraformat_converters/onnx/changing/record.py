@@ -7,8 +7,7 @@ SHA-256 of the graph as it was tells whether somebody changed the model since.
 from __future__ import annotations
 
 import base64
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +25,8 @@ from loraformat.identity import digest
 from loraformat.names import split_role
 from loraformat.parse import parse
 from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.changing.identity import base_sha256
 from loraformat_converters.onnx.changing.undo import taken_out
-from loraformat_converters.onnx.graph.scopes import tensors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["ATTACHED", "Attached", "Record", "base_sha256"]
+__all__ = ["ATTACHED", "Attached", "Record"]
 
 ATTACHED = "loraformat.attached"
 """metadata_props key: a list of what was attached, so that it can be told, checked and taken out again."""
@@ -191,36 +190,6 @@ class Record:
 
 def _unread() -> Record:
     raise fault("LF-613", "the record of what is attached cannot be read", where=ATTACHED, fix=_FIX)
-
-
-def base_sha256(model: onnx.ModelProto) -> str:
-    """SHA-256 of a model, whatever its external data files are called."""
-    places = [e for t in tensors(model) for e in t.external_data if e.key == "location"]
-    names = [place.value for place in places]
-    for place in places:
-        place.value = ""
-    sha256 = hashlib.sha256()
-    for piece in _pieces(model):
-        sha256.update(len(piece).to_bytes(8, "little"))
-        sha256.update(piece)
-    for place, name in zip(places, names, strict=True):
-        place.value = name
-    return sha256.hexdigest()
-
-
-def _pieces(model: onnx.ModelProto) -> Iterator[bytes]:
-    """The model's bytes, field by field: a whole may be over 2 GiB."""
-    for message in (model, model.graph):
-        for field, value in message.ListFields():
-            yield field.name.encode()
-            if field.name == "graph":
-                continue
-            if field.type != field.TYPE_MESSAGE:
-                yield repr(value).encode()
-            elif hasattr(value, "SerializeToString"):
-                yield value.SerializeToString(deterministic=True)
-            else:
-                yield from (item.SerializeToString(deterministic=True) for item in value)
 
 
 def _entry(job: Job, stems: Mapping[str, str], attachment: Attached) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from loraformat.identity import digest
 from loraformat.tiles import Norms
 from loraformat_converters.onnx.attaching.apart import Apart, wanted
 from loraformat_converters.onnx.attaching.modes import Way, beside, way
+from loraformat_converters.onnx.changing.identity import base_sha256
 from loraformat_converters.onnx.changing.merge import merge, updates_in
-from loraformat_converters.onnx.changing.record import Record, base_sha256
+from loraformat_converters.onnx.changing.record import Record
 from loraformat_converters.onnx.changing.requantised import Kept, kept
 from loraformat_converters.onnx.changing.spots import Change, Spot, by_tensor, every_change, gathered, spots
 from loraformat_converters.onnx.graph.index import Index
