@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from loraformat_converters.onnx.finding.names import names_of
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.resolving import resolved
 from loraformat_converters.onnx.graph.index import Index, Site
-from loraformat_converters.onnx.graph.model import FLOATS, array, load
+from loraformat_converters.onnx.graph.model import FLOATS, array, light, load
 from loraformat_converters.onnx.graph.scopes import tensors
 from loraformat_converters.onnx.graph.store import Storage
 from loraformat_converters.onnx.graph.values import Values
@@ -98,10 +99,12 @@ class OnnxBase:
 
     def describe(self) -> Mapping[str, Any]:
         """See ``loraformat_converters.onnx.info``."""
-        try:
-            return describe(self.model, self.bare.index, self.path)
-        except LoraFormatError:  # changed since attach: as it is
-            return describe(self.model, self.index, self.path)
+        index = self.index
+        with suppress(LoraFormatError):  # of what cannot be read, or is no graph without it: as it is
+            if self.record is not None:
+                self.record.undo(before := light(self.model))
+                index = Index(before)
+        return describe(self.model, index, self.path)
 
     def how(self, language: str) -> str:
         """See ``loraformat_converters.onnx.how``."""

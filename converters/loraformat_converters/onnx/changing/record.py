@@ -174,9 +174,13 @@ class Record:
         except (KeyError, ValueError, TypeError, AttributeError, LoraFormatError):
             return None
 
+    def undo(self, model: onnx.ModelProto) -> None:
+        """Take everything out of ``model``, whatever somebody changed in it since."""
+        taken_out(model, self.stems, self.base["values"], frozenset(self.inputs), self.apart)
+
     def detach(self, model: onnx.ModelProto) -> None:
         """Take everything out of ``model``: then it is what it was, or LF-613."""
-        taken_out(model, self.stems, self.base["values"], frozenset(self.inputs), self.apart)
+        self.undo(model)
         for i in reversed(range(len(model.metadata_props))):
             if model.metadata_props[i].key in (ATTACHED, BASE):
                 del model.metadata_props[i]

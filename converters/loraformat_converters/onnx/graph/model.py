@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["FLOATS", "External", "Rows", "array", "external", "load", "onnx_dtype", "overlapping"]
+__all__ = ["FLOATS", "External", "Rows", "array", "external", "is_small", "light", "load", "onnx_dtype", "overlapping"]
 
 FLOATS: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "F32",
@@ -64,6 +64,25 @@ def load(path: Path) -> onnx.ModelProto:
             fix="convert its opset first",
         )
     return model
+
+
+def is_small(tensor: onnx.TensorProto) -> bool:
+    """Whether it may say something of the graph: a shape, axes, a scale."""
+    return math.prod(tensor.dims) <= 64 and tensor.data_location != onnx.TensorProto.EXTERNAL
+
+
+def light(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for what asks about the graph alone: of its stored tensors only the small ones have their values."""
+    kept = {field.name: value for field, value in model.graph.ListFields() if field.name != "initializer"}
+    graph = onnx.GraphProto(**kept)
+    for tensor in model.graph.initializer:
+        if is_small(tensor):
+            graph.initializer.append(tensor)
+        else:
+            graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    return onnx.ModelProto(
+        ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions, graph=graph
+    )
 
 
 class External:

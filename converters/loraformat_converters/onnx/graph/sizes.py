@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import onnx
 from onnx import numpy_helper
 
+from loraformat_converters.onnx.graph.model import is_small, light
 from loraformat_converters.onnx.graph.stand_ins import stand_in
 
 __all__ = ["sizes"]
 
-_SMALL = 64
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
@@ -20,22 +19,16 @@ def sizes(
     model: onnx.ModelProto, start: Mapping[str, int], primes: Sequence[int]
 ) -> tuple[dict[str, tuple[int | None, ...]], dict[str, list[int]]]:
     """(value → sizes, small constants of integers), by onnx's own inference on the graph without its weights."""
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    light.graph.CopyFrom(model.graph)
-    constants: dict[str, list[int]] = {}
-    for tensor in light.graph.initializer:
-        if math.prod(tensor.dims) > _SMALL or tensor.data_location == onnx.TensorProto.EXTERNAL:
-            for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "external_data"):
-                tensor.ClearField(field)  # the shape is enough
-            tensor.data_location = onnx.TensorProto.DEFAULT
-        elif tensor.data_type in _INTEGERS:
+    made, constants = light(model), dict[str, list[int]]()
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _INTEGERS and is_small(tensor):
             constants[tensor.name] = [int(n) for n in numpy_helper.to_array(tensor).reshape(-1)]
-    for node in light.graph.node:
+    for node in made.graph.node:
         if node.op_type == "Constant" and (found := _constant(node)) is not None:
             constants[node.output[0]] = found
-    stand_in(light.graph)
-    _number(light.graph, start, primes)
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    stand_in(made.graph)
+    _number(made.graph, start, primes)
+    inferred = onnx.shape_inference.infer_shapes(made, data_prop=True).graph
     shapes: dict[str, tuple[int | None, ...]] = {t.name: tuple(t.dims) for t in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         if value.type.tensor_type.HasField("shape"):
@@ -67,7 +60,7 @@ def _number(graph: onnx.GraphProto, start: Mapping[str, int], primes: Sequence[i
 
 def _constant(node: onnx.NodeProto) -> list[int] | None:
     for held in node.attribute:
-        if held.name == "value" and held.t.data_type in _INTEGERS and math.prod(held.t.dims) <= _SMALL:
+        if held.name == "value" and held.t.data_type in _INTEGERS and is_small(held.t):
             return [int(n) for n in numpy_helper.to_array(held.t).reshape(-1)]
         if held.name in ("value_int", "value_ints"):
             return [held.i] if held.name == "value_int" else list(held.ints)
