@@ -22,6 +22,13 @@ class _Bert(transformers.BertModel):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
+class _Roberta(transformers.RobertaModel):
+    """The same; its positions, which it counts behind the padding, pick the types of tokens (5.23: GatherElements)."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
 class _Wrapper(torch.nn.Module):
     """The logits as a plain tensor; puts the prefix ``m`` before every name."""
 
@@ -91,6 +98,19 @@ def bert() -> torch.nn.Module:
         attn_implementation="eager",
     )
     return _Bert(config, add_pooling_layer=False)
+
+
+def roberta() -> torch.nn.Module:
+    config = transformers.RobertaConfig(
+        vocab_size=53,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        attn_implementation="eager",
+    )
+    return _Roberta(config, add_pooling_layer=False)
 
 
 def minilm() -> torch.nn.Module:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from exported_models import bert, gpt2, image, llama, minilm, sound, t5, tokens, two_texts, vit, whisper
+from exported_models import bert, gpt2, image, llama, minilm, roberta, sound, t5, tokens, two_texts, vit, whisper
 from exported_modules import Kinds, Shared, UNet, noise
 from peft import LoraConfig, PeftConfig
 
@@ -45,6 +45,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
         targets=12,
     ),
+    "roberta": Recipe(roberta, {"target_modules": ["query", "value", "dense"], "r": 3, "lora_alpha": 5}, targets=10),
     "minilm": Recipe(
         minilm,
         {

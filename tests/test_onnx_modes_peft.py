@@ -19,7 +19,7 @@ from loraformat_converters.onnx.runtime import Session
 
 pytestmark = pytest.mark.peer
 
-MODELS = ("bert", "llama-tied", "gpt2", "shared-2d", "shared-3d")
+MODELS = ("bert", "roberta", "llama-tied", "gpt2", "shared-2d", "shared-3d")
 every_export = pytest.mark.parametrize(
     ("name", "exporter"), [(name, exporter) for name in MODELS for exporter in ("torchscript", "dynamo")]
 )
