@@ -31,6 +31,7 @@ from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
 from loraformat_converters.onnx.changing.ahead import computed_ahead
 from loraformat_converters.onnx.changing.branched import branched
+from loraformat_converters.onnx.changing.copied import copied
 from loraformat_converters.onnx.changing.identity import base_sha256
 from loraformat_converters.onnx.changing.merge import written_data
 from loraformat_converters.onnx.changing.record import Record
@@ -167,7 +168,7 @@ class OnnxBase:
         changes = gathered(jobs)
         rounds = verb == "merge" and options.requantize
         problems = list(obstacles(verb, changes, self.index.opset, self._rounds if rounds else None))
-        problems += computed_ahead(self.values, changes.items())
+        problems += [*computed_ahead(self.values, changes.items()), *copied(self.values, changes)]
         if problems:
             raise LoraFormatError(problems)
         changed = by_tensor(changes) if verb == "merge" else changes

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Shapes = Mapping[str, tuple[int | None, ...]]
 
-__all__ = ["Apart", "obstacles", "products", "told", "wanted"]
+__all__ = ["Apart", "obstacles", "products", "told", "wanted", "widths"]
 
 _ATTENTION = "com.microsoft.Attention"
 _BIAS, _MASK, _PAST, _ADDED = range(2, 6)
@@ -112,7 +112,7 @@ class Apart:
         assert graph is not None
         make = Nodes(self.index, self.index.stem(node.name or site.root_name))
         self.was[make.stem] = node.SerializeToString(deterministic=True)
-        parts = make.split(make.node("MatMul", node.input[:_BIAS], "product"), _parts(site), "part")
+        parts = make.split(make.node("MatMul", node.input[:_BIAS], "product"), widths(site), "part")
         if past := _input(node, _PAST):
             halves = [make.store(f"past/{n}/at", np.array(n)) for n in (0, 1)]
             parts += [make.node("Gather", [past, half], f"past/{n}", axis=0) for n, half in enumerate(halves)]
@@ -164,8 +164,8 @@ def _refusal(site: Site, shapes: Shapes) -> str:
     for name, why in _ALONE.items():
         if attribute(node, name, 0):
             return why
-    if sum(_parts(site)) != site.operand.shape[1]:
-        return f"its parts {_parts(site)} are not the {site.operand.shape[1]} columns of its weight"
+    if sum(widths(site)) != site.operand.shape[1]:
+        return f"its parts {widths(site)} are not the {site.operand.shape[1]} columns of its weight"
     mask, rows = shapes.get(_input(node, _MASK), ()), (shapes.get(node.input[0]) or (None,))[0]
     if len(mask) > 3:
         return "MultiHeadAttention takes no mask of 4 axes"
@@ -176,7 +176,7 @@ def _refusal(site: Site, shapes: Shapes) -> str:
     return ""
 
 
-def _parts(site: Site) -> list[int]:
+def widths(site: Site) -> list[int]:
     """The sizes of q, k and v."""
     return list(attribute(site.node, "qkv_hidden_sizes", None) or [site.operand.shape[1] // 3] * 3)
 
