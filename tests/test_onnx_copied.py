@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from graphs import lora, model, save, session
 from onnx import numpy_helper
+from onnxruntime.quantization import quantize_dynamic
 
 import loraformat as lf
 from loraformat.base import Options
@@ -50,6 +51,16 @@ def test_in_16_bits_too(tmp_path):
     base = open_base(save(called_twice((24, 24, 24), "k", np.float16), tmp_path / "base.onnx"))
     with pytest.raises(lf.LoraFormatError, match="LF-609"):
         prepare("attach", [("a", lf.Adapter({"m.k.weight": lora(24, 24)}))], base, Options(tmp_path / "out.onnx"))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_in_8_bits_too(per_channel, tmp_path):
+    save(called_twice((24, 24, 24), "v"), tmp_path / "floats.onnx")
+    quantize_dynamic(tmp_path / "floats.onnx", tmp_path / "base.onnx", per_channel=per_channel)
+    base = open_base(tmp_path / "base.onnx")
+    assert {site.operator for site in base.index.sites} >= {"MatMulInteger", "com.microsoft.QAttention"}
+    with pytest.raises(lf.LoraFormatError, match="LF-609"):
+        prepare("attach", [("a", lf.Adapter({"m.v.weight": lora(24, 24)}))], base, Options(tmp_path / "out.onnx"))
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -38,7 +38,7 @@ def copied(values: Values, changes: Mapping[tuple[Site, ...], Sequence[Change]])
 
 def _holds(values: Values, packed: Site, site: Site) -> bool:
     """Whether q, k or v of an attention is the weight of a product."""
-    if packed.refusal or site.vector or len(site.operand.shape) != 2:
+    if site.vector or len(site.operand.shape) != 2:
         return False
     sizes, (out, in_) = widths(packed), site.placement.matrix_shape
     own = values.sketch(site) if in_ == packed.placement.matrix_shape[-1] and out in sizes else None
