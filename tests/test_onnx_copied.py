@@ -23,11 +23,12 @@ def called_twice(sizes, held, dtype=np.float32):
     """x·Q, x·K, x·V by their modules' names, and then an attention; ``held``: which of the three it holds too."""
     own = {n: DRAW.standard_normal((HIDDEN, size)).astype(dtype) for n, size in zip("qkv", sizes, strict=True)}
     other = [own[n] if n in held else DRAW.standard_normal(own[n].shape).astype(dtype) for n in "qkv"]
+    more = f", qkv_hidden_sizes = {list(sizes)}" if len(set(sizes)) > 1 else ""
     kind = np.dtype(dtype).name.replace("float32", "float")
     made = model(f"""g ({kind}[N,T,{HIDDEN}] x) => ({kind}[N,T,A] a, {kind}[N,T,B] b, {kind}[N,T,C] c, {kind}[N,T,V] y)
       <{kind}[{sum(sizes)}] d> {{
          ["/m/q/MatMul"] a = MatMul(x, q)  ["/m/k/MatMul"] b = MatMul(x, k)  ["/m/v/MatMul"] c = MatMul(x, v)
-         ["Attention_0"] y = com.microsoft.Attention <num_heads = 4, qkv_hidden_sizes = [{", ".join(map(str, sizes))}]> (x, w, d)
+         ["Attention_0"] y = com.microsoft.Attention <num_heads = 4{more}> (x, w, d)
       }}""")
     tensors = {**own, "w": np.concatenate(other, axis=1)}
     made.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in tensors.items())
