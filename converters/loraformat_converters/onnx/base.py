@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +15,19 @@ from loraformat.atomic import check_free
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.parts import roles_of
-from loraformat.plan import Job, Outcome, Plan, Proof, size
+from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
-from loraformat.stopping import unbroken
 from loraformat.tiles import Norms
 from loraformat.turned import turned
 from loraformat_converters.onnx.attaching import magnitude
-from loraformat_converters.onnx.attaching.modes import cases, jobs_of
-from loraformat_converters.onnx.attaching.modes import notes as notes_of_mode
-from loraformat_converters.onnx.attaching.modes import obstacles as obstacles_of_mode
 from loraformat_converters.onnx.attaching.slot_names import file_of
 from loraformat_converters.onnx.attaching.slots import Slots
-from loraformat_converters.onnx.changing.ahead import computed_ahead
 from loraformat_converters.onnx.changing.branched import branched
-from loraformat_converters.onnx.changing.copied import copied
 from loraformat_converters.onnx.changing.identity import base_sha256
-from loraformat_converters.onnx.changing.merge import written_data
 from loraformat_converters.onnx.changing.record import Record
-from loraformat_converters.onnx.changing.refuse import obstacles
 from loraformat_converters.onnx.changing.requantised import kept
-from loraformat_converters.onnx.changing.rewriting import Rewriting, tag
+from loraformat_converters.onnx.changing.rewriting import Rewriting
 from loraformat_converters.onnx.changing.slotted import slotted
-from loraformat_converters.onnx.changing.spots import by_tensor, every_change, gathered, spots
-from loraformat_converters.onnx.changing.told import notes, prefixes, step, ties
 from loraformat_converters.onnx.finding.names import names_of
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.resolving import resolved
@@ -51,10 +38,8 @@ from loraformat_converters.onnx.graph.store import Storage
 from loraformat_converters.onnx.graph.values import Values
 from loraformat_converters.onnx.how import how
 from loraformat_converters.onnx.info import describe
-from loraformat_converters.onnx.proving.dense import check_products
-from loraformat_converters.onnx.proving.fusions import unfused
-from loraformat_converters.onnx.proving.inputs import generated, stated
-from loraformat_converters.onnx.proving.prove import ROUNDED, compare, tolerance
+from loraformat_converters.onnx.planned import planned
+from loraformat_converters.onnx.proof import check_provable, prove
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -163,38 +148,7 @@ class OnnxBase:
         if self.record is not None:
             fix = f"loraformat detach {self.path} -o ORIGINAL.onnx, or take the original model"
             raise fault("LF-608", "the model has an adapter attached already", where=str(self.path), fix=fix)
-        if attaches := verb == "attach":
-            jobs = jobs_of(self, jobs, options)
-        changes = gathered(jobs)
-        rounds = verb == "merge" and options.requantize
-        problems = list(obstacles(verb, changes, self.index.opset, self._rounds if rounds else None))
-        problems += [*computed_ahead(self.values, changes.items()), *copied(self.values, changes)]
-        if problems:
-            raise LoraFormatError(problems)
-        changed = by_tensor(changes) if verb == "merge" else changes
-        places = spots(self.model, self.index, changed, self.path.parent)
-        if attaches and (problems := list(obstacles_of_mode(self.model, self.index, places, jobs, options))):
-            raise LoraFormatError(problems)
-        data = [d for spot in places if (d := written_data(spot))] if verb == "merge" else []
-        storage = Storage(self.model, self.path, options.out, data, tag(jobs))
-        said = (
-            *prefixes(jobs),
-            *ties(jobs),
-            *notes(verb, places),
-            *(notes_of_mode(places, jobs, options) if attaches else ()),
-        )
-        if storage.copied:
-            said += (f"copies {', '.join(storage.copied)} ({size(storage.data_bytes)}) beside the output",)
-        graph = self.path.stat().st_size
-        added = sum(t.nbytes for c in every_change(places) for p in c.update.parts for _, t in roles_of(p))
-        writes, peak = graph + storage.data_bytes + (added if verb == "attach" else 0), 3 * graph + (32 << 20)
-        steps = tuple(step(verb, spot) for spot in places)
-        estimate = partial(self.rewriting.estimate, places) if rounds else None
-        return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, said, places, estimate)
-
-    def _rounds(self, site: Site) -> bool:
-        """Whether a quantised weight can be rounded to its own codes again."""
-        return kept(site, self.values) is not None
+        return planned(self, verb, jobs, options)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write a changed copy of the model; the opened one stays as it is."""
@@ -278,39 +232,12 @@ class OnnxBase:
         return OnnxBase(self.path, inliner.inline_local_functions(self.model))
 
     def check_provable(self, plan: Plan, inputs: Path | None = None) -> None:
-        """LF-608 where the other verb's result could not be made; LF-705 where there are no inputs for it."""
-        self._feeds(inputs)
-        if plan.verb == "merge" and plan.options.requantize:
-            check_products(plan.state)
-        elif plan.verb == "merge":
-            for _, jobs in cases(plan):
-                self.plan("attach", jobs, Options(_other(plan)))
-
-    def _feeds(self, inputs: Path | None) -> Mapping[str, Array]:
-        return stated(inputs) if inputs else generated(self.model, self.index, self.path.parent)
+        """See ``proof``."""
+        check_provable(self, plan, inputs)
 
     def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
-        """Run what ``apply`` wrote against the other verb's result, which is made beside it and deleted."""
-        feeds, out, other = self._feeds(inputs), plan.options.out, _other(plan)
-        limit = tolerance({spot.sites[0].dtype for spot in plan.state})
-        if any(spot.rounds for spot in plan.state):
-            limit = max(limit, ROUNDED)
-        try:
-            proofs = []
-            for case, jobs in cases(plan):
-                if jobs and plan.verb == "merge" and not plan.options.requantize:
-                    self.apply(self.plan("attach", jobs, Options(other)), force=True)
-                elif jobs:
-                    merged = out if plan.verb == "merge" else None
-                    self.rewriting.put_together(jobs, other, merged).write(force=True)
-                proofs.append(compare(out, other if jobs else self.path, self.path, {**feeds, **case(feeds)}, limit))
-            worst = max(proofs, key=lambda proof: proof.error)
-            fewer = unfused(self.path, out) if plan.verb == "attach" else {}
-            return replace(worst, moved=min(p.moved for p in proofs if p.moved or len(proofs) == 1), unfused=fewer)
-        finally:
-            with unbroken():
-                for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
-                    path.unlink(missing_ok=True)
+        """See ``proof``."""
+        return prove(self, plan, inputs)
 
     def _recorded(self) -> Record:
         if self.record is None:
@@ -333,8 +260,3 @@ def _is_matrix(site: Site) -> bool:
 def _told(adapter: Adapter) -> dict[str, list[tuple[str, int | None]]]:
     """What a record tells of an adapter's targets: (kind, rank) of each part."""
     return {key: [(part.kind, getattr(part, "r", None)) for part in update.parts] for key, update in adapter.items()}
-
-
-def _other(plan: Plan) -> Path:
-    """Where the other verb's result is for as long as the two are compared."""
-    return plan.options.out.with_name(f".{plan.options.out.name}.proof.onnx")
