@@ -108,14 +108,13 @@ def trans_b_is_ignored(patch):
 
 
 def the_scale_is_dropped_in_attach(patch):
-    whole = beside._pair
+    whole = beside.factors
 
-    def unscaled(own, site):
-        change = own.change
+    def unscaled(make, change, *rest):
         kept = [replace(p, alpha=1.0, scale_rule="factor") if p.kind == "lora" else p for p in change.update.parts]
-        return whole(replace(own, change=replace(change, update=replace(change.update, parts=tuple(kept)))), site)
+        return whole(make, replace(change, update=replace(change.update, parts=tuple(kept))), *rest)
 
-    patch.setattr(beside, "_pair", unscaled)
+    patch.setattr(beside, "factors", unscaled)
 
 
 def the_factors_are_not_transposed_in_attach(patch):

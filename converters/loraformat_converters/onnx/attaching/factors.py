@@ -15,7 +15,7 @@ from loraformat_converters.onnx.changing.spots import Change
 from loraformat_converters.onnx.graph.index import Site
 from loraformat_converters.onnx.graph.nodes import Nodes
 
-__all__ = ["Factors", "factors", "joined", "owners", "padded"]
+__all__ = ["Factors", "factors", "joined", "owners", "padded", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class Factors:
 
 
 def factors(make: Nodes, change: Change, site: Site, factor: float, ratio: str = "") -> Factors:
-    """The pair of a change times ``factor``, its tensors stored as the adapter has them; ``ratio`` [out] rescales B."""
+    """The pair of a change times ``factor``, its tensors stored as the adapter has them; ``ratio`` [out] rescales B.
+
+    Computed in float32 or float64: 16-bit arithmetic has no CPU kernel that would fold it (ONNX Runtime 1.32).
+    """
     lora: Lora = change.update["lora"]
     kind = wide(site.dtype)
     k, _ = balance(lora, factor, site.dtype)
@@ -52,10 +55,11 @@ def joined(make: Nodes, pairs: Sequence[Factors]) -> dict[int, Factors]:
     by_job: dict[int, list[Factors]] = {}
     for pair in pairs:
         by_job.setdefault(pair.job, []).append(pair)
-    return {job: _side_by_side(make, own) for job, own in by_job.items()}
+    return {job: side_by_side(make, own) for job, own in by_job.items()}
 
 
-def _side_by_side(make: Nodes, pairs: Sequence[Factors]) -> Factors:
+def side_by_side(make: Nodes, pairs: Sequence[Factors]) -> Factors:
+    """Pairs of one adapter as one, along the rank."""
     if len(pairs) == 1:
         return pairs[0]
     a = make.node("Concat", [pair.a for pair in pairs], "A/own", axis=0)
