@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.onnx_modes import Runner
+from bench.onnx_modes import Runner, interleaved
 from loraformat import Adapter, Lora, Update, open_base
 from loraformat.base import Options
 from loraformat.verbs.merge import prepare
@@ -114,12 +114,7 @@ def main() -> None:
         for tokens in given.tokens:
             for what, runner in runners.items():
                 runner.bind({**fed(layers, tokens, past, dtype), **models[what][1]})
-            taken: dict[str, list[float]] = {what: [] for what in runners}
-            for turn in range(given.runs + 3):
-                for what, runner in runners.items():
-                    seconds = runner.seconds()
-                    if turn > 2:
-                        taken[what].append(seconds)
+            taken = interleaved(runners, given.runs)
             dense = statistics.median(taken["dense"])
             ratios = {what: statistics.median(times) / dense for what, times in taken.items()}
             print(f"{tokens:5} tokens", f"{dense * 1e3:8.2f} ms", {what: round(n, 2) for what, n in ratios.items()})

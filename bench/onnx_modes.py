@@ -198,6 +198,17 @@ class Runner:
         return time.perf_counter() - begin
 
 
+def interleaved(runners: Mapping[str, Runner], count: int) -> dict[str, list[float]]:
+    """Seconds of ``count`` runs of each, one after the other, behind three that are not counted."""
+    taken: dict[str, list[float]] = {what: [] for what in runners}
+    for turn in range(count + 3):
+        for what, runner in runners.items():
+            seconds = runner.seconds()
+            if turn > 2:
+                taken[what].append(seconds)
+    return taken
+
+
 def main() -> None:
     """A row for each variant, a column for each number of tokens."""
     asked = argparse.ArgumentParser(description=__doc__)
@@ -228,12 +239,7 @@ def main() -> None:
                 x = np.random.default_rng(3).standard_normal((given.rows, tokens, sizes.hidden)).astype(dtype)
                 for what, runner in runners.items():
                     runner.bind({"x": x, **models[what][1](given.rows, tokens)})
-                taken: dict[str, list[float]] = {what: [] for what in runners}
-                for turn in range(given.runs + 3):
-                    for what, runner in runners.items():
-                        seconds = runner.seconds()
-                        if turn > 2:
-                            taken[what].append(seconds)
+                taken = interleaved(runners, given.runs)
                 dense = statistics.median(taken["dense"])
                 for what, times in taken.items():
                     low, middle, high = np.quantile(times, [0.1, 0.5, 0.9]) * 1e3

@@ -87,30 +87,19 @@ class _Speech(torch.nn.Module):
         ).logits
 
 
+ENCODER = {
+    "vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 16, "attn_implementation": "eager",
+}  # fmt: skip
+"""Sizes that are pairwise different."""
+
+
 def bert() -> torch.nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=53,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        attn_implementation="eager",
-    )
-    return _Bert(config, add_pooling_layer=False)
+    return _Bert(transformers.BertConfig(**ENCODER), add_pooling_layer=False)
 
 
 def roberta() -> torch.nn.Module:
-    config = transformers.RobertaConfig(
-        vocab_size=53,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        attn_implementation="eager",
-    )
-    return _Roberta(config, add_pooling_layer=False)
+    return _Roberta(transformers.RobertaConfig(**ENCODER), add_pooling_layer=False)
 
 
 def minilm() -> torch.nn.Module:

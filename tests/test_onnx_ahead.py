@@ -119,9 +119,10 @@ def test_a_module_whose_first_call_is_gone_is_not_changed(calls, tmp_path):
 def test_a_kernel_that_paddle_named_is_no_value(tmp_path):
     made = model("""g (float[N,6,3] x) => (float[N,9,3] y) <float[9,6,1] "conv3_weights", float[9,9,1] conv4_expand_weights>
         { h = Conv(x, "conv3_weights") y = Conv(h, conv4_expand_weights) }""")
-    merge(
-        lf.Adapter({"conv3_weights": lora(9, 6)}), open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx"
-    )
+    base, pair = open_base(save(made, tmp_path / "base.onnx")), lora(9, 6)
+    merge(lf.Adapter({"conv3_weights": pair}), base, tmp_path / "out.onnx")
+    wanted = base.read("conv3_weights")[..., 0] + pair.matrix()
+    assert relative_error(open_base(tmp_path / "out.onnx").read("conv3_weights")[..., 0], wanted) <= 1e-6
 
 
 def table_pair():
@@ -151,7 +152,10 @@ def test_another_modules_product_keeps_nobody_from_anything(tmp_path):
         if tensor.name == "linear":
             other = np.random.default_rng(9).standard_normal((ROWS, OUT)).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(other, "linear"))
-    merge(lf.Adapter({**PAIR, **BIAS}), open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    merge(lf.Adapter({**PAIR, **BIAS}), base, tmp_path / "out.onnx")
+    found = open_base(tmp_path / "out.onnx").read("m.weight")
+    assert relative_error(found, base.read("m.weight") + PAIR["m.weight"].matrix()) <= 1e-6
 
 
 @pytest.mark.parametrize("verb", VERBS)
