@@ -52,33 +52,25 @@ class Choice:
         kind, sizes = (onnx.TensorProto.INT64, [size]) if self.by_index else (onnx.TensorProto.FLOAT, [size, count])
         graph.taken.add(self.input)
         graph.graph.input.append(helper.make_tensor_value_info(self.input, kind, sizes))
-        self.index, self._mask, self._void = self._indexed(count) if self.by_index else self._weighed()
+        self._count = count
+        self.index = self._indexed() if self.by_index else ""
         self._shared: dict[object, str] = {}
 
     @property
     def rows(self) -> str:
         """[1]: how many rows the model is fed. More or fewer choices would cut tokens apart by their own number."""
-        return self._once("rows", self._count)
+        return self._once("rows", self._counted)
 
-    def _count(self) -> str:
+    def _counted(self) -> str:
         name, axis = self.start
         shape = self.make.node("Shape", [name], "shape")
         return self.make.node("Gather", [shape, self.make.store("axis", np.array([axis]))], "count")
 
-    def _indexed(self, count: int) -> tuple[str, str, str]:
-        """(index, [rows, N] of bool, [rows, 1]: 0, or NaN for an index that is none)."""
+    def _indexed(self) -> str:
+        """[rows]: the index, a negative one beyond the last."""
         make = self.make
         below = make.node("Less", [INDEX, make.store("none", np.array(0))], "below")
-        index = make.node("Where", [below, make.store("beyond", np.array(count + 1)), INDEX], "index")
-        mask = make.node("Gather", [make.store("table", np.eye(count + 1, count, -1, dtype=np.bool_)), index], "mask")
-        wrong = make.node("Greater", [index, make.store("last", np.array(count))], "wrong")
-        nan, zero = make.store("nan", np.array(np.nan, np.float32)), make.store("nothing", np.array(0, np.float32))
-        void = make.node("Where", [wrong, nan, zero], "void/row")
-        return index, mask, make.node("Reshape", [void, make.store("column", np.array([-1, 1]))], "void")
-
-    def _weighed(self) -> tuple[str, str, str]:
-        """("", the weights themselves, [1, 1]: 0)."""
-        return "", self.input, self.make.store("void", np.zeros((1, 1), np.float32))
+        return make.node("Where", [below, make.store("beyond", np.array(self._count + 1)), INDEX], "index")
 
     def keep(self, run: Nodes, site: Site, hidden: str, axes: int | None, owners: Sequence[int]) -> str:
         """Of u, whose columns are its last axis (of a convolution: its second), what its row chose.
@@ -100,10 +92,7 @@ class Choice:
     def _where(self, run: Nodes, dtype: int, hidden: str, owners: Sequence[int], shape: Sequence[int]) -> str:
         """By Where and not by a product alone: 0 · Inf of an adapter that is not chosen would be NaN."""
         mask = self._columns(owners, shape)
-        void = self._once(
-            ("void", dtype), lambda: self.make.cast(self._void, dtype, "void/cast", onnx.TensorProto.FLOAT)
-        )
-        void = self._spread("void", void, [1 if n == len(owners) else n for n in shape])
+        void = self._spread("void", self._void(dtype), [1 if n == len(owners) else n for n in shape])
         if self.by_index:
             return run.node("Where", [mask, hidden, void], "hidden/chosen")
         none = self._once(
@@ -115,12 +104,29 @@ class Choice:
         )
         return run.node("Where", [none, void, run.node("Mul", [hidden, much], "hidden/mixed")], "hidden/chosen")
 
+    def _void(self, dtype: int) -> str:
+        """What stands in the place of a column that is not chosen: 0; in each of a row whose index is none, NaN."""
+        stored = {role: np.full((1, 1), value, np.float32) for role, value in (("nothing", 0), ("nan", np.nan))}
+
+        def constant(role: str) -> str:
+            return self.make.cast(self.make.store(role, stored[role]), dtype, f"{role}/cast", onnx.TensorProto.FLOAT)
+
+        def by_row() -> str:
+            wrong = self.make.node("Greater", [self.index, self.make.store("last", np.array(self._count))], "wrong")
+            wrong = self.make.node("Reshape", [wrong, self.make.store("column", np.array([-1, 1]))], "wrong/row")
+            return self.make.node("Where", [wrong, constant("nan"), constant("nothing")], "void")
+
+        return self._once(("void", dtype), by_row if self.by_index else lambda: constant("nothing"))
+
     def _columns(self, owners: Sequence[int], shape: Sequence[int]) -> str:
         """Whether, or how much, each row has chosen the adapter that a column of u belongs to, in a shape that meets u."""
 
         def gathered() -> str:
-            held = self.make.store("owners", np.array(owners, np.int64))
-            return self.make.node("Gather", [self._mask, held], "mask/columns", axis=1)
+            held = np.array(owners, np.int64)
+            if not self.by_index:
+                return self.make.node("Gather", [self.input, self.make.store("owners", held)], "mask", axis=1)
+            table = np.arange(self._count + 1)[:, None] == held + 1
+            return self.make.node("Gather", [self.make.store("table", table), self.index], "mask")
 
         return self._spread("mask", self._once(("columns", *owners), gathered), shape)
 
