@@ -217,6 +217,7 @@ def main() -> None:
     asked.add_argument(
         "--only", help="of ONNX Runtime's variants those whose names have this pattern; dense among them"
     )
+    asked.add_argument("--captured", action="store_true", help="with CUDA graphs alone")
     asked.add_argument("--draw", action="store_true", help="what was printed before, from standard input")
     given = asked.parse_args()
     if given.draw:
@@ -232,7 +233,7 @@ def main() -> None:
         models = {what: m for what, m in models.items() if re.search(given.only or "", what)}
         for tokens in given.tokens:
             x = np.random.default_rng(3).standard_normal((1, tokens, sizes.hidden)).astype(given.dtype)
-            for graph in (False, True):
+            for graph in (True,) if given.captured else (False, True):
                 label = f"{tokens:5} tokens{', CUDA graph' if graph else '            '}"
                 runs = onnx_runs(models, x, graph)
                 if plain:
