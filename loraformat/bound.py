@@ -1,4 +1,7 @@
-"""Whether a base is the one that an adapter was bound to: by the digest of a tensor's bytes, or by its sketch."""
+"""Whether a base is the one that an adapter was bound to: by the digest of a tensor's bytes, or by its sketch.
+
+A sketch tells another weight, and the same one times a factor that a tool folded into it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING
 from loraformat.base import Recognising
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.identity import runs_sha256
-from loraformat.sketch import ACCEPT, cosine, sketch
+from loraformat.sketch import sketch, unlike
 from loraformat.tiles import read_runs, values_of
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ _CAST = frozenset({"F16", "BF16"})
 
 
 def check_bound(adapter: Adapter, base: Base, resolution: Resolution) -> None:
-    """LF-607 where the adapter says which weights it was bound to, and these are others."""
+    """LF-607 where the adapter says which weights it was bound to, and these are others; LF-616 where they are multiples."""
     known = base.parameters()
     problems = []
     for key, places in resolution.targets.items():
@@ -50,8 +53,7 @@ def _other(key: str, update: Update, base: Base, match: Match, parameter: Parame
         if not (match.node is not None and parameter.dtype in _CAST):
             what = f"the adapter was bound to a tensor {update.base_sha256[:12]}…, the base has {found[:12]}…"
             return Problem("LF-607", what, key, "take that base, or --any-base for a close relative")
-    recognised = any(evidence.startswith(("fingerprint:", "sketch:")) for evidence in match.evidence)
-    if update.sketch is None or update.placement is None or recognised or not update.sketch.any():
+    if update.sketch is None or update.placement is None or not update.sketch.any():
         return None
     if parameter is None and not isinstance(base, Recognising):
         return None
@@ -59,12 +61,7 @@ def _other(key: str, update: Update, base: Base, match: Match, parameter: Parame
     if drawn is None:
         what = f"{match.weight} cannot be read, nor compared with the tensor that the adapter was bound to"
         return Problem("LF-607", what, key, "--any-base takes it unseen")
-    if (like := cosine(update.sketch, drawn)) >= ACCEPT:
-        return None
-    what = f"{match.weight} is not like the tensor that the adapter was bound to: their sketches have cosine {like:.2f}"
-    return Problem(
-        "LF-607", what, key, "another base, or a name that means another weight; --any-base takes it all the same"
-    )
+    return unlike(key, update.sketch, drawn, match.weight)
 
 
 def _drawn(base: Base, match: Match, parameter: Parameter | None) -> npt.NDArray[np.float32] | None:

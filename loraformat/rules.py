@@ -93,6 +93,7 @@ _ALL = (
     Rule("LF-613", "what is attached to a model is as it was attached"),
     Rule("LF-614", "a recipe finds the inputs that it names, and gives the result that it names"),
     Rule("LF-615", "enough of the change survives the base's dtype"),
+    Rule("LF-616", "the base tensor has the scale of the one that the adapter was bound to"),
     Rule("LF-701", "the input can be read"),
     Rule("LF-702", "nothing is overwritten without --force"),
     Rule("LF-703", "the output can be written"),

@@ -16,10 +16,10 @@ import numpy as np
 
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
-from loraformat.errors import LoraFormatError
+from loraformat.errors import LoraFormatError, Problem
 from loraformat.naming.links import Link, Seat
 from loraformat.resolve import Hints
-from loraformat.sketch import recognise, sketch, telling
+from loraformat.sketch import recognise, sketch, telling, unlike
 from loraformat.tiles import values_of
 
 if TYPE_CHECKING:
@@ -87,10 +87,14 @@ def recognised(targets: Mapping[str, Update], base: Base, origin: Base | None) -
 
     Args:
         targets: bound to their base, or found in ``origin``, which has it.
+
+    Raises:
+        LoraFormatError: LF-616 the weight is a multiple of the target's there.
     """
     wanted = {spot: drawn for key, update in targets.items() for spot, drawn in _own(key, update, origin)}
     sizes = {spot.matrix for spot in wanted}
     known: dict[_Spot, Array] = {}
+    problems: list[Problem] = []
     for parameter in base.parameters().values():
         weight = _Weight(base, parameter)
         for spot in _spots(parameter, sizes):
@@ -101,6 +105,9 @@ def recognised(targets: Mapping[str, Update], base: Base, origin: Base | None) -
         for spot in found.names:
             evidence = f"sketch: cosine {found.cosine:.3f}, the next {found.second:.3f}"
             yield Link(own.seat(), spot.seat(), evidence)
+        problems += filter(None, (unlike(own.name, drawn, known[spot], spot.name) for spot in found.names))
+    if problems:
+        raise LoraFormatError(problems)
 
 
 def _spots(parameter: Parameter, sizes: set[Shape]) -> Iterator[_Spot]:

@@ -125,7 +125,7 @@ class OnnxBase:
 
     def sketch(self, match: Match) -> Array | None:
         """Of what is computed with at a place, where its weight is quantised or packed."""
-        return self.bare.values.sketch(match.handle, match.permute)
+        return self.bare.values.sketch(match.handle, match.permute, match.rows)
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """By the user's map, the exporter's metadata, tensor and node names, and values, which must agree.

@@ -16,7 +16,7 @@ from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import nearest
 from loraformat.parts import Magnitude
-from loraformat.sketch import ACCEPT, SIZE, cosine
+from loraformat.sketch import SIZE, unlike
 from loraformat_converters.onnx.attaching.pairs import folded, laid
 from loraformat_converters.onnx.attaching.slot import Gain, Slot
 from loraformat_converters.onnx.tort import version_of
@@ -90,17 +90,14 @@ class Slots:
         return cls(slots, base, bool(value["required"]), sketches)
 
     def check_base(self, adapter: Adapter) -> None:
-        """LF-607 where the adapter is bound to weights that are not like those of the slots, as far as both are known."""
+        """LF-607, LF-616 where the adapter is bound to other weights than those of the slots, as far as both are known."""
         problems = []
         for key, update in adapter.items():
             drawn = self.sketches.get(key)
             if drawn is None or update.sketch is None or not update.sketch.any():
                 continue
-            if (like := cosine(update.sketch, drawn)) < ACCEPT:
-                what = f"the model's weight is not like the tensor that the adapter was bound to: their sketches have cosine {like:.2f}"
-                problems.append(
-                    Problem("LF-607", what, key, "is this the model that it is for? any_base=True takes it")
-                )
+            if problem := unlike(key, update.sketch, drawn, "the model's weight"):
+                problems.append(replace(problem, fix="is this the model that it is for? any_base=True takes it"))
         if problems:
             raise LoraFormatError(problems)
 

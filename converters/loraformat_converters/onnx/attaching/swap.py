@@ -91,7 +91,8 @@ class Swap:
     def add(self, spots: Sequence[Spot]) -> None:
         """A slot for each parameter of each weight."""
         if self.weights is not None:
-            drawn = ((part.key, self._sketch(part)) for spot in spots for part in spot.parts())
+            parts = [part for spot in spots for part in spot.parts()]
+            drawn = ((part.key, self.weights.sketch(part.sites[0], rows=part.changes[0].rows)) for part in parts)
             self.slots = replace(self.slots, sketches={key: found for key, found in drawn if found is not None})
         for spot in spots:
             self._run(spot, [self._slotted(part) for part in spot.parts()])
@@ -120,14 +121,6 @@ class Swap:
             progress.advance(sum(tensor.nbytes for tensor in tensors.values()))
 
         return write
-
-    def _sketch(self, part: Spot) -> Array | None:
-        assert self.weights is not None
-        rows, site = part.changes[0].rows, part.sites[0]
-        if rows is None:
-            return self.weights.sketch(site)
-        start, size = rows[0], rows[1] - rows[0]
-        return self.weights.sketches(site, size, start or size).get(start)
 
     def _slotted(self, part: Spot) -> Slot:
         """The slot of one parameter, declared."""

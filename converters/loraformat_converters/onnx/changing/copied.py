@@ -45,5 +45,5 @@ def _holds(values: Values, packed: Site, site: Site) -> bool:
     if own is None:
         return False
     starts = [start for start, size in zip(accumulate((0, *sizes)), sizes, strict=False) if size == out]
-    runs = (values.sketches(packed, out, start or out).get(start) for start in starts)
+    runs = (values.sketch(packed, rows=(start, start + out)) for start in starts)
     return any(run is not None and cosine(own, run) >= ACCEPT for run in runs)

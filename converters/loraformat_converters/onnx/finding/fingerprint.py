@@ -11,12 +11,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loraformat.dtypes import numpy_dtype
-from loraformat.errors import fault
+from loraformat.errors import LoraFormatError, fault
 from loraformat.resolve import Hints, Match
-from loraformat.sketch import Recognised, cosine, recognise, sketch, telling
+from loraformat.sketch import Recognised, cosine, has_scale, recognise, sketch, telling, unlike
 from loraformat_converters.onnx.graph.index import Site
 from loraformat_converters.onnx.graph.model import FLOATS
 from loraformat_converters.onnx.graph.site import Order
@@ -36,10 +34,6 @@ __all__ = ["Finder", "Sighting", "own_sketch"]
 
 _RUNS = 512
 """How many runs of rows are looked at in one weight: more would be no packed weight, but a vocabulary."""
-
-
-_LEAST = 0.9
-"""The least share of a weight's norm that rounding to few bits leaves; and it adds no more."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,11 @@ class Finder:
         return weight, match.placement if match else None
 
     def look(self, key: str, named: Sequence[Site] = ()) -> list[Sighting]:
-        """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere."""
+        """What is seen of a target: at the sites that go by its name, and if it is not there, everywhere.
+
+        Raises:
+            LoraFormatError: LF-616 what is seen is a multiple of its weight; LF-603 it is seen in several runs or orders of rows.
+        """
         if own_sketch(self.adapter[key]) is None and self.base is None:
             return []
         fit = self._of_shape(key)
@@ -105,21 +103,16 @@ class Finder:
         alike = self._alike(key, here) or self._alike(key, elsewhere)
         if not alike and not equal:
             alike = self._within(key)
-        if alike and not equal:
+        if alike:
             self._require_scale(key, alike)
         return [sighting for sighting in (equal, alike) if sighting]
 
     def _require_scale(self, key: str, seen: Sighting) -> None:
-        """LF-608 where a weight is like that of ``--base`` and another multiple of it: a sketch has no scale."""
-        mine, theirs = self._weight(key), self.values.read(seen.sites[0])
-        if mine is None or theirs is None:
-            return
-        matrix = theirs[1].to_matrix(theirs[0])[slice(*seen.rows) if seen.rows else ...]
-        have, want = (float(np.linalg.norm(np.asarray(m, np.float32))) for m in (matrix, mine[0]))
-        if not _LEAST * want <= have <= want / _LEAST:
-            what = f"{seen.sites[0].root_name} is {have / want:.3g} times {key}: a scale was folded into it"
-            fix = "export without folding, or merge into the checkpoint and export that"
-            raise fault("LF-608", what, where=key, fix=fix)
+        wanted = self._sketch(key)
+        for site in seen.sites:
+            drawn = self.values.sketch(site, seen.order, seen.rows)
+            if wanted is not None and drawn is not None and (problem := unlike(key, wanted, drawn, site.root_name)):
+                raise LoraFormatError([problem])
 
     def silence(self, key: str) -> str:
         """What to add where nothing was found: how near the nearest weight came."""
@@ -206,11 +199,16 @@ class Finder:
         return Sighting("sketch", told, tuple(sites), met.cosine, rows)
 
     def _sketch(self, key: str) -> Array | None:
-        """The adapter's own; else that of the tensor in ``--base``. Beside an unplaced target it says nothing."""
+        """The adapter's own; that of the tensor in ``--base`` where it has none that tells a scale.
+
+        Beside an unplaced target it says nothing.
+        """
         if key not in self._drawn:
-            own = own_sketch(self.adapter[key])
-            weight, place = (self._weight(key) if own is None else None) or (None, None)
-            self._drawn[key] = own if weight is None or place is None or not telling(place) else sketch(weight, place)
+            drawn = own = own_sketch(self.adapter[key])
+            if own is None or not has_scale(own):
+                weight, place = self._weight(key) or (None, None)
+                drawn = sketch(weight, place) if weight is not None and place is not None and telling(place) else own
+            self._drawn[key] = drawn
         return self._drawn[key]
 
 

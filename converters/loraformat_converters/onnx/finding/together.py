@@ -10,7 +10,7 @@ import numpy as np
 
 from loraformat.errors import Problem
 from loraformat.resolve import Hints, Match, Resolution
-from loraformat.sketch import ACCEPT, cosine
+from loraformat.sketch import compare
 from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.finding.doubt import Doubts, Model
 from loraformat_converters.onnx.graph.index import Site
@@ -72,6 +72,7 @@ def _same(base: OnnxBase, site: Site, other: OnnxBase, twin: Site) -> bool:
     """Whether two weights are one, up to casts and quantisation."""
     one, two = base.values.sketch(site), other.values.sketch(twin)
     if one is not None and two is not None:
-        return cosine(one, two) >= ACCEPT or not (one.any() or two.any())
+        like = compare(one, two)
+        return (like.same_weight and like.same_scale) or not (one.any() or two.any())
     first, second = (np.asarray(b.read(s.root_name), np.float32) for b, s in ((base, site), (other, twin)))
     return first.shape == second.shape and bool(np.allclose(first, second, rtol=1e-2, atol=1e-2 * np.abs(first).max()))

@@ -102,8 +102,15 @@ class Values:
         node = self.producers.get(name)
         return node if node is not None and node.op_type in _COMPUTES and node.domain in STANDARD else None
 
-    def sketch(self, site: Site, order: Order = None) -> Array | None:
-        """The sketch of the matrix; None where it has none. ``order``: of its rows, where it is not the only one."""
+    def sketch(self, site: Site, order: Order = None, rows: tuple[int, int] | None = None) -> Array | None:
+        """The sketch of the matrix, or of a run [start, stop) of its rows; None where it has none.
+
+        Args:
+            order: of its rows, where it is not the only one.
+        """
+        if rows is not None:
+            start, size = rows[0], rows[1] - rows[0]
+            return self.sketches(site, size, start or size).get(start)
         key = (self.key(site), order)
         if key not in self._sketches:
             found = self._as_named(site, order)
