@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import test_onnx_folded as folded
 import test_onnx_folder as folders
 import test_onnx_names as names
+import test_onnx_packed as packed
 import test_onnx_values as values
 from mutants import net
 
 import loraformat as lf
+from loraformat import sketch
 from loraformat_converters.onnx import folder
 from loraformat_converters.onnx.finding import ladder, part, together, witness
 from loraformat_converters.onnx.finding.align import Alignment
@@ -40,6 +44,17 @@ CHECKS = {
     "equal twins": lambda tmp: values.test_twins_of_equal_values_are_told_apart_by_names_only("base", tmp),
     "names against values": lambda tmp: values.test_a_name_and_the_values_that_disagree_are_both_printed("sketch", tmp),
     "a weight of another base": values.test_a_weight_that_is_not_like_the_sketch_is_not_changed_by_its_name,
+    "a scale in a weight": lambda tmp: values.test_a_scale_that_was_folded_into_a_weight_is_told(
+        2**-0.5, True, False, "sketch", tmp
+    ),
+    "a scale in a small weight": partial(
+        values.test_the_scale_of_a_small_weight_that_only_its_name_tells_is_compared, 0.5
+    ),
+    "a scale in some rows": packed.test_a_scale_that_was_folded_into_some_of_the_rows_is_told,
+    "a scale in one part": folders.test_a_scale_that_was_folded_into_the_weight_of_one_part_makes_it_another_one,
+    "a sketch without a scale": lambda tmp: values.test_a_scale_that_was_folded_into_a_weight_is_told(
+        2**-0.5, True, False, "base, and a sketch without a scale", tmp
+    ),
     "layer 1 and layer 11": names.test_layer_1_is_not_layer_11,
     "a name within a name": names.test_a_name_within_a_name_is_another_name,
     "the decoders' outputs": exported(folders.test_an_encoder_and_its_decoders_compute_what_peft_computes, "merge"),
@@ -96,7 +111,24 @@ def values_are_asked_only_where_names_are_silent(patch):
 
 
 def sketches_are_not_held_against_the_named_weight(patch):
-    patch.setattr("loraformat.bound.ACCEPT", -1.0)
+    patch.setattr("loraformat.bound.unlike", lambda *told: None)
+
+
+def a_sketch_is_divided_by_its_norm(patch):
+    whole = sketch._stored
+    patch.setattr(sketch, "_stored", lambda total: (drawn := whole(total)) / (np.linalg.norm(drawn) or 1))
+
+
+def what_is_seen_is_of_any_scale(patch):
+    patch.setattr(Finder, "_require_scale", lambda self, key, seen: None)
+
+
+def parts_are_compared_by_their_cosine(patch):
+    patch.setattr(together, "compare", lambda one, other: sketch.Likeness(sketch.cosine(one, other), None))
+
+
+def the_own_sketch_is_enough(patch):
+    patch.setattr("loraformat_converters.onnx.finding.fingerprint.has_scale", lambda drawn: True)
 
 
 def names_match_within_names(patch):
@@ -159,6 +191,12 @@ MUTANTS = [
     (the_first_twin_is_taken, "equal twins"),
     (values_are_asked_only_where_names_are_silent, "names against values"),
     (sketches_are_not_held_against_the_named_weight, "a weight of another base"),
+    (sketches_are_not_held_against_the_named_weight, "a scale in a small weight"),
+    (a_sketch_is_divided_by_its_norm, "a scale in a weight"),
+    (what_is_seen_is_of_any_scale, "a scale in a weight"),
+    (what_is_seen_is_of_any_scale, "a scale in some rows"),
+    (parts_are_compared_by_their_cosine, "a scale in one part"),
+    (the_own_sketch_is_enough, "a sketch without a scale"),
     (names_match_within_names, "a name within a name"),
     (names_match_by_their_beginning, "layer 1 and layer 11"),
     (a_part_is_skipped, "the decoders' outputs"),

@@ -75,7 +75,7 @@ def problems(made, tmp_path, given=None, **hints):
     ],
 )
 def test_neither_a_name_nor_a_sketch_is_proof_of_a_weight_into_which_something_may_be_folded(form, tmp_path):
-    """A sketch has no scale: it is that of W where all of γ/σ are one factor."""
+    """A sketch sees a factor, if it is one of all values and W was not divided by its norm: nothing of a γ/σ that varies little."""
     form, named = {**form}, form.get("named", True)
     form.pop("named", None)
     values = np.random.default_rng(5).standard_normal(KERNEL).astype(np.float32)
@@ -84,7 +84,11 @@ def test_neither_a_name_nor_a_sketch_is_proof_of_a_weight_into_which_something_m
     if named:
         assert problems(graph(**form, values=values), tmp_path) == ["LF-608"]
     if form["weight"] != "c.weight":
-        assert problems(graph(**form, values=values * 0.4), tmp_path, sketched) == ["LF-608"]
+        drawn = sketched["c.weight"].sketch
+        older = lf.Adapter({"c.weight": replace(sketched["c.weight"], sketch=drawn / np.linalg.norm(drawn))})
+        assert problems(graph(**form, values=values * 0.4), tmp_path, older) == ["LF-608"]
+        assert problems(graph(**form, values=values * 0.95), tmp_path, sketched) == ["LF-608"]
+        assert problems(graph(**form, values=values * 0.4), tmp_path, sketched) == ["LF-616"]
 
 
 def test_a_scale_that_onnxslim_folds_into_a_linear_weight_is_seen(tmp_path):
@@ -94,12 +98,15 @@ def test_a_scale_that_onnxslim_folds_into_a_linear_weight_is_seen(tmp_path):
     )
     values = numpy_helper.to_array(made.graph.initializer[0])
     place = lf.Placement((9, 5), (0,), (1,))
-    given = lf.Adapter(
-        {"q.weight": replace(adapter({"q": (9, 5)})["q"], placement=place, sketch=sketch(values * 8, place))}
+    drawn = sketch(values * 8, place)
+    whole, older = (
+        lf.Adapter({"q.weight": replace(adapter({"q": (9, 5)})["q"], placement=place, sketch=held)})
+        for held in (drawn, drawn / np.linalg.norm(drawn))
     )
-    assert problems(made, tmp_path, given) == []
+    assert problems(made, tmp_path, whole) == ["LF-616"]
+    assert problems(made, tmp_path, older) == []  # its name alone says so
     made.graph.node[0].input[1] = made.graph.initializer[0].name = "/q/Add_output_0_weight_fused"
-    assert problems(made, tmp_path, given) == ["LF-608"]
+    assert problems(made, tmp_path, older) == ["LF-608"]
 
 
 @pytest.mark.parametrize(("node", "bias"), [("/c/Conv", True), ("node_conv2d", True), ("node_Conv_46", False)])
@@ -121,7 +128,7 @@ def test_equal_values_prove_a_weight_without_a_name_and_like_ones_do_not(tmp_pat
     assert problems(graph(values=values), tmp_path, base=base) == []
     folded = values * np.linspace(0.7, 1.3, 9, dtype=np.float32)[:, None, None, None]
     assert problems(graph(values=folded), tmp_path, base=base) == ["LF-608"]
-    assert problems(graph(values=folded * 0 + values * 2), tmp_path, base=base) == ["LF-608"]
+    assert problems(graph(values=folded * 0 + values * 2), tmp_path, base=base) == ["LF-616"]
     assert problems(graph("anonymous", "w7", values=folded), tmp_path, base=base) == ["LF-608"]
     half = values.astype(np.float16).astype(np.float32)
     assert problems(graph("anonymous", "w7", values=half), tmp_path, base=base) == []

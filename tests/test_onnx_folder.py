@@ -300,6 +300,14 @@ def test_one_name_for_two_weights_in_two_parts_means_neither(tmp_path):
     assert "decoder_model.onnx and encoder_model.onnx have different weights" in problem.what
 
 
+def test_a_scale_that_was_folded_into_the_weight_of_one_part_makes_it_another_one(tmp_path):
+    first, second = (one("/layers.0/q/MatMul", 1) for _ in range(2))
+    half = 0.5 * numpy_helper.to_array(second.graph.initializer[0])
+    second.graph.initializer[0].CopyFrom(numpy_helper.from_array(half, "w"))
+    problem = only_problem(folder(tmp_path, first=first, second=second), "layers.0.q.weight")
+    assert (problem.rule, "different weights" in problem.what) == ("LF-603", True)
+
+
 def test_one_name_for_one_weight_in_two_parts_is_one_target(tmp_path):
     base = folder(tmp_path, first=one("/layers.0/q/MatMul", 1), second=one("/layers.0/q/MatMul", 1))
     (places,) = base.resolve(adapter({"layers.0.q.weight": (6, 6)}), lf.Hints()).require().targets.values()

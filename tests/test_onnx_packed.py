@@ -179,6 +179,15 @@ def test_an_opset_whose_pad_takes_its_sizes_as_attributes(opset, options, tmp_pa
     assert (tmp_path / "again.onnx").read_bytes() == base.path.read_bytes()
 
 
+def test_a_scale_that_was_folded_into_some_of_the_rows_is_told(tmp_path):
+    w = weight()
+    held = w.copy()
+    held[: ROWS["q"][1]] *= 64**-0.5
+    found = resolve(product("MatMul", held), ours(w), tmp_path)
+    assert [(p.rule, p.where) for p in found.unresolved] == [("LF-616", KEYS["q"])]
+    assert set(found.targets) == {KEYS["k"], KEYS["v"]}
+
+
 def test_the_sketch_of_a_run_is_that_of_the_rows_by_themselves():
     w = weight()
     drawn = sketches(w, 12, 4)

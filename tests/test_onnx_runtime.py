@@ -197,6 +197,9 @@ def test_an_adapter_that_is_bound_to_other_weights_is_refused(tmp_path):
     for given in (strange, tmp_path / "strange.safetensors"):
         with pytest.raises(LoraFormatError, match=r"LF-607.*cosine"):
             running.load("strange", given)
+    scaled = {k: replace(u, sketch=2 * u.sketch) for k, u in own.items()}
+    with pytest.raises(LoraFormatError, match=r"LF-616.*the model's weight is 0\.5 times"):
+        running.load("strange", Adapter(scaled))
     running.load("strange", strange, any_base=True)
     assert running.names == ["own", "unbound", "strange"]
     bare = Session(attached(tmp_path / "other", "swap", ["both"]))

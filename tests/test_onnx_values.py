@@ -101,19 +101,62 @@ def test_one_value_that_differs_is_another_weight(tmp_path):
     assert evidence[0].startswith("sketch: cosine 1.000")  # found all the same, but not called equal
 
 
+KNOWN = {
+    "sketch": lambda drawn: drawn,
+    "base": lambda drawn: None,
+    "base, and a sketch without a scale": lambda drawn: drawn / np.linalg.norm(drawn),
+}
+
+
+@pytest.mark.parametrize("by", KNOWN)
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize(("factor", "told"), [(8**-0.5, True), (1.5, True), (1.03, False)])
-def test_a_scale_that_was_folded_into_a_weight_is_told(factor, told, named, tmp_path):
-    """Attention's 1/√d in the weight of q: a sketch is the same, whatever the scale."""
+@pytest.mark.parametrize(("factor", "told"), [(8**-0.5, True), (2**-0.5, True), (1.5, True), (1.03, False)])
+def test_a_scale_that_was_folded_into_a_weight_is_told(factor, told, named, by, tmp_path):
+    """Attention's 1/√d in the weight of q: by the sketch that the adapter brings, by ``--base``, by both."""
     k = normal(8, 6)
     made = two(normal(6, 8, seed=1), np.float32(factor) * k.T, names=("n0", "/enc/k/MatMul" if named else "n1"))
-    base = checkpoint(tmp_path, **{"enc.k.weight": k})
-    found, _, problems = resolve(made, {"enc.k.weight": (8, 6)}, tmp_path, base=base)
+    base = None if by == "sketch" else checkpoint(tmp_path, **{"enc.k.weight": k})
+    bound = replace(sketched(k), sketch=KNOWN[by](sketched(k).sketch))
+    found, _, problems = resolve(made, {"enc.k.weight": bound}, tmp_path, base=base)
     if told:
-        assert [(p.rule, p.where) for p in problems] == [("LF-608", "enc.k.weight")]
+        assert [(p.rule, p.where) for p in problems] == [("LF-616", "enc.k.weight")]
         assert f"w1 is {factor:.3g} times enc.k.weight" in problems[0].what
     else:
         assert (found, problems) == ({"enc.k.weight": {"w1"}}, [])
+
+
+def test_a_sketch_of_the_time_before_scales_recognises_a_weight_whatever_its_scale(tmp_path):
+    k = normal(8, 6)
+    bound = sketched(k)
+    made = two(normal(6, 8, seed=1), np.float32(0.5) * k.T)
+    assert refusal(made, {"enc.k.weight": bound}, tmp_path).rule == "LF-616"
+    older = replace(bound, sketch=bound.sketch / np.linalg.norm(bound.sketch))
+    assert resolve(made, {"enc.k.weight": older}, tmp_path)[0] == {"enc.k.weight": {"w1"}}
+
+
+@pytest.mark.parametrize("factor", [1, 0.5])
+def test_the_scale_of_a_small_weight_that_only_its_name_tells_is_compared(factor, tmp_path):
+    """Its sketch is no proof of which weight it is, and tells its scale all the same."""
+    w = normal(3, 3)
+    made = two(np.float32(factor) * w.T, normal(3, 3, seed=2), names=("/enc/q/MatMul", "n1"))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    given = adapter({"enc.q.weight": sketched(w)})
+    assert base.resolve(given, lf.Hints()).require().rungs == "node_name"
+    if factor == 1:
+        assert merge(given, base, tmp_path / "out.onnx")
+        return
+    with pytest.raises(lf.LoraFormatError, match=r"LF-616  w0 is 0\.5 times enc\.q\.weight"):
+        merge(given, base, tmp_path / "out.onnx")
+
+
+def test_the_base_that_is_given_must_be_the_one_that_the_adapter_was_bound_to(tmp_path):
+    """The graph equals ``--base``, and the adapter is of another one."""
+    k = normal(8, 6)
+    given = adapter({"enc.k.weight": sketched(normal(8, 6, seed=5))})
+    base = open_base(save(two(normal(6, 8, seed=1), k.T), tmp_path / "base.onnx"))
+    hints = lf.Hints(base=checkpoint(tmp_path, **{"enc.k.weight": k}))
+    with pytest.raises(lf.LoraFormatError, match="LF-607  w1 is not like the tensor"):
+        merge(given, base, tmp_path / "out.onnx", hints)
 
 
 SQUARE = {"gemm": '["n"] y = Gemm <transB = 1> (x, w)', "matmul": '["n"] y = MatMul(x, w)'}

@@ -285,6 +285,19 @@ def test_a_bound_adapter_is_recognised_without_its_base(tmp_path):
     assert set(lf.retarget(bound, base=lf.open_base(tmp_path / "new.safetensors")).adapter) == {"new.weight"}
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_multiple_of_a_weight_is_refused(bound, tmp_path):
+    """As MaxText stores q: W / √d, beside which ΔW would have to be divided too."""
+    w = normal(24, 16)
+    save_file({"old.weight": w}, tmp_path / "old.safetensors")
+    save_file({"new.weight": w * np.float32(64**-0.5)}, tmp_path / "new.safetensors")
+    own = Adapter({"old.weight": pair(24, 16)})
+    known, origin = (lf.open_base(tmp_path / f"{name}.safetensors") for name in ("new", "old"))
+    given = {"base": known} if bound else {"base": known, "origin": origin}
+    said = refused("LF-616", lf.bind(own, origin) if bound else own, **given)
+    assert "new.weight is 0.125 times old.weight" in said
+
+
 def test_two_weights_that_are_alike_are_refused(tmp_path):
     w = normal(24, 16)
     save_file({"old.weight": w}, tmp_path / "old.safetensors")

@@ -58,7 +58,7 @@ _FIX = (
 def require_own_values(key: str, site: Site, said: Sequence[Witness]) -> None:
     """LF-608 where a target's weight is not the module's own any more, or nothing shows that it is.
 
-    Equal values settle it. A sketch does not: it has no scale, and of a γ/σ that varies little it sees nothing.
+    Equal values settle it. A sketch does not: of a γ/σ that varies little it sees nothing.
     """
     if any(witness.rung == "fingerprint" for witness in said) or own_copy(site.root_name):
         return
