@@ -78,6 +78,11 @@ MUTANTS = (
     ("arithmetic.mjs", "Math.sqrt(square) + eps", "Math.sqrt(square + eps)", "apply"),
     ("arithmetic.mjs", "if (fields[name] === 0)", "if (false)", "digest"),
     ("arithmetic.mjs", "(bytes[j] >> k)", "(bytes[j] >> (7 - k))", "sketch"),
+    ("arithmetic.mjs", "S.values.map(Math.fround)", "S.values.map((n) => Math.fround(n / (Math.hypot(...S.values) || 1)))", "sketch"),
+    ("arithmetic.mjs", "> 6 / 5", "> 9", "apply"),
+    ("arithmetic.mjs", "> 6 / 5", "> 1.1", "apply"),
+    ("arithmetic.mjs", "Math.abs(norm - 1) > 1e-5", "true", "apply"),
+    ("arithmetic.mjs", "!wanted?.some((n) => n !== 0)", "!wanted", "apply"),
 )  # fmt: skip
 
 

@@ -36,10 +36,17 @@ def matrix(path: str, key: str) -> Reply:
 def apply(path: str, key: str, base: Reply | None) -> Reply:
     """A base tensor as the target changes it."""
     update, tensor = file.read(path)[0][key], _array(base)
-    if tensor is not None and update.base_sha256 and update.placement and tensor.shape == update.placement.shape:
-        found = tensor_sha256(tensor)
-        if found != update.base_sha256:
-            raise fault("LF-607", f"bound to {update.base_sha256}, the base has {found}", where=key)
+    if tensor is not None and update.placement and tensor.shape == update.placement.shape:
+        if update.base_sha256:
+            found = tensor_sha256(tensor)
+            if found != update.base_sha256:
+                raise fault("LF-607", f"bound to {update.base_sha256}, the base has {found}", where=key)
+        elif update.sketch is not None and update.sketch.any():
+            from loraformat.sketch import sketch, unlike
+
+            drawn = sketch(tensor, update.placement)
+            if drawn is not None and (problem := unlike(key, update.sketch, drawn, "the base's tensor")):
+                raise LoraFormatError([problem])
     return _numbers(update.apply(tensor))
 
 

@@ -7,7 +7,7 @@ import json
 import math
 
 import numpy as np
-from vector import Array, Vector, einsum, lora, magnitude, place, replaced, rows_of, valid
+from vector import Array, Vector, einsum, lora, magnitude, numbers, place, replaced, rows_of, valid
 
 
 def _unplaced(v: Vector, key: str, **fields: object) -> None:
@@ -63,7 +63,6 @@ def all_metadata(v: Vector) -> None:
     v.top["provenance"] = {"tool": "example", "version": "1.2.3", "sources": [{"layout": "peft", "note": None}]}
     v.top["extensions"] = {"peft": '{\n  "r": 2,\n  "note": "tab\\t, é, \\u0000, \\u2028"\n}\n', "org.example": ""}
     sketch = v.numbers(64)
-    sketch = (sketch / np.float32(math.sqrt(64 / 3))).astype(np.float32)
     _unplaced(v, "bound.weight", op="embedding", assumed=["name", "bias"], base_sha256="0123456789abcdef" * 4)
     v.tensors["bound.weight.sketch"] = sketch
 
@@ -78,7 +77,7 @@ def _sketch(matrix: Array) -> Array:
     """Of a base tensor as [batch, out, in]: 64 float32."""
     flat = matrix.astype(np.float64).reshape(-1, matrix.shape[-1])
     S = einsum("ko,oi,li->kl", _signs("out", flat.shape[0]), flat, _signs("in", flat.shape[1]))
-    return (S / (np.linalg.norm(S) or 1)).astype(np.float32).reshape(64)
+    return S.astype(np.float32).reshape(64)
 
 
 @valid("LF-407", "LF-408")
@@ -103,6 +102,22 @@ def bound(v: Vector) -> None:
         if W.ndim > 1:
             v.tensors[f"{key}.sketch"] = _sketch(wide)
             v.expect(key, sketch=v.tensors[f"{key}.sketch"])
+
+
+@valid("LF-408")
+def recognised(v: Vector) -> None:
+    """Sketches and no digest: of W as 4 bits hold it, a little larger, half as large where S was divided by its norm, any."""
+    for key in ("rounded", "larger", "unit", "zeros"):
+        W, A, B = (
+            numbers(f"recognised/{key}/{name}", *shape) for name, shape in (("W", (9, 7)), ("A", (2, 7)), ("B", (9, 2)))
+        )
+        drawn = _sketch(W)
+        held = {"rounded": np.round(W * 8) / 8, "larger": W * 1.125, "unit": W / 2, "zeros": W}[key].astype(np.float32)
+        sketch = {"unit": (drawn / np.linalg.norm(drawn)).astype(np.float32), "zeros": 0 * drawn}.get(key, drawn)
+        v.target(key, lora(A, B, 6), **place([9, 7], out=[0], in_=[1]))
+        v.tensors[f"{key}.sketch"] = sketch
+        matrix = 3 * einsum("or,ri->oi", B, A)
+        v.becomes(key, held, held + matrix, matrix=matrix, sketch=_sketch(held))
 
 
 @valid("LF-202")

@@ -83,7 +83,7 @@ export function apply(target, base) {
     const wanted = replace ? start.shape : place.shape;
     if (String(base.shape) !== String(wanted)) throw new Refusal("LF-606", where);
   }
-  if (target.base_sha256 && place && sha256(Float32Array.from(base.values)) !== target.base_sha256) throw new Refusal("LF-607", where);
+  if (base && place && String(base.shape) === String(place.shape)) checkIdentity(target, base);
   if ((target.matrix || magnitude) && !place) throw new Refusal("LF-604", where);
   let W = fill([...start.shape], (index) => get(start, index));
   if (target.matrix) {
@@ -93,6 +93,19 @@ export function apply(target, base) {
   if (magnitude) W = rescaled(magnitude, W, place, where);
   if (rows) W = withRows({ axis: 0, ...rows, ...rows.tensors }, W, where);
   return W;
+}
+
+// Whether a tensor that lies as the file says is the one that the target was bound to (section 10).
+function checkIdentity(target, base) {
+  const { base_sha256: digest, where } = target, wanted = target.sketch?.values;
+  if (digest && sha256(Float32Array.from(base.values)) !== digest) throw new Refusal("LF-607", where);
+  if (digest || !wanted?.some((n) => n !== 0)) return;
+  const drawn = sketch(target, base)?.values;
+  if (!drawn) return;
+  const dot = (a, b) => sum(64, (n) => a[n] * b[n]), [want, have] = [wanted, drawn].map((s) => Math.sqrt(dot(s, s)));
+  if (!(dot(wanted, drawn) >= 0.9 * want * have) || !have) throw new Refusal("LF-607", where);
+  const scaled = [want, have].every((norm) => Math.abs(norm - 1) > 1e-5);
+  if (scaled && Math.max(want / have, have / want) > 6 / 5) throw new Refusal("LF-616", where);
 }
 
 function rescaled({ magnitude_axes: axes, eps = 0, tensors: { magnitude } }, V, place, where) {
@@ -143,7 +156,7 @@ function contentOf({ tensors, matrix, ...fields }) {
   return { ...fields, roles };
 }
 
-// 64 values by which a base tensor is recognised.
+// 64 values by which a base tensor is recognised; null for one that has none.
 export function sketch({ place, where }, base) {
   if (!place) throw new Refusal("LF-604", where);
   const [width, height] = [place.matrix.at(-1), product(place.matrix.slice(0, -1))];
@@ -155,6 +168,6 @@ export function sketch({ place, where }, base) {
     const row = at.reduce((flat, n, axis) => flat * place.matrix[axis] + n, 0);
     for (let n = 0; n < 64; n++) S.values[n] += sign(P, row, n >> 3) * value * sign(Q, i, n & 7);
   });
-  const norm = Math.sqrt(sum(64, (n) => S.values[n] ** 2)) || 1;
-  return { shape: [64], values: S.values.map((n) => Math.fround(n / norm)) };
+  const values = S.values.map(Math.fround);
+  return values.every(Number.isFinite) ? { shape: [64], values } : null;
 }
