@@ -149,6 +149,16 @@ def test_trained_weights_are_found_after_rounding(quantise, named, tmp_path):
     assert min(place.confidence for (place,) in found.values()) > 0.97
 
 
+@pytest.mark.parametrize("factor", [0.5**0.5, 2**0.5])
+@pytest.mark.parametrize("quantise", [float16, int8, int4])
+def test_a_factor_in_a_trained_weight_is_seen_after_rounding(quantise, factor, named, tmp_path):
+    made, outputs, bound = named
+    scaled = spoilt(made, lambda name, w: quantise(name, np.float32(factor) * w))
+    onnx.save(scaled, tmp_path / "spoilt.onnx")
+    found = open_base(tmp_path / "spoilt.onnx").resolve(bound, lf.Hints())
+    assert {p.where: p.rule for p in found.unresolved} == dict.fromkeys(outputs, "LF-616")
+
+
 def test_none_of_the_weights_of_another_model_is_taken_for_ours(named, tmp_path):
     made, _, _ = named
     onnx.save(spoilt(made, float16), tmp_path / "spoilt.onnx")
