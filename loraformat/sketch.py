@@ -15,8 +15,8 @@ cast to 16 bits or quantised to 4 bits more than 0.95; any other weight, the tra
 0.5 (measured on 247 trained matrices). A weight is recognised at a cosine of at least 0.90, with at least 0.3 between
 it and the next other weight. A close fine-tune of the base looks the same: equality needs ``base_sha256``.
 
-Then by the ratio of their norms. A cast or a quantisation to 4 bits keeps it within 0.89 and 1.20 (4714 of 239 trained
-matrices); a factor that a tool folds into a weight does not: 1/√d of an attention, 1/√2, 2. A sketch of norm 1 is of
+Then by the ratio of their norms. Casts and quantisations to 8 and 4 bits keep it within 0.89 and 1.20 (4148, of 248
+trained matrices: ``bench/sketches.py``); a factor that a tool folds into a weight does not: 1/√d of an attention, 1/√2, 2. A sketch of norm 1 is of
 the time when S was divided by it, and says nothing of the scale.
 """
 

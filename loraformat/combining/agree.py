@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem
+from loraformat.sketch import has_scale
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -33,7 +34,12 @@ def check_agree(adapters: Sequence[Adapter], any_base: bool = False) -> None:
 
 def placed_as(updates: Sequence[Update]) -> Update:
     """The update that knows most about where the target lies: a placed and bound one before others."""
-    return max(updates, key=lambda u: (u.placement is not None, u.base_sha256 is not None, u.sketch is not None))
+    return max(updates, key=lambda u: (u.placement is not None, u.base_sha256 is not None, _told_by_sketch(u)))
+
+
+def _told_by_sketch(update: Update) -> int:
+    """What its sketch tells of the weight: nothing, which it is, or its scale too."""
+    return 0 if update.sketch is None else 1 + has_scale(update.sketch)
 
 
 def _heads(adapters: Sequence[Adapter]) -> Iterator[Problem]:
