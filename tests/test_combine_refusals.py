@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from combined import GIVEN, ONE, TWO, adapter
 
@@ -35,6 +36,17 @@ def test_adapters_of_different_models_are_refused(other, rule):
         lf.combine([(first, 1.0), (other(), 1.0)])
     if rule == "LF-607":
         assert lf.combine([(first, 1.0), (other(), 1.0)], any_base=True).adapter
+
+
+def test_the_sketch_that_tells_a_scale_is_kept():
+    place = Placement.of((13, 11), "out,in")
+    drawn = np.arange(64, dtype=np.float32)
+    older, newer = (
+        replace(ONE, targets={"a.weight": replace(ONE["a.weight"], placement=place, sketch=held)})
+        for held in (drawn / np.linalg.norm(drawn), drawn)
+    )
+    made = lf.combine([(older, 1.0), (newer, 1.0)]).adapter
+    np.testing.assert_array_equal(made["a.weight"].sketch, drawn)
 
 
 def test_what_is_said_of_the_result_is_what_all_say():

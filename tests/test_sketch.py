@@ -126,6 +126,12 @@ def test_a_multiple_of_a_weight_has_that_multiple_of_its_sketch(weight, factor):
     )
 
 
+@pytest.mark.parametrize(("factor", "same"), [(0.83, False), (0.84, True), (1.19, True), (1.21, False), (-1, True)])
+def test_the_band_is_six_fifths(factor, same):
+    like = compare(linear(normal(24, 16)), linear(np.float32(factor) * normal(24, 16)))
+    assert (like.same_weight, like.same_scale) == (factor > 0, same)
+
+
 @given(st.integers(0, 99), st.floats(1e-4, 1e4))
 def test_only_a_factor_near_1_is_the_same_scale(seed, factor):
     weight = normal(24, 16, seed=seed)
