@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["recognised"]
 
 _MOST_AXES = 4
+_FIX = "translate by names, of which a space may know the factor: without --origin, or as it was before bind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def recognised(targets: Mapping[str, Update], base: Base, origin: Base | None) -
         for spot in found.names:
             evidence = f"sketch: cosine {found.cosine:.3f}, the next {found.second:.3f}"
             yield Link(own.seat(), spot.seat(), evidence)
-        problems += filter(None, (unlike(own.name, drawn, known[spot], spot.name) for spot in found.names))
+        told = (unlike(own.name, drawn, known[spot], spot.name) for spot in found.names)
+        problems += [replace(problem, fix=_FIX) for problem in told if problem]
     if problems:
         raise LoraFormatError(problems)
 
