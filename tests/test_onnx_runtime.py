@@ -25,6 +25,7 @@ from loraformat.verbs.convert import convert
 from loraformat.verbs.merge import merge, prepare
 from loraformat_converters.onnx import runtime
 from loraformat_converters.onnx.attaching.slots import Fed
+from loraformat_converters.onnx.effective import Effective
 from loraformat_converters.onnx.running import pooled
 from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.runtime import Session
@@ -148,6 +149,26 @@ def test_adapters_are_loaded_anew_and_unloaded_while_others_run(truth, tmp_path)
     assert relative_error(held.run(X)["y"], truth("q")) <= 3e-6
     with pytest.raises(LoraFormatError, match="LF-705"):
         running.use("a")
+
+
+@pytest.mark.parametrize("how", ["a path", "in memory", "onnx_adapter", "effective"])
+def test_a_file_that_is_written_over_does_not_change_what_was_loaded(how, truth, tmp_path):
+    """In its place, as safetensors' save_file and torch.save do it. A shorter file would end the process."""
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    lf.save(GIVEN["q"], path)
+    lf.save(adapter({KEY: lora(7, 5, rank=3, seed=99)}), other)
+    if how == "effective":
+        effective = Effective(save(model(TEXT), tmp_path / "base.onnx"), {"q": path})
+        path.write_bytes(other.read_bytes())
+        effective.use("q")
+        assert relative_error(effective.run(X)["y"], truth("q")) <= 3e-6
+        return
+    running = Session(attached(tmp_path, "swap", ["both", "q"]), resident=1)
+    file = tmp_path / "swap.q.onnx_adapter" if how == "onnx_adapter" else path
+    running.load("q", lf.load(path) if how == "in memory" else file)
+    file.write_bytes(other.read_bytes() if file == path else bytes(file.stat().st_size))
+    for choice in (None, "q", {"q": 0.5}):
+        assert relative_error(running.use(choice).run(X)["y"], truth(choice)) <= 3e-6
 
 
 def test_the_latest_choices_are_kept_and_no_more(tmp_path):

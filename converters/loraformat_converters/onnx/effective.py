@@ -38,6 +38,7 @@ from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.graph.model import array
 from loraformat_converters.onnx.running.adding import Adding
 from loraformat_converters.onnx.running.captured import Captured
+from loraformat_converters.onnx.running.kept import kept
 from loraformat_converters.onnx.running.opened import device_of, opened, runtime
 from loraformat_converters.onnx.running.pooled import Bound, Pooled
 from loraformat_converters.onnx.running.ways import Choice, weights_of
@@ -95,7 +96,7 @@ class Effective:
         self._base = base
         self._any_base, self._lock = any_base, threading.Lock()
         self._adapters = {
-            name: one if isinstance(one, Adapter) else registry.load(one) for name, one in adapters.items()
+            name: kept(one if isinstance(one, Adapter) else registry.load(one)) for name, one in adapters.items()
         }
         self._choices: dict[tuple[tuple[str, float], ...], Mapping[str, Sequence[Update]]] = {}
         self._seats = {seat.name: seat for seat in self._found(self._adapters)}

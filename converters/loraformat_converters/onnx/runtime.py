@@ -30,6 +30,7 @@ from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching.slots import Fed, Slots
 from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.running.captured import Captured
+from loraformat_converters.onnx.running.kept import kept
 from loraformat_converters.onnx.running.opened import device_of, opened, runtime
 from loraformat_converters.onnx.running.pooled import Pooled
 from loraformat_converters.onnx.running.ways import Choice, Ways, known, weights_of
@@ -110,7 +111,7 @@ class Session:
         return list(self._adapters) if self.slots else list(self._ways.attached)
 
     def load(self, name: str, adapter: Adapter | str | os.PathLike[str], *, any_base: bool = False) -> None:
-        """Have an adapter ready under a name, in the place of an older one of that name.
+        """Have an adapter ready under a name, in the place of an older one of that name. Its file is not needed any more.
 
         Args:
             adapter: one in memory, or the path of one in any layout.
@@ -122,7 +123,8 @@ class Session:
                 LF-508, LF-602, LF-606, LF-612 one that does not fit the slots.
         """
         slots = self._slots()
-        fed = self._read(adapter, slots, any_base)
+        read = self._read(adapter, slots, any_base)
+        fed = Fed(kept(read.pairs), {key: gain.copy() for key, gain in read.gains.items()})
         made = self._runs.hold(slots.feeds(fed))  # or its faults, now
         with self._lock:
             self._adapters = {**self._adapters, name: fed}

@@ -1,0 +1,32 @@
+"""What was loaded, in memory of its own.
+
+The tensors of an adapter are views of its mapped file. A file that is written over, as safetensors 0.8 and torch.save do
+it where one of that name is, changes under them: another adapter's numbers under this one's name; one that is cut ends
+the process (SIGBUS). A service keeps adapters for longer than it knows their files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraformat.parts import roles_of
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
+
+__all__ = ["kept"]
+
+
+def kept(adapter: Adapter) -> Adapter:
+    """The adapter with copies of its tensors."""
+    targets = {}
+    for key, update in adapter.items():
+        parts = tuple(
+            replace(part, **{role: np.array(tensor) for role, tensor in roles_of(part)}) for part in update.parts
+        )
+        sketch = None if update.sketch is None else np.array(update.sketch)
+        targets[key] = replace(update, parts=parts, sketch=sketch)
+    return replace(adapter, targets=targets)
