@@ -21,7 +21,7 @@ from loraformat.tiles import Norms
 from loraformat.turned import turned
 from loraformat_converters.onnx.attaching import magnitude
 from loraformat_converters.onnx.attaching.slot_names import file_of
-from loraformat_converters.onnx.attaching.slots import Slots
+from loraformat_converters.onnx.attaching.slots import Slots, check_taken
 from loraformat_converters.onnx.changing.branched import branched
 from loraformat_converters.onnx.changing.identity import base_sha256
 from loraformat_converters.onnx.changing.record import Record
@@ -37,7 +37,7 @@ from loraformat_converters.onnx.graph.scopes import tensors
 from loraformat_converters.onnx.graph.store import Storage
 from loraformat_converters.onnx.graph.values import Values
 from loraformat_converters.onnx.how import how
-from loraformat_converters.onnx.info import describe
+from loraformat_converters.onnx.info import describe, values_of
 from loraformat_converters.onnx.planned import planned
 from loraformat_converters.onnx.proof import check_provable, prove
 
@@ -93,7 +93,9 @@ class OnnxBase:
         return describe(self.model, index, self.path)
 
     def how(self, language: str) -> str:
-        """See ``loraformat_converters.onnx.how``."""
+        """See ``loraformat_converters.onnx.how``; LF-613 where what was attached cannot be fed any more."""
+        if self.record is not None:
+            _ = self.slots
         return how(self.describe(), self.path, language)
 
     def linears(self, hints: Hints) -> Mapping[str, Placement | None]:
@@ -170,8 +172,13 @@ class OnnxBase:
 
     @cached_property
     def slots(self) -> Slots | None:
-        """The inputs for adapters, where ``attach --mode swap``, or somebody else, made some."""
-        return self.record.slots if self.record else slotted(self.index, self.values, lambda: self.identity)
+        """The inputs for adapters, where ``attach --mode swap``, or somebody else, made some; LF-613 where they are gone."""
+        if self.record is None:
+            return slotted(self.index, self.values, lambda: self.identity)
+        if found := self.record.slots:
+            taken = {value["name"]: value["dtype"] for value in values_of(self.model.graph.input)}
+            check_taken(found.dtypes, taken, str(self.path))
+        return found
 
     def norms(self, gain: Gain, update: Update) -> Array:
         """What the magnitude of an update divides by, on the weight beside a slot."""
@@ -180,7 +187,7 @@ class OnnxBase:
     @property
     def fed(self) -> list[str]:
         """The files that ``attach --mode swap`` wrote beside the model."""
-        return [file_of(self.path.name, name) for name in self.attached] if self.record and self.slots else []
+        return [file_of(self.path.name, name) for name in self.attached] if self.record and self.record.slots else []
 
     @property
     def attached(self) -> list[str]:

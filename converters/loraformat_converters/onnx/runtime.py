@@ -27,11 +27,11 @@ from loraformat.adapter import Adapter
 from loraformat.errors import fault
 from loraformat.source import existing, open_source
 from loraformat_converters.onnx import tort
-from loraformat_converters.onnx.attaching.slots import Fed, Slots
+from loraformat_converters.onnx.attaching.slots import Fed, Slots, check_taken
 from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.running.captured import Captured
 from loraformat_converters.onnx.running.kept import kept
-from loraformat_converters.onnx.running.opened import device_of, opened, runtime
+from loraformat_converters.onnx.running.opened import device_of, opened, runtime, taken
 from loraformat_converters.onnx.running.pooled import Pooled
 from loraformat_converters.onnx.running.ways import Choice, Ways, known, weights_of
 
@@ -75,8 +75,9 @@ class Session:
             follow each other. Of a swap: with slots of one rank (--pad-rank). Other providers take it, and capture nothing.
 
     Raises:
-        LoraFormatError: LF-701 no such file; LF-613 a record of attach that cannot be read; LF-704 no onnxruntime; LF-705
-            ONNX Runtime cannot open the model, or ``captured`` for slots of any rank.
+        LoraFormatError: LF-701 no such file; LF-613 a record of attach that cannot be read, or inputs of it that another
+            tool took away; LF-704 no onnxruntime; LF-705 ONNX Runtime cannot open the model, or ``captured`` for slots of
+            any rank.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Session:
         self.inference = opened(self.path, self.path.parent, providers, options, captured)
         self.device = device_of(self.inference, providers)
         self._ways = Ways.of(self.inference.get_modelmeta().custom_metadata_map, str(self.path))
+        check_taken(self._ways.dtypes, taken(self.inference), str(self.path))
         self.slots = self._checked(self._ways.slots, captured)
         self._runs = (
             Captured(onnxruntime, self.inference, self.device, self.slots)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Norms = Callable[[Gain, Update], Array]
 
-__all__ = ["OWN", "Fed", "Slots"]
+__all__ = ["OWN", "Fed", "Slots", "check_taken"]
 
 OWN = "keep the adapter's own file"
 
@@ -69,6 +69,11 @@ class Slots:
     def inputs(self) -> list[str]:
         """The names of all inputs."""
         return [name for slot in self.slots.values() for name in slot.inputs]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Input → numpy's word for its type."""
+        return {name: slot.dtype for slot in self.slots.values() for name in slot.inputs}
 
     def off(self) -> dict[str, Array]:
         """What changes nothing, by input."""
@@ -193,6 +198,22 @@ class Slots:
         near = f"; nearest: {', '.join(close)}" if close else ""
         fix = "attach again with --targets, or with this adapter among the others"
         raise fault("LF-602", f"the model has no slot for it{near}", where=key, fix=fix)
+
+
+def check_taken(wanted: Mapping[str, str], taken: Mapping[str, str], path: str) -> None:
+    """LF-613 where another tool has taken inputs away that attach made, or has given them another type.
+
+    Args:
+        wanted: input → type, as attach made it.
+        taken: the same of the model as it is.
+    """
+    if gone := [name for name in wanted if name not in taken]:
+        what = f"{path} has no input {gone[0]} any more: another tool made a constant of its default"
+        fix = "run onnxslim, onnxsim and quantisers first, then attach; or attach --slots required, which have no default"
+        raise fault("LF-613", what, fix=fix)
+    if other := [name for name in wanted if taken[name] != wanted[name]]:
+        what = f"{path} takes {other[0]} as {taken[other[0]]}, and was attached to with {wanted[other[0]]}"
+        raise fault("LF-613", what, fix="convert the model to another type first, then attach")
 
 
 def _is_dora(update: Update) -> bool:

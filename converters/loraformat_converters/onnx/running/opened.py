@@ -12,10 +12,14 @@ from loraformat_converters.onnx.running.pooled import Device
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["device_of", "opened", "runtime"]
+__all__ = ["device_of", "opened", "runtime", "taken"]
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 """Where a model that is given as bytes has its data (onnxruntime_session_options_config_keys.h, from 1.21 on)."""
+
+
+_WORDS = {"tensor(float)": "float32", "tensor(double)": "float64"}
+"""ONNX Runtime's words for types where numpy has others."""
 
 
 def runtime() -> Any:
@@ -61,3 +65,9 @@ def device_of(inference: Any, providers: Sequence[Any]) -> Device:
     its = {} if isinstance(providers[0], str) else providers[0][1]
     runs = inference.get_providers()[0]
     return ("cuda", int(its.get("device_id", 0))) if runs.startswith(("CUDA", "Tensorrt")) else ("cpu", 0)
+
+
+def taken(inference: Any) -> dict[str, str]:
+    """Input → numpy's word for its type, of those with a default too."""
+    values = [*inference.get_inputs(), *inference.get_overridable_initializers()]
+    return {v.name: _WORDS.get(v.type, v.type.removeprefix("tensor(").removesuffix(")")) for v in values}

@@ -74,6 +74,13 @@ class Ways:
         """Whether each row chooses."""
         return bool(self.select)
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """What attach made inputs of: input → numpy's word for its type."""
+        if self.stacked:
+            return {"lora.index": "int64"} if self.select == "index" else {"lora.weights": "float32"}
+        return self.slots.dtypes if self.slots else dict.fromkeys(self.strengths, "float32")
+
     def by_row(
         self, feeds: Mapping[str, Array], rows: Sequence[Mapping[str, float]] | None, every: Mapping[str, float]
     ) -> dict[str, Array]:
