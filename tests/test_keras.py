@@ -178,4 +178,42 @@ def test_values_that_lie_in_another_file_are_not_fetched_from_there(kind, tmp_pa
         "link": lambda g: g.__setitem__("lora_kernel_a", h5py.ExternalLink(str(tmp_path / "secret.h5"), "/d")),
     }
     told = lf.validate(_of(tmp_path / "a.lora.h5", ways[kind]))
-    assert [problem.rule for problem in told.problems] == ["LF-303" if kind == "link" else "LF-503"]
+    assert [problem.rule for problem in told.problems] == ["LF-503"]
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [float("nan"), float("inf"), "abc", "3", True, 2.5, 3j, [3, 3], np.array((3, 1.0), [("a", "i4"), ("b", "f4")])],
+)
+def test_a_rank_that_is_no_whole_number_is_told(rank, tmp_path):
+    path = tmp_path / "x.lora.h5"
+    shutil.copy(FILE, path)
+    with h5py.File(path, "a") as file:
+        del file["lora/vars/rank"]
+        file["lora/vars/rank"] = rank
+    assert [(p.rule, p.where) for p in lf.validate(path).problems if p.severity == "error"] == [
+        ("LF-503", "lora/vars/rank")
+    ]
+
+
+NAMES = {
+    "no UTF-8": (b"lora/\xff\xfe", "LF-503"),
+    "a number of 5000 digits": ("lora/" + "9" * 5000 + "/vars/lora_kernel_a", "LF-506"),
+    "another script's digits": ("lora/\u0663/vars/lora_kernel_a", "LF-506"),
+    "two names for one layer": ("lora/08/vars/lora_kernel_a", "LF-506"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_no_layers_is_told(name, tmp_path):
+    path = tmp_path / "x.lora.h5"
+    shutil.copy(FILE, path)
+    called, rule = NAMES[name]
+    with h5py.File(path, "a") as file:
+        file[called] = np.ones((8, 3), np.float32)
+    assert {p.rule for p in lf.validate(path).problems if p.severity == "error"} == {rule}
+
+
+def test_what_holds_nothing_is_told(tmp_path):
+    told = lf.validate(_of(tmp_path / "a.lora.h5", lambda g: g.create_dataset("lora_kernel_a", data=h5py.Empty("f4"))))
+    assert [problem.rule for problem in told.problems] == ["LF-503"]

@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,24 @@ def test_what_is_damaged_is_refused_by_a_rule(name, damage, tmp_path):
         registry.read(path, "nnx")
     rules = {problem.rule for problem in caught.value.problems}
     assert rules <= {"LF-503", "LF-506", "LF-303"}, caught.value
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("how", ["encrypted", "twice"])
+def test_an_archive_that_cannot_be_one_adapter_is_refused(how, tmp_path):
+    """Of two entries by one name numpy gives the last, and of an encrypted one an error that is no OSError."""
+    path = tmp_path / "state.npz"
+    shutil.copy(GOLDEN / "nnx" / "state.npz", path)
+    if how == "encrypted":
+        data = bytearray(path.read_bytes())
+        for start in (data.index(b"PK\x03\x04") + 6, data.index(b"PK\x01\x02") + 8):
+            data[start] |= 1
+        path.write_bytes(data)
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            name = archive.namelist()[0]
+            archive.writestr(name, archive.read(name))
+    assert [p.rule for p in lf.validate(path, layout="nnx").problems] == ["LF-503"]
 
 
 @pytest.mark.parametrize("ending", ["", ".msgpack", ".npz"])

@@ -25,8 +25,12 @@ def read(path: Path) -> dict[str, Array]:
     """Path → array; nothing is unpickled. LF-503: damaged, or not an archive of plain arrays."""
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        check_unpacked(path, size)
+            entries = archive.infolist()
+        if any(entry.flag_bits & 1 for entry in entries):
+            raise ValueError("an entry is encrypted")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("two entries have one name")
+        check_unpacked(path, sum(entry.file_size for entry in entries))
         with np.load(path, allow_pickle=False) as arrays:
             found = {str(name): arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError, NotImplementedError) as error:

@@ -20,6 +20,7 @@ import numpy as np
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.faults import brief
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
 from loraformat.shapes import shape_problems
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
 __all__ = ["Keras", "layout"]
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
-_LEAF = re.compile(r"lora/(\d+)/vars/lora_(kernel)_([ab])")
+_INDEX = r"(0|[1-9][0-9]{0,8})"
+_LEAF = re.compile(rf"lora/{_INDEX}/vars/lora_(kernel)_([ab])")
 _RANK = "lora/vars/rank"
-_KEY = re.compile(r"(\d+)/kernel")
+_KEY = re.compile(rf"{_INDEX}/kernel")
 
 
 class Keras:
@@ -96,24 +98,25 @@ class Keras:
 
 
 def _arrays(source: Source) -> dict[str, Array]:
-    """Path → array of every dataset."""
+    """Path → array of every dataset, under each name that it has; a link, which may lead to any file, is a fault."""
     library, path = _library(), source.file
     assert path is not None  # detect has seen its first bytes
+    links: list[tuple[str | bytes, Any]] = []
     found: dict[str, Array] = {}
-
-    def take(name: str, item: Any) -> None:
-        if isinstance(item, library.Dataset):
-            if item.external or item.is_virtual:
-                raise ValueError(f"{name} lies in another file")
-            check_unpacked(path, int(item.nbytes) + sum(array.nbytes for array in found.values()))
-            found[name] = item[()]
-
     try:
         with library.File(path, "r") as file:
-            file.visititems(take)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+            file.visititems_links(lambda name, link: links.append((name, link)))  # h5py hides what is raised in there
+            for name, link in links:
+                if isinstance(name, bytes) or not isinstance(link, library.HardLink):
+                    raise ValueError(f"{name!r} is no UTF-8, or a link to another place")
+                if isinstance(item := file[name], library.Dataset):
+                    if item.shape is None or item.external or item.is_virtual:
+                        raise ValueError(f"{name} holds nothing, or lies in another file")
+                    check_unpacked(path, int(item.nbytes) + sum(array.nbytes for array in found.values()))
+                    found[name] = np.asarray(item[()])
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, SystemError) as error:
         raise fault("LF-503", f"{source.path} is no sound HDF5 file: {error}") from None
-    return {name: np.asarray(value) for name, value in found.items()}
+    return found
 
 
 def _updates(
@@ -125,7 +128,10 @@ def _updates(
             pairs.setdefault(f"{match[1]}/{match[2]}", {})[match[3]] = array
         elif name != _RANK:
             problems.append(Problem("LF-506", "the dataset is no factor", name))
-    stated = int(arrays[_RANK]) if _RANK in arrays and arrays[_RANK].ndim == 0 else None
+    stated = arrays.get(_RANK)
+    if stated is not None and (stated.ndim or stated.dtype.kind not in "iu"):
+        problems.append(Problem("LF-503", f"the rank is {brief(stated.tolist())}, no whole number", _RANK))
+        stated = None
     for key, pair in sorted(pairs.items(), key=lambda item: int(item[0].partition("/")[0])):
         if len(pair) < 2:
             problems.append(Problem("LF-303", f"lora_{next(iter(pair))} stands alone", key))
@@ -136,7 +142,7 @@ def _updates(
                 Problem("LF-309", f"a {a.dtype} {list(a.shape)} and b {b.dtype} {list(b.shape)} are no pair", key)
             )
             continue
-        for what, rank in (("lora/vars/rank", stated), ("--rank", options.rank)):
+        for what, rank in ((_RANK, stated), ("--rank", options.rank)):
             if rank is not None and rank != a.shape[-1]:
                 problems.append(Problem("LF-507", f"the rank is {a.shape[-1]}, {what} says {rank}", key))
         update = _update(a, b, options)

@@ -209,7 +209,9 @@ def check_taken(wanted: Mapping[str, str], taken: Mapping[str, str], path: str) 
     """
     if gone := [name for name in wanted if name not in taken]:
         what = f"{path} has no input {gone[0]} any more: another tool made a constant of its default"
-        fix = "run onnxslim, onnxsim and quantisers first, then attach; or attach --slots required, which have no default"
+        fix = (
+            "run onnxslim, onnxsim and quantisers first, then attach; or attach --slots required, which have no default"
+        )
         raise fault("LF-613", what, fix=fix)
     if other := [name for name in wanted if taken[name] != wanted[name]]:
         what = f"{path} takes {other[0]} as {taken[other[0]]}, and was attached to with {wanted[other[0]]}"
