@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Container", "TensorInfo", "parse_header"]
+__all__ = ["Container", "TensorInfo", "mistaken_for", "parse_header"]
 
 HEADER_CAP = 100_000_000
 """Bytes: the reference reader's own cap (safetensors 0.8 MAX_HEADER_SIZE)."""
@@ -100,7 +100,9 @@ def parse_header(data: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str,
     if length > HEADER_CAP or 8 + length > size:
         limit = "the cap of 100,000,000 bytes" if length > HEADER_CAP else f"the {size} bytes of the file"
         raise fault(
-            "LF-102", f"the header's length, {length:,} bytes, is beyond {limit}", fix=_mistaken_for(bytes(data[:24]))
+            "LF-102",
+            f"the header's length, {length:,} bytes, is beyond {limit}",
+            fix=mistaken_for(bytes(data[:24])) or "the file is truncated, or it is not a safetensors file",
         )
     try:
         text = bytes(data[8 : 8 + length]).decode()
@@ -132,10 +134,9 @@ _BEGINNINGS = (
 )
 
 
-def _mistaken_for(data: bytes) -> str:
-    """What a file that begins so is, where it is no safetensors file."""
-    known = (text for beginning, text in _BEGINNINGS if data.startswith(beginning))
-    return next(known, "the file is truncated, or it is not a safetensors file")
+def mistaken_for(data: bytes) -> str:
+    """What a file that begins so is, where it is no tensor file; "" where that is not known."""
+    return next((text for beginning, text in _BEGINNINGS if data.startswith(beginning)), "")
 
 
 def _metadata(value: Any, problems: list[Problem]) -> dict[str, str]:

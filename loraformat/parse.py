@@ -15,7 +15,7 @@ from loraformat.faults import Faults, brief
 from loraformat.metadata import FEATURES, PART_FIELDS, TARGET_FIELDS, TOP_FIELDS, VERSION
 from loraformat.names import ROLES, component_fault, key_fault, name_space_fault, split_role
 from loraformat.parts import KINDS, ORDER, Part
-from loraformat.scale import SCALE_RULES
+from loraformat.scale import LARGEST, SCALE_RULES
 from loraformat.shapes import shape_problems
 from loraformat.updates import Update
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["parse"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32, in which factors are multiplied
 _VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)")
 
 
@@ -213,7 +212,7 @@ def _part(value: dict[str, Any], roles: dict[str, Array], where: str, faults: Fa
 
 def _check_scale(entry: Mapping[str, Any], where: str, faults: Faults) -> None:
     alpha, rule = entry.get("alpha", 0), entry.get("scale_rule", "factor")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST:
         faults.say("LF-306", f"alpha is {brief(alpha)}; it must be a number that is finite in float32", where)
     if rule not in SCALE_RULES:
         faults.say("LF-307", f"scale_rule {brief(rule)} is not one of {', '.join(SCALE_RULES)}", where)

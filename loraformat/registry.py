@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loraformat.container import mistaken_for
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import NATIVE, Layout, Reading, ReadOptions
 from loraformat.names import nearest
@@ -134,7 +135,8 @@ def _unclaimed(source: Source) -> LoraFormatError:
         what += f"; its first tensors: {', '.join(list(source.tensors)[:3]) or 'none'}"
     else:
         bases = [kind.describes for kind in _loaded("loraformat.bases")[0].values() if kind.recognises(source.path)]
-        fix = f"it looks like a base, not an adapter: {bases[0]}" if bases else fix
+        fix = f"it looks like a base, not an adapter: {bases[0]}" if bases else mistaken_for(source.head) or fix
+        fix = fix if source.head else "the file is empty"
     return LoraFormatError([Problem("LF-501", what, fix=fix), *_loaded("loraformat.layouts")[1]])
 
 

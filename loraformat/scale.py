@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-__all__ = ["SCALE_RULES", "ScaleRule", "alpha_for", "scale_of"]
+__all__ = ["LARGEST", "SCALE_RULES", "ScaleRule", "alpha_for", "scale_of"]
+
+LARGEST = (2 - 2.0**-23) * 2.0**127
+"""Of single precision, in which everything is computed: no alpha is beyond it."""
 
 ScaleRule = Literal["alpha/r", "alpha/sqrt(r)", "factor"]
 """``alpha/r``: LoRA. ``alpha/sqrt(r)``: rsLoRA (arXiv:2312.03732). ``factor``: alpha *is* the scale."""

@@ -18,6 +18,7 @@ from loraformat import progress
 from loraformat.dtypes import dtype_name
 from loraformat.errors import Problem
 from loraformat.parts import ADDITIVE, roles_of
+from loraformat.scale import LARGEST
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -61,7 +62,7 @@ def finite_and_zero(tensor: Array) -> tuple[bool, bool]:
 
 
 def value_problems(adapter: Adapter) -> Iterator[Problem]:
-    """LF-312 for every tensor with a value that is not finite, LF-313 for every factor that is all zero."""
+    """LF-312 for every tensor with a value that is not finite, LF-313 for every factor that is all zero; LF-306 an alpha."""
     for (kind, where, tensor), (finite, zero) in _seen(list(_floats(adapter))):
         progress.advance(tensor.nbytes)
         if not finite:
@@ -70,6 +71,9 @@ def value_problems(adapter: Adapter) -> Iterator[Problem]:
             what = "every value is zero: this part changes nothing (fresh, or never trained)"
             yield Problem("LF-313", what, where, severity="warning")
     for key, update in adapter.items():
+        for part in update.additive:
+            if abs(part.alpha) > LARGEST:
+                yield Problem("LF-306", f"alpha is {part.alpha:g}; it must be a number that is finite in float32", key)
         if update.sketch is not None and not np.isfinite(update.sketch).all():
             yield Problem("LF-312", "the sketch holds NaN or an infinity", f"{key}.sketch", "bind the adapter again")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["adapters_under"]
 
 # By name alone, whatever is in them: a pickle can look like anything, and one that is passed over was not checked.
-_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx_adapter")
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx_adapter", ".npz", ".msgpack", ".h5")
 
 
 def adapters_under(path: Path, markers: frozenset[str]) -> Iterator[Path]:
@@ -32,7 +32,7 @@ def adapters_under(path: Path, markers: frozenset[str]) -> Iterator[Path]:
         if any(entry.name in markers for entry in entries):
             here = [folder]
         else:
-            here = [folder / e.name for e in entries if e.name.endswith(_ENDINGS) and not os.path.isdir(e)]
+            here = [folder / e.name for e in entries if e.name.lower().endswith(_ENDINGS) and not os.path.isdir(e)]
         found = found or bool(here)
         yield from here
         folders += [folder / entry.name for entry in reversed(inner)]

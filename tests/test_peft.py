@@ -163,6 +163,48 @@ def test_patterns_that_peft_sorted_are_read_as_peft_reloads_them_with_a_warning(
 # Orientation.
 
 
+CHOSEN = [
+    (["v_proj"], True),
+    (r".*\.v_proj", True),
+    (["x", "q_proj"], False),
+    (r".*(q|v)_proj", False),
+    ("all-linear", False),
+]
+
+
+@pytest.mark.parametrize(("chosen", "told"), [*CHOSEN, (None, False), ("(", False)])
+def test_factors_that_pefts_configuration_does_not_choose_are_told(chosen, told, tmp_path):
+    """peft 0.21.2 makes no module for them, and loads the rest: the base computes, without a word about them."""
+    factors = {"lora_A": np.ones((2, 5), np.float32), "lora_B": np.ones((7, 2), np.float32)}
+    save_file(
+        {f"base_model.model.m.q_proj.{n}.weight": t for n, t in factors.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": chosen}
+    (tmp_path / configs.FILE).write_text(json.dumps(config))
+    (reading, *_) = registry.read(tmp_path)
+    assert [(w.rule, w.severity, w.where) for w in reading.warnings] == [("LF-507", "warning", "m.q_proj")] * told
+
+
+@pytest.mark.peer
+def test_peft_loads_an_adapter_without_what_its_configuration_does_not_choose(tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+
+    def two():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Linear(5, 5))
+
+    trained = peft.get_peft_model(two(), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    trained.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / configs.FILE).read_text())
+    (tmp_path / configs.FILE).write_text(json.dumps({**config, "target_modules": ["1"], "init_lora_weights": True}))
+    x = torch.ones(3, 5)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = peft.PeftModel.from_pretrained(two(), str(tmp_path))
+    assert torch.equal(loaded(x), two()(x))
+    assert not torch.allclose(trained(x), two()(x))
+    assert [(w.rule, w.where) for w in registry.read(tmp_path)[0].warnings] == [("LF-507", "0")]
+
+
 def test_a_linear_or_a_conv1d_is_unplaced_because_the_files_of_both_look_the_same():
     assert {u.placement for u in lf.load(adapter_of("gpt2")).values()} == {None}
     assert {u.placement for u in lf.load(adapter_of("llama")).values()} == {None}

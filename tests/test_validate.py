@@ -19,6 +19,7 @@ import loraformat as lf
 from loraformat import file, registry, testing
 
 GPT2 = adapter_of("gpt2")
+GOLDEN = Path(__file__).parent / "golden"
 MAIN = "from loraformat.cli.main import main; main()"
 
 
@@ -74,6 +75,45 @@ def test_a_tensor_file_that_no_layout_claims_does_not_pass_in_silence(run, tmp_p
         ("in/a.safetensors", True),
         ("in/base.safetensors", False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("golden", "name"),
+    [
+        ("maxtext/llama-0/lora.npz", "a.npz"),
+        ("gemma/gqa/lora.msgpack", "a.msgpack"),
+        ("keras/gemma.lora.h5", "a.lora.h5"),
+        ("gguf/llama/adapter.gguf", "a.GGUF"),
+        ("kohya/locon/adapter.safetensors", "a.SafeTensors"),
+    ],
+)
+def test_no_container_of_a_layout_passes_in_silence(run, golden, name, tmp_path):
+    native(tmp_path / "in/z.safetensors")
+    shutil.copy(GOLDEN / golden, tmp_path / "in" / name)
+    assert [r["path"] for r in lines(run("validate", "in", "--jsonl"))] == [f"in/{name}", "in/z.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"", "empty"), (b"<html>", "a web page"), (b"version https://git-lfs", "git lfs pull")]
+)
+@pytest.mark.parametrize("name", ["a.gguf", "a.onnx_adapter", "a.lora.h5"])
+def test_what_no_layout_claims_is_told_by_its_beginning(data, said, name, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    (problem,) = lf.validate(tmp_path / name).problems
+    assert (problem.rule, said in problem.fix) == ("LF-501", True)
+
+
+@pytest.mark.parametrize(("alpha", "valid"), [(3.4e38, True), (3.5e38, False), (-1e308, False)])
+def test_an_alpha_that_no_file_of_ours_can_state_is_told(alpha, valid, tmp_path):
+    """In any layout: as convert says it, which comes later."""
+    shutil.copytree(GPT2, tmp_path / "in")
+    config = json.loads((tmp_path / "in/adapter_config.json").read_text())
+    (tmp_path / "in/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    told = lf.validate(tmp_path / "in")
+    assert (told.valid, {p.rule for p in told.problems if p.severity == "error"}) == (
+        valid,
+        set() if valid else {"LF-306"},
+    )
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.pth", "a.ckpt"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,22 @@ def _type_problems(config: Config, where: str) -> Iterator[Problem]:
     for name in ("use_rslora", "use_dora", "lora_bias", "save_projection"):
         if not isinstance(value.get(name) or False, bool):
             yield Problem("LF-503", f"{name} must be true or false, not {brief(value[name])}", where)
+
+
+def left_out(target_modules: Any, modules: Iterable[str]) -> list[str]:
+    """The modules that PEFT puts no adapter on, so that it leaves their tensors out of what it loads; none in doubt."""
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        try:
+            _compiled(target_modules)
+        except ValueError:
+            return []
+    elif not isinstance(target_modules, list):
+        return []
+    # An nn.MultiheadAttention is meant by its own name, and has out_proj in it.
+    ways = ((module, module.rpartition(".")[0]) for module in modules)
+    return sorted(
+        module for module, above in ways if not any(targets_match(target_modules, m) for m in (module, above))
+    )
 
 
 def targets_match(target_modules: Any, module: str) -> bool:

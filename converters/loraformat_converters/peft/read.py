@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.errors import Problem
+from loraformat.faults import brief
 from loraformat.layout import Reading, ReadOptions
 from loraformat_converters.peft import adalora, lora, lycoris, names, trained, vera
 from loraformat_converters.peft import config as configs
@@ -71,6 +72,7 @@ def read_tensors(
             lycoris.read_lokr(found.factors, draft)
         case "VERA":
             vera.read(found.factors, found.shared, draft)
+    _warn_of_left_out(found, draft)
     trained.read_parameters(found.parameters, draft)
     trained.read_tokens(found.tokens, draft)
     return Reading(draft.finish(where), draft.warnings)
@@ -108,6 +110,20 @@ def _sorted(tensors: Mapping[str, Array], method: str, draft: Draft) -> _Tensors
         else:
             draft.say("LF-506", f"{name.role} is no tensor of a {method} adapter", key)
     return found
+
+
+def _warn_of_left_out(found: _Tensors, draft: Draft) -> None:
+    """LF-507 of factors that PEFT would not load: it makes the modules that the configuration chooses, and no other.
+
+    peft 0.21.2 tells what such modules miss, and nothing of tensors that it has no place for.
+    """
+    chosen = draft.setting("target_modules")
+    if draft.setting("target_parameters"):  # whose modules nothing else chooses
+        return
+    if lost := configs.left_out(chosen, {name.module for name in found.factors}):
+        more = f", nor {len(lost) - 1} other modules" if len(lost) > 1 else ""
+        what = f"target_modules, {brief(chosen)}, does not choose it{more}: PEFT loads the adapter without it"
+        draft.warn("LF-507", what, lost[0], "is this the configuration of these tensors?")
 
 
 def _byproduct(key: str, tensors: Mapping[str, Array], draft: Draft) -> bool:
