@@ -17,6 +17,7 @@ from graphs import adapter, lora, model, save, session
 import loraformat as lf
 from loraformat.testing import relative_error
 from loraformat_converters.onnx.how.call import Call
+from loraformat_converters.onnx.how.reader import READER
 
 ROOT = Path(__file__).parents[1]
 
@@ -257,7 +258,7 @@ def test_a_size_without_a_name_gets_one_of_its_own():
     assert list(call.sizes) == ["x_size0", "x_size1", "z_size0"]
 
 
-def test_factors_that_are_fed_at_run_time_are_zero():
+def test_factors_that_nobody_attached_are_zero():
     named = ("x", "lora/q/A", "lora/q/gain", "q.lora_A.weight", "q.lora_B.MatMul.weight", "lora.index")
     assert [feed.fill for feed in call_of(*(entry(name, 2) for name in named)).feeds] == [1, 0, 0, 0, 0, 0]
 
@@ -278,14 +279,37 @@ def changed(tmp_path, *options):
     return ("attach", "style=a.safetensors", "--to", "m.onnx", "-o", "out.onnx", *options)
 
 
-@pytest.mark.parametrize("mode", [("swap",), ("swap", "--slots", "required"), ("stack", "--rows", "x")])
-def test_the_python_code_of_a_model_that_is_fed_adapters_runs(mode, run, tmp_path):
-    assert run(*changed(tmp_path, "--mode", *mode)).code == 0
-    code = printed(run, "out.onnx", "python")
-    assert run_python(code, tmp_path) == [["y", "float32 (1, 5)"]]
-    assert ("add_active_adapter" in code) == (mode == ("swap",))
-    assert ("lora.index" in code) == (mode[0] == "stack")
+SWAPS = [(), ("--slots", "required"), ("--slots", "required", "--pad-rank", "4")]
+X = {"x": np.ones((1, 3), np.float32)}
+
+
+def truths(tmp_path):
+    """What the base computes, and what it computes with the adapter."""
+    merged = tmp_path / "merged.onnx"
+    lf.merge(lf.load(tmp_path / "a.safetensors"), lf.open_base(tmp_path / "m.onnx"), merged, force=True)
+    found = [session(path).run(None, X)[0].reshape(-1) for path in (tmp_path / "m.onnx", merged)]
+    assert relative_error(*found) > 0.1
+    return found
+
+
+@pytest.mark.parametrize("slots", SWAPS)
+def test_the_python_code_of_a_swap_computes_with_its_adapter(slots, run, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "swap", *slots)).code == 0
+    code = printed(run, "out.onnx", "python").replace("value.dtype, value.shape", "value.tolist()")
+    assert ("add_active_adapter" in code) == (not slots)
     assert "style" in code
+    ((_, values),) = run_python(code, tmp_path)
+    assert relative_error(np.array(json.loads(values)).reshape(-1), truths(tmp_path)[1]) <= 1e-6
+    off = code.replace(", options", "").replace("value.numpy()", "0 * value.numpy()")  # as the comment says it
+    ((_, values),) = run_python(off, tmp_path)
+    assert relative_error(np.array(json.loads(values)).reshape(-1), truths(tmp_path)[0]) <= 1e-6
+
+
+def test_the_python_code_of_a_stack_computes_the_base(run, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "stack", "--rows", "x")).code == 0
+    code = printed(run, "out.onnx", "python")
+    assert "lora.index" in code
+    assert run_python(code, tmp_path) == [["y", "float32 (1, 5)"]]
 
 
 @pytest.mark.parametrize(("select", "said"), [("index", "1 in lora.index;"), ("weights", "column 0 of lora.weights;")])
@@ -307,16 +331,33 @@ def test_an_active_adapter_is_in_the_code_of_every_language_that_can(run, tmp_pa
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize(
-    ("mode", "fed"), [(("swap", "--slots", "required"), "lora/w/A"), (("stack", "--rows", "x"), "lora.index")]
-)
-def test_the_javascript_code_of_a_model_that_is_fed_adapters_runs(mode, fed, run, node, tmp_path):
-    assert run(*changed(tmp_path, "--mode", *mode)).code == 0
+@pytest.mark.parametrize("slots", SWAPS[1:])
+def test_the_javascript_code_of_a_swap_computes_with_its_adapter(slots, run, node, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "swap", *slots)).code == 0
     code = printed(run, "out.onnx", "js")
-    assert f'"{fed}"' in code
-    assert "style" in code
     code = code.replace("results[name].dims)", "JSON.stringify(Array.from(results[name].data)))")
-    ((name, kind, values),) = node(code)
-    base = session(tmp_path / "m.onnx").run(None, {"x": np.ones((1, 3), np.float32)})[0]
-    assert (name, kind) == ("y", "float32")
-    assert relative_error(np.array([json.loads(values)]), base) <= 1e-5  # until the user feeds or chooses one
+    off = code.replace(
+        "Object.assign(feeds, adapter);",
+        "Object.assign(feeds, adapter); for (const name in adapter) adapter[name].data.fill(0);",
+    )
+    for program, wanted in zip((off, code), truths(tmp_path), strict=True):
+        ((name, kind, values),) = node(program)
+        assert (name, kind) == ("y", "float32")
+        assert relative_error(np.array(json.loads(values)), wanted) <= 1e-6
+
+
+@pytest.mark.peer
+def test_the_javascript_code_of_a_stack_computes_the_base(run, node, tmp_path):
+    assert run(*changed(tmp_path, "--mode", "stack", "--rows", "x")).code == 0
+    code = printed(run, "out.onnx", "js")
+    assert '"lora.index"' in code
+    code = code.replace("results[name].dims)", "JSON.stringify(Array.from(results[name].data)))")
+    ((_, _, values),) = node(code)
+    assert relative_error(np.array(json.loads(values)), truths(tmp_path)[0]) <= 1e-5  # until one is chosen
+
+
+def test_the_javascript_code_reads_an_adapter_as_the_example_does():
+    assert (
+        READER.replace("function readAdapter", "export function readAdapter")
+        in (ROOT / "examples/javascript/adapter.mjs").read_text()
+    )

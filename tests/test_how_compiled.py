@@ -162,12 +162,13 @@ TEXT = """g (float[N,5] x) => (float[N,4] y) <float[5,7] w, float[7,4] v, float[
   { ["/m/q/MatMul"] h = MatMul(x, w)  a = Add(h, b)  ["/m/v/MatMul"] y = MatMul(a, v) }"""
 
 
-def test_the_adapter_of_a_swap_acts_where_it_is_active(run, language, tmp_path):
-    """A pair and a DoRA, by LoraAdapter; the one line that makes it active is left out for the base."""
+@pytest.mark.parametrize("slots", ["optional", "required"])
+def test_the_adapter_of_a_swap_acts_where_it_is_active(run, language, slots, tmp_path):
+    """A pair and a DoRA, by LoraAdapter, in required slots too; of optional ones the line is left out for the base."""
     base = open_base(save(model(TEXT), tmp_path / "base.onnx"))
     dora = updates.made("dora", Placement((7, 5), (0,), (1,)))
     given = Adapter({"m.q.weight": dora, **adapter({"m.v.weight": lora(4, 7, rank=3)})})
-    base.apply(prepare("attach", [("style", given)], base, Options(tmp_path / "out.onnx", "swap")))
+    base.apply(prepare("attach", [("style", given)], base, Options(tmp_path / "out.onnx", "swap", slots=slots)))
     merge(given, base, tmp_path / "merged.onnx")
     code = printed(run, "out.onnx", language.name)
     assert "out.style.onnx_adapter" in code
@@ -176,7 +177,8 @@ def test_the_adapter_of_a_swap_acts_where_it_is_active(run, language, tmp_path):
     x = {"x": np.ones((1, 5), np.float32)}
     truths = [session(tmp_path / f"{name}.onnx").run(None, x)[0].reshape(-1) for name in ("merged", "base")]
     assert relative_error(*truths) > 0.1
-    for program, wanted in zip((code, without), truths, strict=True):
+    programs = (code, without) if slots == "optional" else (code,)
+    for program, wanted in zip(programs, truths[: len(programs)], strict=True):
         told = lines(language, language.and_values(program))
         assert told[0] == ("y", "1 4")
         found = np.array([float(value) for name, value in told[1:] if name == "value"])

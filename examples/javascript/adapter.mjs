@@ -10,7 +10,8 @@ const TYPES = { 1: ["float32", Float32Array], 10: ["float16", Uint16Array], 11: 
 
 /** The tensors of a file, by the names of the inputs that take them. `bytes`: Uint8Array; `ort`: onnxruntime-node or -web. */
 export function readAdapter(bytes, ort) {
-  if (new TextDecoder().decode(bytes.slice(4, 8)) !== "TORT") throw new Error("no .onnx_adapter file");
+  const text = (at, length) => new TextDecoder().decode(bytes.subarray(at, at + length));
+  if (text(4, 4) !== "TORT") throw new Error("no .onnx_adapter file");
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const u32 = (at) => view.getUint32(at, true);
   const follow = (at) => at + u32(at);
@@ -28,14 +29,13 @@ export function readAdapter(bytes, ort) {
   const [start, count] = vector(follow(0), 3);
   for (let i = 0; i < count; i++) {
     const table = follow(start + 4 * i);
-    const [nameAt, nameLength] = vector(table, 0);
-    const name = new TextDecoder().decode(bytes.slice(nameAt, nameAt + nameLength));
+    const name = text(...vector(table, 0));
     const [dimsAt, rank] = vector(table, 1);
     const dims = Array.from({ length: rank }, (_, axis) => Number(view.getBigInt64(dimsAt + 8 * axis, true)));
     const type = TYPES[view.getInt32(field(table, 2), true)];
     if (!type) throw new Error(`${name} has a data type that is not read here`);
     const [dataAt, dataLength] = vector(table, 3);
-    const values = new type[1](bytes.slice(dataAt, dataAt + dataLength).buffer);
+    const values = new type[1](Uint8Array.from(bytes.subarray(dataAt, dataAt + dataLength)).buffer); // aligned
     if (values.length !== dims.reduce((a, b) => a * b, 1)) throw new Error(`${name} has ${values.length} values for ${dims}`);
     found[name] = new ort.Tensor(type[0], values, dims);
   }

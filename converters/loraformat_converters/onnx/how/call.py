@@ -30,7 +30,7 @@ _RESERVED = frozenset(keyword.kwlist) | frozenset(
     static_assert static_cast string struct super switch template this thread_local throw true typedef typeid typename
     typeof uint ulong unchecked union unsafe unsigned ushort using var virtual void volatile wchar_t xor xor_eq
     adapter args console env feed feeds i input_names inputs main memory name names np options ort outputNames
-    output_names outputs print require results session size std value zip""".split()  # noqa: SIM905 - a list would be a page
+    output_names outputs print readAdapter readFileSync require results session size std value zip""".split()  # noqa: SIM905 - a list would be a page
 )
 
 
@@ -59,7 +59,8 @@ class Feed:
 class Call:
     """Everything that a language needs.
 
-    ``adapter``: the file of one that a run makes active; None where the model has no optional slots.
+    ``adapter``: the file of one that a run is made with; None where the model has no slots that attach made.
+    ``slots``: the inputs that it must fill in every run; none where they are optional.
     """
 
     path: Path
@@ -68,18 +69,30 @@ class Call:
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
     adapter: Path | None = None
+    slots: tuple[Feed, ...] = ()
 
     @classmethod
     def of(cls, description: Mapping[str, Any], path: Path) -> Call:
         """From the description of an ONNX model; LF-705 where an input is no tensor."""
         names = _Names()
-        feeds = tuple(_feed(entry, names) for entry in description["inputs"] if not entry["optional"])
+        adapter, inputs = (
+            _adapter(description, path),
+            [entry for entry in description["inputs"] if not entry["optional"]],
+        )
+        filled = [entry for entry in inputs if adapter and _is_slot(entry["name"])]
+        feeds = tuple(_feed(entry, names) for entry in inputs if entry not in filled)
+        slots = tuple(_feed(entry, _Names()) for entry in filled)
         outputs = tuple(entry["name"] for entry in description["outputs"])
-        return cls(path, feeds, names.sizes, outputs, tuple(_notes(description, path)), _adapter(description, path))
+        return cls(path, feeds, names.sizes, outputs, tuple(_notes(description, path)), adapter, slots)
+
+    @property
+    def without(self) -> str:
+        """What a run computes without the adapter, as a comment says it."""
+        return "every run needs one; zeros in all its tensors: the base" if self.slots else "without it: the base"
 
     def types(self, language: str, known: Mapping[str, Any]) -> None:
         """LF-705 where an input has a dtype that the language has no plain word for."""
-        strange = [f"{feed.name} ({feed.dtype})" for feed in self.feeds if feed.dtype not in known]
+        strange = [f"{feed.name} ({feed.dtype})" for feed in (*self.feeds, *self.slots) if feed.dtype not in known]
         if strange:
             raise fault("LF-705", f"no plain {language} code feeds {', '.join(strange)}", where=str(self.path))
 
@@ -136,15 +149,18 @@ def _feed(entry: Mapping[str, Any], names: _Names) -> Feed:
         what = f"the input {name} is a {entry['dtype']} of no stated shape" if entry["dtype"] else name
         raise fault("LF-705", f"{what}: there is no ready code for it", where=name)
     sizes = tuple(names.size(d, name, axis) for axis, d in enumerate(shape))
-    off = name.startswith("lora.") or key_of(name) is not None
+    off = name.startswith("lora.") or _is_slot(name)
     return Feed(name, names.of("input", name), entry["dtype"], sizes, 0 if off else 1)
+
+
+def _is_slot(name: str) -> bool:
+    return key_of(name) is not None
 
 
 def _adapter(description: Mapping[str, Any], path: Path) -> Path | None:
     """What ``attach --mode swap`` wrote beside the model for the first of its adapters."""
     swapped = [entry["name"] for entry in description["attached"] if entry["mode"] == "swap" and entry["name"]]
-    fed = swapped and any(entry["optional"] for entry in description["inputs"])
-    return path.with_name(file_of(path.name, swapped[0])) if fed else None
+    return path.with_name(file_of(path.name, swapped[0])) if swapped else None
 
 
 def _notes(description: Mapping[str, Any], path: Path) -> Sequence[str]:
@@ -157,7 +173,7 @@ def _notes(description: Mapping[str, Any], path: Path) -> Sequence[str]:
             "branch": "always on",
             "stack": (f"{number} in {INDEX}" if by_index else f"column {number - 1} of {WEIGHTS}") + "; 0 is the base",
             "swap": f"in {file_of(path.name, str(entry['name']))}, " + (
-                "active where a run says so" if optional else "whose tensors are fed in the place of zeros"
+                "active where a run says so" if optional else "which every run is fed"
             ),
         }.get(str(entry["mode"]), "in a way that is not known")  # fmt: skip
         count = len(entry["targets"])

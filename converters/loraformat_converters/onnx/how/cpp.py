@@ -54,7 +54,7 @@ def code(call: Call) -> str:
         lines += [
             f"  auto adapter = Ort::LoraAdapter::CreateLoraAdapter(ORT_TSTR({quoted(str(call.adapter))}), nullptr);"
         ]
-        lines += ["  options.AddActiveLoraAdapter(adapter);  // without it: the base"]
+        lines += [f"  options.AddActiveLoraAdapter(adapter);  // {call.without}"]
     lines += ["  auto outputs = session.Run(options, input_names, inputs.data(), inputs.size(),"]
     lines += [f"                             output_names, {len(call.outputs)});"]
     return "\n".join(lines) + "\n" + _TAIL

@@ -52,7 +52,7 @@ def code(call: Call) -> str:
     if call.adapter is not None:
         # The CPU takes no allocator: "The specified allocator must be a device allocator".
         lines += [f"using var adapter = OrtLoraAdapter.Create({quoted(str(call.adapter))}, null);"]
-        lines += ["options.AddActiveLoraAdapter(adapter); // without it: the base"]
+        lines += [f"options.AddActiveLoraAdapter(adapter); // {call.without}"]
     return "\n".join(lines) + "\n" + _TAIL
 
 

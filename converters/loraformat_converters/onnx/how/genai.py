@@ -40,7 +40,7 @@ def code(call: Call) -> str:
     """A script; LF-705 where the model is none of GenAI's, or needs what GenAI does not feed."""
     folder = call.path.parent
     model = _model(call.path)
-    off = [feed.name for feed in call.feeds if not feed.fill]
+    off = [feed.name for feed in (*call.slots, *call.feeds) if not feed.fill]
     if off:
         what = f"GenAI feeds inputs of its own only: {off[0]} would be missing"
         raise fault(

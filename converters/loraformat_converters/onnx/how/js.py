@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import fault
 from loraformat_converters.onnx.how.call import Call, Feed, quoted
+from loraformat_converters.onnx.how.reader import READER
 
 __all__ = ["code"]
 
@@ -23,18 +24,24 @@ _TYPES = {
 def code(call: Call) -> str:
     """A CommonJS script."""
     call.types("JavaScript", _TYPES)
-    if call.adapter is not None:  # onnxruntime-node 1.30 ignores what is fed to them, onnxruntime-web throws
+    if (
+        call.adapter is not None and not call.slots
+    ):  # onnxruntime-node 1.30 ignores what is fed to them, onnxruntime-web throws
         fix = "attach with --slots required, which JavaScript can feed"
         raise fault(
             "LF-705", "JavaScript sees no optional inputs: it would compute the base", where=str(call.path), fix=fix
         )
-    lines = ['const ort = require("onnxruntime-node"); // in a browser: onnxruntime-web', ""]
+    lines = ['const ort = require("onnxruntime-node"); // in a browser: onnxruntime-web']
+    lines += ['const { readFileSync } = require("node:fs"); // in a browser: fetch', "", READER] if call.slots else [""]
     lines += [f"// {note}" for note in call.notes]
     lines += ["async function main() {"]
     lines += [f"  const session = await ort.InferenceSession.create({quoted(str(call.path))});"]
     if call.sizes:
         lines += ["", "  // Free sizes: put your own.", f"  const {call.declared('{name} = {value}')};"]
     lines += ["", "  const feeds = {", *(f"    {quoted(feed.name)}: {_tensor(feed)}," for feed in call.feeds), "  };"]
+    if call.slots:
+        lines += [f"  const adapter = readAdapter(readFileSync({quoted(str(call.adapter))}), ort);"]
+        lines += [f"  Object.assign(feeds, adapter); // {call.without}"]
     names = ", ".join(map(quoted, call.outputs))
     lines += [f"  const results = await session.run(feeds, [{names}]);"]
     lines += ["  for (const name in results) console.log(name, results[name].type, results[name].dims);"]

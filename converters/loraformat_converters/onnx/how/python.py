@@ -28,9 +28,12 @@ def code(call: Call) -> str:
     lines += ["", "feeds = {", *(f"    {_text(feed.name)}: {_array(feed)}," for feed in call.feeds), "}"]
     lines += [f"names = [{', '.join(map(_text, call.outputs))}]"]
     options = ""
-    if call.adapter is not None:
+    if call.slots:  # of which session.run says that they are missing, whatever adapter is active (onnxruntime 1.32)
+        lines += ["", f"adapter = ort.AdapterFormat.read_adapter({_text(str(call.adapter))})", f"# {call.without}"]
+        lines += ["feeds |= {name: value.numpy() for name, value in adapter.get_parameters().items()}", ""]
+    elif call.adapter is not None:
         lines += ["", "adapter = ort.LoraAdapter()", f"adapter.Load({_text(str(call.adapter))})"]
-        lines += ["options = ort.RunOptions()", "options.add_active_adapter(adapter)  # without it: the base", ""]
+        lines += ["options = ort.RunOptions()", f"options.add_active_adapter(adapter)  # {call.without}", ""]
         options = ", options"
     lines += [f"for name, value in zip(names, session.run(names, feeds{options})):"]
     lines += ["    print(name, value.dtype, value.shape)"]
