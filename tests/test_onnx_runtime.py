@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import updates
 from graphs import adapter, lora, model, save, session, stored
@@ -294,23 +295,59 @@ def test_ranks_of_a_blend_add_up_to_the_slots_rank_at_most(tmp_path):
 WRONG = {
     "swap": [
         lambda s: s.use("z"),
+        lambda s: s.use({"q": "much"}),
+        lambda s: s.use({"q": None}),
+        lambda s: s.use({"q": 1j}),
+        lambda s: s.use({1: 1.0}),
+        lambda s: s.use("q").run({}),
+        lambda s: s.load(None, GIVEN["q"]),
         lambda s: s.use(["q"]),
         lambda s: s.use({"q": float("nan")}),
         lambda s: s.unload("z"),
     ],
     "branch": [lambda s: s.use("q"), lambda s: s.load("q", GIVEN["q"])],
+    "stack": [
+        lambda s: s.use(7),
+        lambda s: s.use([["q"], None, None]),
+        lambda s: s.use([7, None, None]),
+        lambda s: s.use("q").run({"x": np.float32(3)}),
+        lambda s: s.use("q").run({}),
+        lambda s: s.load("q", GIVEN["q"]),
+    ],
 }
 
 
 @pytest.mark.parametrize(("mode", "n"), [(mode, n) for mode in WRONG for n in range(len(WRONG[mode]))])
 def test_what_the_model_cannot_do_is_refused(mode, n, tmp_path):
-    running = Session(attached(tmp_path, mode, ["q"]))
+    running = Session(attached(tmp_path, mode, ["q"], **({"rows": ("x",)} if mode == "stack" else {})))
     if mode == "swap":
         running.load("q", GIVEN["q"])
         with pytest.raises(LoraFormatError, match="LF-705"):
             running.use("q").run({**X, f"lora/{KEY}/A": np.zeros((5, 0), np.float32)})
     with pytest.raises(LoraFormatError, match="LF-705"):
         WRONG[mode][n](running)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_bytes_of_another_order_are_the_same_numbers(captured, truth, tmp_path):
+    running = Session(attached(tmp_path, "swap", ["q"], pad_rank=3), captured=captured)
+    running.load("q", GIVEN["q"])
+    assert relative_error(running.use("q").run({"x": X["x"].astype(">f4")})["y"], truth("q")) <= 3e-6
+
+
+def test_a_value_of_onnx_runtime_tells_its_rows(truth, tmp_path):
+    running = Session(attached(tmp_path, "stack", ["q", "v"], rows=("x",)))
+    x = {"x": onnxruntime.OrtValue.ortvalue_from_numpy(X["x"])}
+    assert relative_error(running.use("q").run(x)["y"], truth("q")) <= 3e-6
+    with pytest.raises(LoraFormatError, match="LF-705  2 rows"):
+        running.use(["q", None]).run(x)
+
+
+@pytest.mark.parametrize("resident", [0, -1])
+def test_nothing_needs_to_stay_on_the_device(resident, truth, tmp_path):
+    running = Session(attached(tmp_path, "swap", ["q"]), resident=resident)
+    running.load("q", GIVEN["q"])
+    assert relative_error(running.use("q").run(X)["y"], truth("q")) <= 3e-6
 
 
 def test_a_model_without_adapters_just_runs(truth, tmp_path):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,7 +58,7 @@ class Chosen:
         """Output name → values.
 
         Raises:
-            LoraFormatError: LF-705 the feeds name an input that the choice feeds, or rows that are not as many.
+            LoraFormatError: LF-705 the feeds lack an input, name one that the choice feeds, or have not as many rows.
         """
         return self.session._run(self, feeds, outputs)
 
@@ -105,6 +105,7 @@ class Session:
         self._held: OrderedDict[tuple[tuple[str, float], ...], Any] = OrderedDict()
         self._nothing = self._runs.hold({})
         self._inputs = frozenset(self.slots.inputs if self.slots else ())
+        self._asked = frozenset(value.name for value in self.inference.get_inputs()) - self._ways.dtypes.keys()
         self._lock = threading.Lock()
 
     @property
@@ -124,6 +125,8 @@ class Session:
                 model, or one that does not say for which, or an adapter that is bound to other weights;
                 LF-508, LF-602, LF-606, LF-612 one that does not fit the slots.
         """
+        if not isinstance(name, str):
+            raise fault("LF-705", f"an adapter is called by a string, not by {name!r}")
         slots = self._slots()
         read = self._read(adapter, slots, any_base)
         fed = Fed(kept(read.pairs), {key: gain.copy() for key, gain in read.gains.items()})
@@ -147,11 +150,8 @@ class Session:
             LoraFormatError: LF-705 a name that is not loaded, or a choice that the model has no way to make.
         """
         if self._ways.stacked:
-            rows = (
-                None
-                if choice is None or isinstance(choice, (str, Mapping))
-                else [weights_of(c, self.names) for c in choice]
-            )
+            one = choice is None or isinstance(choice, (str, Mapping)) or not isinstance(choice, Iterable)
+            rows = None if one else [weights_of(c, self.names) for c in choice]  # type: ignore[union-attr]
             every = weights_of(choice, self.names) if rows is None else {}  # type: ignore[arg-type]
             self._ways.check_rows(rows if rows is not None else [every])
             return Chosen(self, self._nothing, lambda feeds: self._ways.by_row(feeds, rows, every))
@@ -191,7 +191,7 @@ class Session:
     def _keep(self, choice: tuple[tuple[str, float], ...], made: Any) -> None:
         """Held from now on, and the one that was used longest ago no more. With the lock."""
         self._held[choice] = made
-        while len(self._held) > self.resident:
+        while len(self._held) > max(self.resident, 0):
             self._held.popitem(last=False)
 
     def _drop(self, name: str) -> None:
@@ -205,6 +205,8 @@ class Session:
         more = chosen.made(feeds)
         if both := feeds.keys() & (more.keys() | self._inputs):
             raise fault("LF-705", "what is chosen feeds it already", where=", ".join(sorted(both)))
+        if lacking := self._asked - feeds.keys():
+            raise fault("LF-705", "the feeds lack inputs of the model", where=", ".join(sorted(lacking)))
         names = list(outputs) if outputs is not None else [output.name for output in self.inference.get_outputs()]
         return dict(zip(names, self._runs.run(chosen.held, {**feeds, **more}, names), strict=True))
 

@@ -119,6 +119,8 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], model_version: int) -> N
 
 def value(kind: Any, tensor: Array, device: str = "cpu", number: int = 0) -> Any:
     """The tensor as an ``OrtValue`` (``kind`` is that class) in the memory of a device; ``number``: of which of its kind."""
+    if not tensor.dtype.isnative:  # whose bytes ONNX Runtime would take as they lie
+        tensor = tensor.astype(tensor.dtype.newbyteorder("="))
     if tensor.dtype == ml_dtypes.bfloat16:  # numpy has no such type, so its bits are handed over
         return kind.ortvalue_from_numpy_with_onnx_type(tensor.view(np.uint16), _CODES[tensor.dtype])
     return kind.ortvalue_from_numpy(tensor, device, number)

@@ -138,7 +138,7 @@ class Captured:
 
     def _array(self, value: Any) -> Array:
         held = value.numpy() if isinstance(value, self._runtime.OrtValue) else np.asarray(value)
-        return np.ascontiguousarray(held).reshape(held.shape)
+        return np.ascontiguousarray(held, held.dtype.newbyteorder("=")).reshape(held.shape)
 
     def _value(self, tensor: Array) -> Any:
         return tort.value(self._runtime.OrtValue, tensor, *self._device)

@@ -8,11 +8,11 @@ the process (SIGBUS). A service keeps adapters for longer than it knows their fi
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat.parts import roles_of
+from loraformat.parts import Part, roles_of
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -24,9 +24,11 @@ def kept(adapter: Adapter) -> Adapter:
     """The adapter with copies of its tensors."""
     targets = {}
     for key, update in adapter.items():
-        parts = tuple(
-            replace(part, **{role: np.array(tensor) for role, tensor in roles_of(part)}) for part in update.parts
-        )
         sketch = None if update.sketch is None else np.array(update.sketch)
-        targets[key] = replace(update, parts=parts, sketch=sketch)
+        targets[key] = replace(update, parts=tuple(map(_copied, update.parts)), sketch=sketch)
     return replace(adapter, targets=targets)
+
+
+def _copied(part: Part) -> Part:
+    own: dict[str, Any] = {role: np.array(tensor) for role, tensor in roles_of(part)}
+    return replace(part, **own)

@@ -7,8 +7,10 @@ branch    ``lora.scale`` of each adapter, with --live-scale
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +87,7 @@ class Ways:
         self, feeds: Mapping[str, Array], rows: Sequence[Mapping[str, float]] | None, every: Mapping[str, float]
     ) -> dict[str, Array]:
         """What a stack is fed: the choice of each row, or ``every`` where no rows are told apart."""
-        counts = {np.shape(feeds[name])[axis] for name, axis in self.rows.items() if name in feeds}
+        counts = {_rows(name, feeds[name], axis) for name, axis in self.rows.items() if name in feeds}
         given = [every] * max(counts, default=0) if rows is None else rows
         if counts and counts != {len(given)}:
             raise fault(
@@ -114,12 +116,22 @@ class Ways:
         return {at: np.array(weights.get(name, 0.0), np.float32) for at, name in named}
 
 
+def _rows(name: str, value: Any, axis: int) -> int:
+    """How many rows an input has: an array, or an OrtValue."""
+    sizes = value.shape() if callable(getattr(value, "shape", None)) else np.shape(value)
+    if axis >= len(sizes):
+        raise fault("LF-705", f"its axis {axis} counts the rows, and it has sizes {list(sizes)}", where=name)
+    return int(sizes[axis])
+
+
 def weights_of(choice: Choice, names: Sequence[str]) -> dict[str, float]:
     """Name → weight; what weighs nothing is left out. LF-705 of a name that is none of these, or no number."""
+    if not (choice is None or isinstance(choice, (str, Mapping))):
+        raise fault("LF-705", f"an adapter is chosen by its name, several by names and weights, not by {choice!r}")
     weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
     for name in weights:
         known(name, names)
-    if not all(np.isfinite(weight) for weight in weights.values()):
+    if not all(isinstance(weight, (Real, np.bool_)) and math.isfinite(weight) for weight in weights.values()):
         raise fault("LF-705", f"weights must be finite numbers, not {list(weights.values())}")
     return {name: float(weight) for name, weight in sorted(weights.items()) if weight}
 
@@ -127,6 +139,6 @@ def weights_of(choice: Choice, names: Sequence[str]) -> dict[str, float]:
 def known(name: str, names: Sequence[str]) -> None:
     """LF-705 of a name that is none of these."""
     if name not in names:
-        close = nearest(name, names, 1)
+        close = nearest(str(name), names, 1)
         mean = f"did you mean {close[0]}?" if close else f"there is {', '.join(names) or 'none'}"
         raise fault("LF-705", f"no adapter is called {name}", fix=mean)
