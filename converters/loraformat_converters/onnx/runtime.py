@@ -113,6 +113,11 @@ class Session:
         """The adapters that can be used: those that were loaded; of a stack or a branch, those in the model."""
         return list(self._adapters) if self.slots else list(self._ways.attached)
 
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Of a stack: input → the axis that counts the rows; else nothing."""
+        return self._ways.rows
+
     def load(self, name: str, adapter: Adapter | str | os.PathLike[str], *, any_base: bool = False) -> None:
         """Have an adapter ready under a name, in the place of an older one of that name. Its file is not needed any more.
 
