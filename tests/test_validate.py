@@ -215,6 +215,27 @@ def test_a_hostile_file_name_forges_nothing(run, name, tmp_path):
     assert lines(run("validate", "in", "--jsonl"))[0]["path"] == f"in/{name}.safetensors"
 
 
+HOSTILE = "\x1b[2J\x1b]0;me\x07\nvalid  all good\r\u202e\u2028\x9b"
+WORDS = [
+    ("info", "in"), ("info", "in", "--deep"), ("info", "in", "--for", "vllm"), ("validate", "in"), ("validate", "in", "--strict"),
+    ("convert", "in", "out.lora.safetensors"), ("info", "a.lora.safetensors"), ("diff", "in", "a.lora.safetensors"),
+    ("combine", "in", "a.lora.safetensors", "-o", "two.lora.safetensors"), ("report", "in", "-o", "r.html"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_a_hostile_configuration_forges_nothing(run, words, tmp_path):
+    """Nothing that an adapter says of itself moves the cursor, nor begins a line of ours."""
+    shutil.copytree(GPT2, tmp_path / "in")
+    config = json.loads((tmp_path / "in/adapter_config.json").read_text())
+    more = {"base_model_name_or_path": HOSTILE, "revision": HOSTILE, f"strange{HOSTILE}": HOSTILE}
+    (tmp_path / "in/adapter_config.json").write_text(json.dumps(config | more))
+    lf.save(lf.load(tmp_path / "in"), tmp_path / "a.lora.safetensors")
+    told = run(*words)
+    assert all(c.isprintable() or c == "\n" for c in told.out + told.err)
+    assert not any(line.startswith("valid  all") for line in (told.out + told.err).splitlines())
+
+
 # One bad file of many.
 
 

@@ -194,7 +194,7 @@ def _lines(adapter: Adapter, reading: Reading) -> list[str]:
     rows: list[tuple[str, ...]] = [("target", "kind", "rank, scale", "[out, in]", "dtype", "axes", "")]
     rows += [(*row, f"×{len(keys)}" if len(keys) > 1 else "") for row, keys in groups.items()]
     name = adapter.base_model.get("name")
-    of = f" · base {name}" if isinstance(name, str) else ""
+    of = f" · base {printable(name)}" if isinstance(name, str) else ""
     bound = sum(update.base_sha256 is not None or update.sketch is not None for update in adapter.values())
     to = f" · {bound} bound to their weights" if bound else ""
     head = f"{counted(len(adapter), 'target')} · {size(total)} · names: {adapter.names}{of}{to}"
