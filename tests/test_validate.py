@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,6 +377,16 @@ def test_a_limit_lets_pass_what_reaches_it_and_refuses_what_is_over(run, limit, 
     told = run("validate", "a.safetensors", limit, refused, "--jsonl")
     assert told.code == 1
     assert [p["rule"] for p in lines(told)[0]["problems"]] == [rule]
+
+
+def test_a_header_of_a_million_tensors_is_counted_and_not_taken_apart(tmp_path):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{n}": entry for n in range(10**6)}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    start = time.process_time()
+    (problem,) = lf.validate(tmp_path / "a.safetensors", limits=lf.Limits(targets=5000)).problems
+    assert (problem.rule, "1,000,000 tensors" in problem.what) == ("LF-712", True)
+    assert time.process_time() - start < 3  # 50 s otherwise
 
 
 def test_the_size_limit_is_exact(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat import registry
+from loraformat.container import HEADER_CAP
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import ReadOptions
 from loraformat.parts import roles_of
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from loraformat.base import Base
 
 __all__ = ["Limits", "Validation", "validate", "validate_all"]
+
+_TENSORS = 16
+"""More than a target has in any layout: two for each of its parts, a core, a magnitude, alphas, a bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ class _Found:
     ) -> None:
         source = path if isinstance(path, Source) else open_source(path)
         _check_size(source, limits)
+        _check_header(source, limits)
         reading, found, self.evidence = registry.read_source(source, layout, ReadOptions(base=base))
         adapter = reading.adapter
         self.layout, self.targets = found.name, len(adapter)
@@ -136,6 +141,20 @@ class _Found:
 def _check_size(source: Source, limits: Limits) -> None:
     if limits.bytes is not None and _size(source) > limits.bytes:
         raise fault("LF-710", f"{source.path} is larger than the {limits.bytes:,} bytes that are allowed")
+
+
+def _check_header(source: Source, limits: Limits) -> None:
+    """LF-712 before millions of entries are taken apart, which takes a minute and gigabytes."""
+    if limits.targets is None or source.file is None or source.torch:
+        return
+    with open(source.file, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = file.read(length).count(b'"data_offsets"') if length <= HEADER_CAP else 0
+    if found > _TENSORS * limits.targets:
+        what = (
+            f"the header lists {found:,} tensors; {limits.targets:,} targets are allowed, of {_TENSORS} tensors at most"
+        )
+        raise fault("LF-712", what)
 
 
 def _size(source: Source) -> int:
