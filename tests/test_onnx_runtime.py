@@ -343,6 +343,28 @@ def test_a_value_of_onnx_runtime_tells_its_rows(truth, tmp_path):
         running.use(["q", None]).run(x)
 
 
+@pytest.mark.parametrize("slots", ["optional", "required"])
+def test_bindings_of_ones_own_feed_what_is_chosen(slots, truth, tmp_path):
+    running = Session(attached(tmp_path, "swap", ["q"], slots=slots), resident=1)
+    running.load("q", GIVEN["q"])
+    out = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((3, 2, 4), np.float32))
+    for choice in ("q", None, {"q": -0.5}, "q"):
+        binding = running.inference.io_binding()
+        binding.bind_cpu_input("x", X["x"])
+        for name, value in running.use(choice).values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output("y", out)
+        running.inference.run_with_iobinding(binding)
+        assert relative_error(out.numpy(), truth(choice)) <= 3e-6
+
+
+def test_a_captured_session_gives_no_values_away(tmp_path):
+    running = Session(attached(tmp_path, "swap", ["q"], pad_rank=3), captured=True)
+    running.load("q", GIVEN["q"])
+    with pytest.raises(LoraFormatError, match="LF-705"):
+        _ = running.use("q").values
+
+
 @pytest.mark.parametrize("resident", [0, -1])
 def test_nothing_needs_to_stay_on_the_device(resident, truth, tmp_path):
     running = Session(attached(tmp_path, "swap", ["q"]), resident=resident)

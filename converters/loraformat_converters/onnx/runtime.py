@@ -18,28 +18,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat import registry
 from loraformat.adapter import Adapter
 from loraformat.errors import fault
-from loraformat.source import existing, open_source
-from loraformat_converters.onnx import tort
+from loraformat.source import existing
 from loraformat_converters.onnx.attaching.slots import Fed, Slots, check_taken
 from loraformat_converters.onnx.running.blend import blend
 from loraformat_converters.onnx.running.captured import Captured
-from loraformat_converters.onnx.running.kept import kept
+from loraformat_converters.onnx.running.loaded import loaded
 from loraformat_converters.onnx.running.opened import device_of, opened, runtime, taken
-from loraformat_converters.onnx.running.pooled import Pooled
+from loraformat_converters.onnx.running.pooled import Bound, Pooled
 from loraformat_converters.onnx.running.ways import Choice, Ways, known, weights_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-    from loraformat.updates import Update
-    from loraformat_converters.onnx.attaching.slot import Gain
 
     Array = npt.NDArray[Any]
 
@@ -53,6 +47,17 @@ class Chosen:
     session: Session
     held: Any
     made: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Of a swap: input → ``OrtValue`` on the device, for runs of ``session.inference`` by bindings of your own.
+
+        Raises:
+            LoraFormatError: LF-705 of a captured session, in which one buffer feeds whatever is chosen.
+        """
+        if not isinstance(self.held, Bound):
+            raise fault("LF-705", "a captured session is run by its own bindings alone")
+        return dict(self.held.held)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Output name → values.
@@ -133,8 +138,7 @@ class Session:
         if not isinstance(name, str):
             raise fault("LF-705", f"an adapter is called by a string, not by {name!r}")
         slots = self._slots()
-        read = self._read(adapter, slots, any_base)
-        fed = Fed(kept(read.pairs), {key: gain.copy() for key, gain in read.gains.items()})
+        fed = loaded(adapter, slots, self.path, any_base)
         made = self._runs.hold(slots.feeds(fed))  # or its faults, now
         with self._lock:
             self._adapters = {**self._adapters, name: fed}
@@ -232,26 +236,3 @@ class Session:
             fix = "loraformat attach … --mode swap"
             raise fault("LF-705", f"{self.path} has no inputs for adapters that are loaded", fix=fix)
         return self.slots
-
-    def _read(self, given: Adapter | str | os.PathLike[str], slots: Slots, any_base: bool) -> Fed:
-        """What is fed of an adapter in any layout; of one that was written for a model, if it is this one."""
-        if not isinstance(given, Adapter):
-            source = open_source(path := Path(given))
-            if source.head[4:8] == tort.MAGIC:
-                assert source.file is not None
-                contents = tort.read(source.file)
-                if contents.model_version != slots.version and not any_base:
-                    what = f"{path} was not written for the slots of {self.path}"
-                    raise fault(
-                        "LF-607", what, fix=f"loraformat convert ADAPTER {path} --for {self.path}; or any_base=True"
-                    )
-                return slots.read(contents.tensors)
-            given = registry.read_source(source)[0].adapter
-        if not any_base:
-            slots.check_base(given)
-        return slots.fed(given, self._norms())
-
-    def _norms(self) -> Callable[[Gain, Update], Array]:
-        """What the magnitudes of DoRAs divide by: the model is read for them, by onnx, and for nothing else."""
-        opened = cache(lambda: registry.open_base(self.path))
-        return lambda gain, update: opened().norms(gain, update)  # type: ignore[attr-defined]
