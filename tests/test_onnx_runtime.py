@@ -9,6 +9,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -400,6 +401,23 @@ def test_half_precision_is_fed_in_its_own_type(tmp_path):
     wanted = session(tmp_path / "merged.onnx").run(None, x)[0].astype(np.float64)
     for name in ("both", "again"):
         assert relative_error(running.use(name).run(x)["y"].astype(np.float64), wanted) <= 5e-3
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_a_scale_is_not_rounded_to_the_type_of_the_factors(dtype, tmp_path):
+    """But to that of the slots: an adapter of 16 bits acts in a model of 32 as a merge has it."""
+    given = adapter({KEY: lora(7, 5, rank=3, alpha=7.0, rule="alpha/sqrt(r)", dtype=dtype)})
+    base = open_base(save(model(TEXT), tmp_path / "base.onnx"))
+    base.apply(prepare("attach", [("q", given)], base, Options(tmp_path / "swap.onnx", "swap")))
+    merge([(given, 0.7)], base, tmp_path / "part.onnx")
+    merge(given, base, tmp_path / "merged.onnx")
+    wanted = {path: session(tmp_path / f"{path}.onnx").run(None, X)[0] for path in ("base", "merged", "part")}
+    running = Session(tmp_path / "swap.onnx")
+    running.load("q", given)
+    running.load("file", tmp_path / "swap.q.onnx_adapter")
+    for choice, path in (("q", "merged"), ("file", "merged"), ({"q": 0.7}, "part")):
+        moved = running.use(choice).run(X)["y"] - wanted["base"]
+        assert relative_error(moved, wanted[path] - wanted["base"]) <= 1e-6
 
 
 def test_a_blend_is_the_sum():

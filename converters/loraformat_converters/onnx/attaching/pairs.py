@@ -28,7 +28,7 @@ Form = Literal["linear", "conv"]
 
 
 def folded(update: Update, by: float = 1.0) -> Update:
-    """The update with its scale in B, computed in float64 and rounded once to B's dtype.
+    """The update with its scale in B, in float64: whoever feeds it rounds it once, to the type of the slot.
 
     Args:
         by: what the product is multiplied by all the same: B is divided by it.
@@ -36,7 +36,7 @@ def folded(update: Update, by: float = 1.0) -> Update:
     if "lora" not in update or update.scale == by == 1.0:
         return update
     part: Lora = update["lora"]
-    b = (part.lora_B.astype(np.float64) * (part.scale / by)).astype(part.lora_B.dtype)
+    b = part.lora_B.astype(np.float64) * (part.scale / by)
     plain = Lora(part.lora_A, b, 1.0, "factor", part.mid)
     return replace(update, parts=tuple(plain if p is part else p for p in update.parts))
 

@@ -193,6 +193,6 @@ def rounded(spots: Sequence[Spot]) -> str:
 def _lost(part: Lora, kind: np.dtype[Any]) -> float:
     exact = part.lora_B.astype(np.float64) * part.scale
     with np.errstate(over="ignore"):
-        stored = exact.astype(part.lora_B.dtype).astype(kind).astype(np.float64)
+        stored = exact.astype(kind).astype(np.float64)
     size = float(np.linalg.norm(exact))
     return float(np.linalg.norm(stored - exact)) / size if size else 0.0

@@ -37,8 +37,7 @@ def blend(adapters: Sequence[tuple[Fed, float]]) -> Fed:
 
 
 def _joined(pairs: Sequence[tuple[Lora, float]]) -> Lora:
-    a = np.concatenate([pair.lora_A.astype(np.float32) for pair, _ in pairs], -2)
-    b = np.concatenate(
-        [(pair.lora_B.astype(np.float64) * (pair.scale * weight)).astype(np.float32) for pair, weight in pairs], -1
-    )
+    """In float64: the slot rounds once, and LF-612 is what is beyond it."""
+    a = np.concatenate([pair.lora_A.astype(np.float64) for pair, _ in pairs], -2)
+    b = np.concatenate([pair.lora_B.astype(np.float64) * (pair.scale * weight) for pair, weight in pairs], -1)
     return Lora(a, b, 1.0, "factor")
