@@ -25,6 +25,7 @@ from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching import swap
 from loraformat_converters.onnx.attaching.slots import Slots
 from loraformat_converters.onnx.changing.record import Record
+from loraformat_converters.onnx.runtime import Session
 
 KEY = "m.q.weight"
 MATMUL = """g (float[N,T,5] x) => (float[N,T,7] y) <float[5,7] w, float[7] b>
@@ -325,6 +326,21 @@ def test_slots_that_cannot_be_read_are_a_fault(value, tmp_path):
     prop.value = json.dumps({**json.loads(prop.value), "slots": value})
     with pytest.raises(LoraFormatError, match="LF-613"):
         _ = open_base(save(made, tmp_path / "x.onnx")).slots
+
+
+@pytest.mark.parametrize(
+    "damage", [{"a_shape": [-5, None]}, {"a_shape": [2**40, None]}, {"rank": 2**40}, {"rank": -3}, {"rank": 0}]
+)
+def test_sizes_that_no_slot_has_are_a_fault(damage, tmp_path):
+    base = open_base(save(model(MATMUL), tmp_path / "base.onnx"))
+    put(base, tmp_path / "out.onnx", [("a", adapter({KEY: (7, 5)}))], slots="required")
+    made = onnx.load(tmp_path / "out.onnx")
+    prop = next(p for p in made.metadata_props if p.key == "loraformat.base")
+    record = json.loads(prop.value)
+    record["slots"]["slots"][KEY] |= damage
+    prop.value = json.dumps(record)
+    with pytest.raises(LoraFormatError, match="LF-613"):
+        Session(save(made, tmp_path / "x.onnx")).use(None)
 
 
 def test_a_folder_of_models_has_an_adapter_for_each_and_gives_all_back(tmp_path):

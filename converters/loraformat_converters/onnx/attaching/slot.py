@@ -138,9 +138,12 @@ class Slot:
     def from_json(cls, key: str, entry: Mapping[str, Any]) -> Slot:
         """The way back; ValueError, KeyError or TypeError where it is no such object."""
         a, b = (tuple(None if n is None else int(n) for n in entry[side]) for side in ("a_shape", "b_shape"))
+        rank = None if entry["rank"] is None else int(entry["rank"])
+        sizes = [n for n in (*a, *b, rank) if n is not None]
         if any(shape.count(None) != 1 for shape in (a, b)) or entry["form"] not in ("linear", "conv"):
             raise ValueError(f"no slot: {key}")
-        rank = None if entry["rank"] is None else int(entry["rank"])
+        if any(not 0 < n < 2**31 for n in sizes):
+            raise ValueError(f"no sizes: {sizes}")
         gain = Gain.from_json(entry["gain"]) if "gain" in entry else None
         return cls(key, str(entry["a"]), str(entry["b"]), a, b, str(entry["dtype"]), entry["form"], rank, gain)
 
