@@ -131,6 +131,19 @@ def test_a_prefix_that_does_not_serve_all_targets_serves_none(tmp_path):
     assert (found, {p.rule for p in problems}) == ({}, {"LF-602"})
 
 
+def test_a_prefix_of_most_targets_leaves_the_others_alone_to_be_told(tmp_path):
+    """A pooler that the exported graph does not call is one missing target, not the sign of another model."""
+    made = chain("/m/a/q/MatMul", "/m/a/k/MatMul", "/m/p/MatMul")
+    wanted = ["pooler.dense.weight", "a.q.weight", "a.k.weight"]
+    found, problems = resolve(made, wanted, tmp_path)
+    assert found == {"a.q.weight": {"w0"}, "a.k.weight": {"w1"}}
+    assert [(problem.rule, problem.where) for problem in problems] == [("LF-602", "pooler.dense.weight")]
+    assert "--only for the others" in problems[0].fix
+    base = open_base(save(made, tmp_path / "again.onnx"))
+    resolution = base.resolve(adapter(dict.fromkeys(wanted, (6, 6))), Hints({"pooler.dense.weight": "m.p"}))
+    assert resolution.require().targets.keys() == set(wanted)
+
+
 def test_two_prefixes_that_serve_all_are_a_choice_that_nobody_made(tmp_path):
     made = chain("/encoder/layers.0/q/MatMul", "/decoder/layers.0/q/MatMul")
     problem = refusal(made, ["layers.0.q.weight"], tmp_path)
@@ -329,6 +342,8 @@ def test_a_numbered_wrapper_is_seen_through_where_several_layered_names_fit():
     wanted = ["layer.0.q", "layer.1.k"]
     assert align(wanted, names).names == {name: f"0.auto_model.{name}" for name in wanted}
     assert align(["q", "k"], names).names == {}
+    assert align([*wanted, "pooler"], names).names == align(wanted, names).names
+    assert align(["q", "k", "norm.1"], ["h.1.q", "h.1.k"]).names == {}
 
 
 @pytest.mark.parametrize("same", [True, False])

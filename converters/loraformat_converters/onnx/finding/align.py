@@ -1,14 +1,14 @@
 """Names of one witness → names of the adapter's targets, by whole components and one rule for all.
 
 A graph may name its modules from another root than the adapter: a wrapper around the model, a part of it. So the
-graph has a prefix more, or the adapter has. Two rules that fit equally well, or a rule that fits some targets only,
-are no evidence. A prefix with a number in it may hide a layer, and layer 1 is not layer 2: the adapter never has one
+graph has a prefix more, or the adapter has. Two rules that fit equally well are no evidence, nor is one that fits half of the
+targets or fewer; what the rule of most does not reach is not found. A prefix with a number in it may hide a layer, and layer 1 is not layer 2: the adapter never has one
 more, and the graph only where several names with layer numbers of their own fit (``0.auto_model.`` around a model).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 __all__ = ["Alignment", "Prefix", "align", "rules_of", "told", "under"]
@@ -42,19 +42,32 @@ def align(wanted: Collection[str], known: Iterable[str]) -> Alignment:
     names = set(known)
     if any(name in names for name in wanted):
         return under(("", ""), wanted, names)
-    if not wanted:
-        return Alignment()
-    first = next(iter(wanted))
-    fits = [rule for rule in rules_of(first, wanted, names) if len(under(rule, wanted, names).names) == len(wanted)]
-    if len(fits) == 1:
-        return under(fits[0], wanted, names)
-    return Alignment(rivals=tuple(sorted(told(*rule) for rule in fits)))
+    fits = {rule: under(rule, wanted, names) for rule in rules_of(wanted, names)}
+    most = max((len(found.names) for found in fits.values()), default=0)
+    best = [found for found in fits.values() if len(found.names) == most]
+    if len(best) == 1 and (most == len(wanted) or _of_most(best[0], wanted)):
+        return best[0]
+    return Alignment(rivals=tuple(sorted(found.rule for found in best)) if most == len(wanted) else ())
 
 
-def rules_of(name: str, wanted: Collection[str], names: Iterable[str]) -> set[Prefix]:
-    """Every rule under which ``name``, one of the wanted, is a name of the graph."""
-    layered = len(wanted) > 1 and any(_numbered(other) for other in wanted)
-    return {rule for other in names if (rule := _rule(name, other, layered)) is not None}
+def _of_most(found: Alignment, wanted: Collection[str]) -> bool:
+    """Whether a rule that leaves some names out is evidence for the others."""
+    layered = sum(map(_numbered, found.names)) > 1
+    return 2 * len(found.names) > len(wanted) and (layered or not _numbered("".join(found.prefix or ())))
+
+
+def rules_of(wanted: Collection[str], names: Collection[str], among: Collection[str] = ()) -> set[Prefix]:
+    """Every rule under which one of the wanted names is another name of the graph.
+
+    Args:
+        among: what the wanted are some of, where they are not all.
+    """
+    all_, short = among or wanted, set(wanted)
+    layered = len(all_) > 1 and any(map(_numbered, all_))
+    more = {prefix for name in names for prefix, rest in _cut(name) if rest in short}
+    less = {prefix for name in wanted for prefix, rest in _cut(name) if rest in names}
+    rules = {(prefix, "") for prefix in more if layered or not _numbered(prefix)}
+    return rules | {("", prefix) for prefix in less if not _numbered(prefix)}
 
 
 def under(prefix: Prefix, wanted: Iterable[str], names: Collection[str]) -> Alignment:
@@ -69,15 +82,16 @@ def told(more: str, less: str) -> str:
     return f"with {more} in front" if more else f"without {less} in front" if less else ""
 
 
-def _rule(wanted: str, name: str, layered: bool) -> Prefix | None:
-    """The rule that makes two different names equal, where one ends with the other."""
-    for longer, shorter in ((name, wanted), (wanted, name)):
-        if longer.endswith(f".{shorter}"):
-            prefix = longer.removesuffix(shorter)
-            if _numbered(prefix) and not (layered and longer is name):
-                return None
-            return (prefix, "") if longer is name else ("", prefix)
-    return None
+def _cut(name: str) -> Iterator[Prefix]:
+    """A name in two, behind each of its dots.
+
+    >>> list(_cut("a.b.c"))
+    [('a.', 'b.c'), ('a.b.', 'c')]
+    """
+    at = name.find(".") + 1
+    while at:
+        yield name[:at], name[at:]
+        at = name.find(".", at) + 1
 
 
 def _numbered(name: str) -> bool:

@@ -42,8 +42,7 @@ class Part:
         """Equal names; and under one prefix, the targets that the file's name says to be of this part."""
         equal = under(("", ""), wanted, names).names
         mine = [key for key in wanted if key not in equal and self.holds(key)]
-        rules = {rule for key in mine for rule in rules_of(key, mine, names)}
-        fits = {rule: under(rule, mine, names).names for rule in rules}
+        fits = {rule: under(rule, mine, names).names for rule in rules_of(mine, names)}
         best = max((len(found) for found in fits.values()), default=0)
         chosen = [rule for rule, found in fits.items() if len(found) == best]
         if len(chosen) > 1:
@@ -60,7 +59,7 @@ class Part:
         if self.holds(key) is False:
             return None
         equal = {("", "")} if key in names else set()  # the user's map said another name
-        for rule in sorted(rules_of(key, wanted, names) | equal):
+        for rule in sorted(rules_of([key], names, wanted) | equal):
             other = under(rule, [key], names).names[key]
             if other not in taken:
                 return other

@@ -112,7 +112,8 @@ class Names:
         if self.index.compiled:
             what += f"; {len(self.index.compiled)} parts of it are compiled (EPContext): attach before compiling"
         if close:
-            return fault("LF-602", f"{what}; nearest: {', '.join(close)}", where=key, fix=map_stub(key))
+            fix = f"{map_stub(key)}; if nothing in the graph calls it, --only for the others"
+            return fault("LF-602", f"{what}; nearest: {', '.join(close)}", where=key, fix=fix)
         fix = f"{map_stub(key)}; or find it by its values: --base CHECKPOINT, or an adapter bound to one (loraformat bind)"
         return fault("LF-602", f"{what}; nothing is like it", where=key, fix=fix)
 
