@@ -15,6 +15,9 @@ from loraformat_converters.onnx.graph.index import Index, Site, Value
 
 __all__ = ["stored_paths", "unwrapped", "wrapper"]
 
+_IN_PROJ = "in_proj_"
+"""What torch puts before weight and bias of the q, k and v of a MultiheadAttention, which it multiplies by itself."""
+
 _WRAPPED = re.compile(r"(^|.*?\.)base_model\.model\.")
 
 
@@ -35,9 +38,9 @@ def stored_paths(index: Index) -> Mapping[int, str]:
         biases = (other for node in nodes for other in by_node.get(id(node), ()) if other.vector)
         for own in (site, *biases) if called else ():
             module, _, parameter = own.root_name.rpartition(".")
-            alone = _alone(callers[own.root_name], called)
-            if alone and parameter == own.parameter and any(_within(reading, module) for reading in readings):
-                found.setdefault(site.number, f"{module}.{site.parameter}")
+            alone, stem = _alone(callers[own.root_name], called), parameter.removesuffix(own.parameter)
+            if alone and stem in ("", _IN_PROJ) and any(_within(reading, module) for reading in readings):
+                found.setdefault(site.number, f"{module}.{stem}{site.parameter}")
     return found
 
 

@@ -61,15 +61,16 @@ class Names:
             rung: _aligned(adapter, table, part) if spoken else Alignment() for rung, table in self.tables.items()
         }
         if spoken:
-            self._read_again(adapter, part)
+            self._read_again(adapter, lambda table: _aligned(adapter, table, part))
         known = {a.prefix for a in self.aligned.values() if a.prefix is not None}
         if len(known) == 1 and part is None:  # a model that lies under a prefix does so for every witness
             (prefix,) = known
             for rung, silent in self.aligned.items():
                 if silent.prefix is None:
                     self.aligned[rung] = under(prefix, adapter, self.tables[rung])
+            self._read_again(adapter, lambda table: under(prefix, adapter, table))
 
-    def _read_again(self, adapter: Adapter, part: Part | None) -> None:
+    def _read_again(self, adapter: Adapter, aligned: Callable[[Mapping[str, Sequence[Site]]], Alignment]) -> None:
         """Take the nodes' names in their second reading too, and as stored biases complete them, where more targets are found so."""
         first, once = self.aligned["node_name"], self.tables["node_name"]
         if len(first.names) == len(adapter) or first.rivals:
@@ -77,7 +78,7 @@ class Names:
         whole = stored_paths(self.index)
         completed = _table(self.index.sites, "node_name", lambda site, _: whole.get(site.number))
         more = {**_table(self.index.sites, "node_name", second_reading), **once, **completed}
-        found = _aligned(adapter, more, part) if len(more) > len(once) else first
+        found = aligned(more) if len(more) > len(once) else first
         if len(found.names) > len(first.names):
             self.tables["node_name"], self.aligned["node_name"] = more, found
 

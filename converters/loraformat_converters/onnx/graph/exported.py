@@ -11,8 +11,11 @@ __all__ = ["module", "parameter"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FX = "pkg.torch.onnx.fx_node"
-_PARAMETER = re.compile(r"args = \(%p_(\w+),")
+_FIRST = re.compile(r"args = \(%p_(\w+),")
 """How torch.fx spells a parameter as the first argument: its path, with underscores for dots."""
+
+_FACTOR = re.compile(r"\.(?:linear|matmul|mm|bmm)\.default\]\(args = \(%\w+, %p_(\w+)[,)]")
+"""The same of what a product multiplies by."""
 
 
 def module(node: onnx.NodeProto) -> str | None:
@@ -29,9 +32,9 @@ def module(node: onnx.NodeProto) -> str | None:
     return scopes[-2] or None
 
 
-def parameter(node: onnx.NodeProto) -> str | None:
-    """The module's own name of the parameter that comes first; None where it is not one of that module."""
-    path, found = module(node), _PARAMETER.search(_written(node, _FX) or "")
+def parameter(node: onnx.NodeProto, *, factor: bool) -> str | None:
+    """The module's own name of the parameter that comes first, or that is the ``factor``; None where it is not one of that module."""
+    path, found = module(node), (_FACTOR if factor else _FIRST).search(_written(node, _FX) or "")
     own = f"{path.replace('.', '_')}_" if path else ""
     return found[1].removeprefix(own) if found and own and found[1].startswith(own) else None
 

@@ -98,7 +98,8 @@ class Index:
             why = found.refusal or "Unsqueeze lies between its weight and it"
             found = replace(found, axes=tuple(filter(None, found.axes)), refusal=why)
         stack = multiplied(node, scope, self._reader) if position == 0 and len(found.axes) == 3 else None
-        name = (exported_as(node) or name) if stack else name
+        if stack or name == "weight":
+            name = exported_as(node, factor=not stack) or name
         means = _meaning(*(stack or (node, position)), found)
         if means is None:
             return False
