@@ -138,7 +138,7 @@ def test_a_prefix_of_most_targets_leaves_the_others_alone_to_be_told(tmp_path):
     found, problems = resolve(made, wanted, tmp_path)
     assert found == {"a.q.weight": {"w0"}, "a.k.weight": {"w1"}}
     assert [(problem.rule, problem.where) for problem in problems] == [("LF-602", "pooler.dense.weight")]
-    assert "--only for the others" in problems[0].fix
+    assert "--only for the others, if what the graph gives does not depend on it" in problems[0].fix
     base = open_base(save(made, tmp_path / "again.onnx"))
     resolution = base.resolve(adapter(dict.fromkeys(wanted, (6, 6))), Hints({"pooler.dense.weight": "m.p"}))
     assert resolution.require().targets.keys() == set(wanted)
@@ -406,3 +406,39 @@ def test_a_bias_of_two_modules_or_of_another_name_tells_nothing(other, tmp_path)
     wanted = "a.k.weight" if other == "a.k.bias" else "a.q.weight"
     problem = refusal(made, ["x.weight", wanted], tmp_path)
     assert (problem.rule, problem.where) == ("LF-602", wanted)
+
+
+def nameless(text):
+    """q, and what is behind it, of which no node is called after a module."""
+    return model(
+        f'g (float[N,6] x) => (float[N,6] y) <float[6,6] w, float[6,6] v, float[6] "m.q.bias", float[6] "m.n.bias"> {{ {text} }}'
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'y = Gemm(x, w, "m.q.bias")',
+        'h = MatMul(x, w) y = Add("m.q.bias", h)',
+        'h = MatMul(x, w) a = Add(h, "m.q.bias") y = Add(a, "m.n.bias")',
+    ],
+)
+def test_a_product_without_a_name_is_of_the_module_whose_bias_is_added_to_it(text, tmp_path):
+    """As onnxsim (0.8) leaves a MatMul and its Add, and a quantiser what dynamo exported."""
+    assert resolve(nameless(text), ["m.q.weight"], tmp_path) == ({"m.q.weight": {"w"}}, [])
+    assert refusal(nameless(text), ["m.n.weight"], tmp_path).rule == "LF-602"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'h = Gemm(x, w, "m.q.bias") y = Gemm(h, v, "m.q.bias")',
+        'h = MatMul(x, w) a = Add(h, "m.q.bias") b = Add(h, "m.n.bias") y = Mul(a, b)',
+        'h = MatMul(x, w) y = LayerNormalization(h, "m.n.bias", "m.q.bias")',
+        'h = MatMul(x, w) y = Mul(h, "m.q.bias")',
+        '["/other/MatMul"] h = MatMul(x, w) y = Add(h, "m.q.bias")',
+        'h = MatMul(x, w) a = Relu(h) y = Add(a, "m.q.bias")',
+    ],
+)
+def test_a_bias_of_several_of_a_norm_or_behind_something_tells_no_module(text, tmp_path):
+    assert refusal(nameless(text), ["m.q.weight"], tmp_path).rule == "LF-602"

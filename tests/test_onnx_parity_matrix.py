@@ -13,6 +13,7 @@ from graphs import session
 from loraformat import Adapter, LoraFormatError
 from loraformat.base import Options
 from loraformat.registry import load, open_base
+from loraformat.resolve import Hints
 from loraformat.strength import strengthen
 from loraformat.testing import relative_error
 from loraformat.verbs.merge import merge, prepare
@@ -150,3 +151,28 @@ def exposed(path, names, folder):
     made.graph.output.extend(value for value in kinds if value.name not in there)
     onnx.save(made, folder / "exposed.onnx")
     return folder / "exposed.onnx"
+
+
+def simplified(path, out):
+    """MatMul and Add become a Gemm that is called Gemm_3 (onnxsim 0.8)."""
+    onnx.save(pytest.importorskip("onnxsim").simplify(onnx.load(path))[0], out)
+
+
+def in_8_bits(path, out):
+    """What stands in MatMul's place has none of its metadata (onnxruntime 1.32)."""
+    quantiser = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
+    made = quantiser.MatMulNBitsQuantizer(onnx.load(path), bits=8, block_size=16, is_symmetric=True)
+    made.process()
+    made.model.save_model_to_file(str(out), False)
+
+
+@pytest.mark.parametrize(("tool", "exporter"), [(simplified, "torchscript"), (in_8_bits, "dynamo")])
+def test_what_a_tool_leaves_without_a_name_is_found_by_its_bias(tool, exporter, export, tmp_path):
+    given = export("bert", exporter)
+    tool(given.model, tmp_path / "base.onnx")
+    base, adapter = open_base(tmp_path / "base.onnx"), load(given.adapter)
+    found = base.resolve(adapter, Hints()).require()
+    assert sum(places[0].evidence[0].startswith("bias: ") for places in found.targets.values()) >= given.targets / 2
+    base.apply(prepare("attach", [("a", adapter)], base, Options(tmp_path / "out.onnx")))
+    lost = far(output(tmp_path / "base.onnx", given.feeds), given.base)
+    assert far(output(tmp_path / "out.onnx", given.feeds), given.truth) <= max(2 * lost, 1e-5) < 0.05

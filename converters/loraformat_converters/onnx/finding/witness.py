@@ -14,7 +14,7 @@ from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.align import Alignment, align, under
 from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of, second_reading
 from loraformat_converters.onnx.finding.part import Part
-from loraformat_converters.onnx.finding.paths import stored_paths
+from loraformat_converters.onnx.finding.paths import stored_paths, told_by_biases
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.site import Order
 
@@ -54,7 +54,9 @@ class Names:
 
     def __init__(self, index: Index, adapter: Adapter, hints: Hints, part: Part | None = None) -> None:
         self.index, self.hints = index, hints
+        told = told_by_biases(index)
         self.tables = {rung: _table(index.sites, rung) for rung in RUNGS}
+        self.tables["bias"] = _table(index.sites, "bias", lambda site, _: told.get(site.number))
         self.copies = {key: site for site in index.sites if (key := own_copy(site.root_name))}
         spoken = adapter.names == TORCH  # in another name space the same words may mean something else
         self.aligned = {
@@ -85,7 +87,7 @@ class Names:
     def of(self, key: str, *, embedding: bool) -> list[Witness]:
         """What each witness says; nothing where none speaks."""
         said = self._by_user(key)
-        for rung in RUNGS:
+        for rung in self.tables:
             name = self.aligned[rung].names.get(key)
             if name is not None:
                 said.append(self._witness(rung, name, rule=self.aligned[rung].rule))
@@ -99,7 +101,7 @@ class Names:
 
     def silence(self, key: str, seen: str) -> LoraFormatError:
         """Why no witness speaks: LF-603 where names fit in several ways, else LF-602 with the nearest names."""
-        for rung in RUNGS:
+        for rung in self.tables:
             if rivals := self.aligned[rung].rivals:
                 what = f"{rung} fits in {len(rivals)} ways: {', '.join(rivals)}"
                 return fault("LF-603", what, where=key, fix=map_stub(key))
@@ -113,7 +115,7 @@ class Names:
         if self.index.compiled:
             what += f"; {len(self.index.compiled)} parts of it are compiled (EPContext): attach before compiling"
         if close:
-            fix = f"{map_stub(key)}; if nothing in the graph calls it, --only for the others"
+            fix = f"{map_stub(key)}; or --only for the others, if what the graph gives does not depend on it"
             return fault("LF-602", f"{what}; nearest: {', '.join(close)}", where=key, fix=fix)
         fix = f"{map_stub(key)}; or find it by its values: --base CHECKPOINT, or an adapter bound to one (loraformat bind)"
         return fault("LF-602", f"{what}; nothing is like it", where=key, fix=fix)
@@ -128,7 +130,7 @@ class Names:
             return [Witness("node", name, nodes, "user")]
         module = f"{name}.{key.rpartition('.')[2]}"
         # A prefix map tells how names are spelled; only a name stated by itself means every use of a tensor.
-        spelled = [(rung, next((n for n in (name, module) if n in self.tables[rung]), None)) for rung in RUNGS]
+        spelled = [(rung, next((n for n in (name, module) if n in self.tables[rung]), None)) for rung in self.tables]
         said = [
             self._witness(rung, found, by="user" if key in self.hints.names else f"user, {rung}")
             for rung, found in spelled
@@ -147,7 +149,7 @@ class Names:
     @staticmethod
     def _shown(rung: str, name: str) -> str:
         """A module's weight is told as the module, which is what the witness named."""
-        return name.removesuffix(".weight") if rung in MODULES else name
+        return name.removesuffix(".weight") if rung in (*MODULES, "bias") else name
 
 
 def map_stub(key: str) -> str:
