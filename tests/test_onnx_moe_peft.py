@@ -100,6 +100,19 @@ def test_the_experts_of_the_graph_are_pefts(verb, tuned, tmp_path):
     assert np.isfinite(truth).all()
 
 
+def test_the_base_that_the_message_asks_for_tells_which_pair_is_whose(tuned, run):
+    folder, ids, _, truth = tuned
+    words = [str(folder / "adapter"), "--to", str(folder / "base.onnx"), "-o", "out.onnx"]
+    told = run("attach", *words)
+    assert told.code == 1
+    assert "the file does not say which pair is whose" in told.err
+    assert "give the base, whose shapes tell: --base" in told.err
+    words += ["--base", str(folder / "base.safetensors"), "--verify"]
+    assert run("resolve", words[0], "--in", words[2], *words[-3:-1]).code == 0
+    assert run("attach", *words).code == 0
+    assert relative_error(session("out.onnx").run(None, {"ids": ids})[0], truth) <= 1e-5
+
+
 @pytest.mark.slow
 def test_experts_that_genai_built_in_4_bits_are_found_in_turns_and_rounded_again(tmp_path):
     """onnxruntime-genai's builder (0.18) lays gate and up in turns, and says nothing of ``weights_prepacked``."""

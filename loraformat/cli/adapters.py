@@ -69,14 +69,22 @@ def scales(items: Iterable[str], option: str = "--scale") -> dict[str, float]:
 
 
 def open_both(
-    words: Sequence[str], base_path: str, only: Sequence[str] = (), scale: Iterable[str] = ()
+    words: Sequence[str],
+    base_path: str,
+    only: Sequence[str] = (),
+    scale: Iterable[str] = (),
+    origin: Base | None = None,
 ) -> tuple[Base, Gathered]:
-    """The base and the adapters; where the two look swapped, the error says so."""
+    """The base and the adapters; where the two look swapped, the error says so.
+
+    Args:
+        origin: what the adapters were trained on, where it is known apart from the base: its shapes tell whose a tensor is.
+    """
     from loraformat import registry
 
     try:
         base = registry.open_base(base_path)
-        return base, gather(words, base, only, scale)
+        return base, gather(words, origin or base, only, scale)
     except LoraFormatError as error:
         raise _swapped(base_path, error) from None
 

@@ -49,8 +49,9 @@ def resolve(
     as_json: bool,
 ) -> None:
     """Say where every target lies in a base, and by which evidence. Changes nothing; exit 1 if one is not found."""
-    opened, gathered = open_both((adapter,), base)
-    resolution = opened.resolve(gathered.adapters[0][1], hints(names, axes, origin))
+    stated = hints(names, axes, origin)
+    opened, gathered = open_both((adapter,), base, origin=stated.base)
+    resolution = opened.resolve(gathered.adapters[0][1], stated)
     if as_json:
         echo_json(resolution.as_json())
     else:

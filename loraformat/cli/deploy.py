@@ -222,9 +222,9 @@ def _carry_out(asked: _Asked) -> None:
     if not asked.plan_only:
         check_free(Path(asked.out), asked.force)
         check_apart(asked.out, *(parse(word).path for word in asked.words), asked.names, asked.inputs)
-    base, gathered = open_both(asked.words, asked.base, asked.only, asked.scale)
-    base = inlined(base) if asked.inline else base
     stated = hints(asked.names, asked.axes, asked.origin)
+    base, gathered = open_both(asked.words, asked.base, asked.only, asked.scale, stated.base)
+    base = inlined(base) if asked.inline else base
     plan = prepare(asked.verb, gathered.adapters, base, asked.how(), stated, any_base=asked.any_base)
     if asked.plan_only:
         show_plan(plan, asked.as_json)
