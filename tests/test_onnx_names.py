@@ -9,8 +9,9 @@ from graphs import adapter, lora, model, run, save, stored
 
 from loraformat import Adapter, Hints, LoraFormatError, Placement, Update
 from loraformat.base import Options
-from loraformat.parts import Delta
+from loraformat.parts import Delta, Replace, Rows
 from loraformat.registry import open_base
+from loraformat.sketch import sketch
 from loraformat.verbs.init import init
 from loraformat.verbs.merge import attach, merge, prepare
 from loraformat_converters.onnx.finding.align import align
@@ -442,3 +443,31 @@ def test_a_product_without_a_name_is_of_the_module_whose_bias_is_added_to_it(tex
 )
 def test_a_bias_of_several_of_a_norm_or_behind_something_tells_no_module(text, tmp_path):
     assert refusal(nameless(text), ["m.q.weight"], tmp_path).rule == "LF-602"
+
+
+HEAD = "lm_head.weight"
+TIED = """g (int64[N] ids) => (float[N,9] y) <float[9,4] "m.lm_head.weight", float[4,9] val_9, float[4,9] "n.other.weight">
+  { h = Gather("m.lm_head.weight", ids) ["node_linear"] y = MatMul(h, val_9) }"""
+"""A tied model that dynamo exported and a tool took the metadata of: the table has the head's name, and the head none."""
+
+
+@pytest.mark.parametrize("kind", ["pair", "trained", "tokens"])
+def test_a_table_that_has_the_name_of_the_head_is_not_taken_for_it(kind, tmp_path):
+    values = np.ones((9, 4), np.float32)
+    parts = {"pair": lora(9, 4)["lora"], "trained": Replace(values), "tokens": Rows(values[:2], np.array([1, 4]))}
+    head = Adapter({HEAD: Update((parts[kind],))})
+    problem = refusal(model(TIED), head, tmp_path)
+    assert (problem.rule, problem.where) == ("LF-609", HEAD)
+    assert "only a look-up reads m.lm_head.weight; node_linear" in problem.what
+    assert resolve(model(TIED), head, tmp_path, {HEAD: "node_linear"}) == ({HEAD: {"val_9"}}, [])
+    alone = model(TIED.replace("val_9)", '"n.other.weight")'))  # no product without a name could be the head
+    assert resolve(alone, Adapter({HEAD: Update((parts["trained"],))}), tmp_path) == ({HEAD: {"m.lm_head.weight"}}, [])
+
+
+def test_values_tell_the_head_of_a_tied_table(tmp_path):
+    made = model(TIED)
+    table, product = made.graph.initializer[:2]
+    product.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(table).T.copy(), "val_9"))
+    weight, place = onnx.numpy_helper.to_array(table), Placement((9, 4), (0,), (1,))
+    bound = Adapter({HEAD: Update(lora(9, 4).parts, place, sketch=sketch(weight, place))})
+    assert resolve(made, bound, tmp_path) == ({HEAD: {"val_9"}}, [])

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from loraformat_converters.onnx.finding.names import MODULES, names_of, same_module, second_reading
 from loraformat_converters.onnx.graph.index import Index, Site, Value
 
-__all__ = ["stored_paths", "told_by_biases", "unwrapped", "wrapper"]
+__all__ = ["PRODUCTS", "stored_paths", "told_by_biases", "unwrapped", "wrapper"]
 
 _IN_PROJ = "in_proj_"
 """What torch puts before weight and bias of the q, k and v of a MultiheadAttention, which it multiplies by itself."""
 
-_PRODUCTS = ("MatMul", "Gemm", "com.microsoft.FusedMatMul")
+PRODUCTS = ("MatMul", "Gemm", "com.microsoft.FusedMatMul")
 
 _WRAPPED = re.compile(r"(^|.*?\.)base_model\.model\.")
 
@@ -49,7 +49,7 @@ def told_by_biases(index: Index) -> Mapping[int, str]:
     """A site's number → its weight, where no node's name tells it: of a product to which one module's bias is added, and no other's."""
     added, found = _added(index), dict[int, str]()
     for site in index.sites:
-        if site.like not in _PRODUCTS or site.vector or any(names_of(site, rung) for rung in MODULES):
+        if site.like not in PRODUCTS or site.vector or any(names_of(site, rung) for rung in MODULES):
             continue
         sums = [other for other in added(site) if other.node is site.node or other.node.op_type == "Add"]
         biases = [bias for bias in sums if bias.parameter == "bias" and len(index.uses(bias.root_name)) == 1]

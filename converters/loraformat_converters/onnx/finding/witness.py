@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, fault
+from loraformat.huggingface import is_embedding
 from loraformat.names import nearest
 from loraformat.naming.spaces import TORCH
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.align import Alignment, align, under
-from loraformat_converters.onnx.finding.names import MODULES, RUNGS, own_copy, parameter_of, second_reading
+from loraformat_converters.onnx.finding.names import MODULES, RUNGS, modules_of, own_copy, parameter_of, second_reading
 from loraformat_converters.onnx.finding.part import Part
-from loraformat_converters.onnx.finding.paths import stored_paths, told_by_biases
+from loraformat_converters.onnx.finding.paths import PRODUCTS, stored_paths, told_by_biases
 from loraformat_converters.onnx.graph.index import Index, Site
 from loraformat_converters.onnx.graph.site import Order
 
@@ -54,9 +55,9 @@ class Names:
 
     def __init__(self, index: Index, adapter: Adapter, hints: Hints, part: Part | None = None) -> None:
         self.index, self.hints = index, hints
-        told = told_by_biases(index)
+        self.told = told_by_biases(index)
         self.tables = {rung: _table(index.sites, rung) for rung in RUNGS}
-        self.tables["bias"] = _table(index.sites, "bias", lambda site, _: told.get(site.number))
+        self.tables["bias"] = _table(index.sites, "bias", lambda site, _: self.told.get(site.number))
         self.copies = {key: site for site in index.sites if (key := own_copy(site.root_name))}
         spoken = adapter.names == TORCH  # in another name space the same words may mean something else
         self.aligned = {
@@ -91,7 +92,25 @@ class Names:
             name = self.aligned[rung].names.get(key)
             if name is not None:
                 said.append(self._witness(rung, name, rule=self.aligned[rung].rule))
-        return _of_kind(said, embedding)
+        kept = _of_kind(said, embedding)
+        return [] if not embedding and self._of_head(key, kept) else kept
+
+    def _of_head(self, key: str, said: Sequence[Witness]) -> Site | None:
+        """A product that has lost its name, where only a look-up goes by that of the target, and shares its size.
+
+        Dynamo (torch 2.13) calls a tied tensor after the last of its modules, the head, and folds the head's own into another.
+        """
+        if is_embedding(key) or any(w.rung != "initializer" or w.by for w in said):
+            return None
+        tables = [site for witness in said for site in witness.sites]
+        sizes = {site.placement.matrix_shape[::-1] for site in tables if site.looks_up}
+        if not sizes or not all(site.looks_up for site in tables):
+            return None
+        return next((s for s in self.index.sites if s.placement.matrix_shape in sizes and self._nameless(s)), None)
+
+    def _nameless(self, site: Site) -> bool:
+        named = modules_of(site) or site.root_name.endswith(f".{site.parameter}") or site.number in self.told
+        return site.like in PRODUCTS and not named
 
     def own(self, key: str) -> list[Witness]:
         """The copy that an earlier merge made for a target is its weight, whatever else goes by the old name or looks like it."""
@@ -100,11 +119,17 @@ class Names:
         return [Witness("initializer", key, tuple(sites))] if sites else []
 
     def silence(self, key: str, seen: str) -> LoraFormatError:
-        """Why no witness speaks: LF-603 where names fit in several ways, else LF-602 with the nearest names."""
+        """Why no witness speaks: LF-603 where names fit in several ways, LF-609 a tie, else LF-602 with the nearest names."""
         for rung in self.tables:
             if rivals := self.aligned[rung].rivals:
                 what = f"{rung} fits in {len(rivals)} ways: {', '.join(rivals)}"
                 return fault("LF-603", what, where=key, fix=map_stub(key))
+        if (name := self.aligned["initializer"].names.get(key)) and (
+            head := self._of_head(key, [self._witness("initializer", name)])
+        ):
+            what = f"only a look-up reads {name}; {head.node.name}, which has its size and no name, may be the target's own"
+            fix = f'its values tell: --base CHECKPOINT, or an adapter bound to one (loraformat bind); or --names map.json with {{"{key}": "{head.node.name}"}}'
+            return fault("LF-609", what, where=key, fix=fix)
         spoken = ", ".join(f"{len(table)} by {rung}" for rung, table in self.tables.items() if table)
         close = dict.fromkeys(self._shown(r, n) for r, table in self.tables.items() for n in nearest(key, table, 2))
         what = f"no node or weight of the graph goes by this name ({spoken or 'it has no weights'}){seen}"
