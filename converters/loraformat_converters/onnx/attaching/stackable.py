@@ -51,6 +51,8 @@ def obstacles(spots: Sequence[Spot], options: Options, index: Index, model: onnx
                 continue
             if change.update.kind != "lora" or change.update["lora"].mid is not None:
                 what = f"a {change.update.kind} update is no pair A, B, of which a row could choose one"
+                if change.update.kind == "dora" and (like := spot.sites[0].like) not in LINEAR:
+                    what = f"a row can choose a dora update of a product only, and {like} is none"
                 ways = (
                     "--to-lora R when it is converted, whose residual is printed"
                     if change.update.linear
