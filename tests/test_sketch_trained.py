@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def test_every_weight_of_a_strangers_int8_export_is_found():
         if node.op_type == "Add":
             biases |= {product: bias for bias in node.input for product in node.input if bias.endswith(".bias")}
     for key, (place,) in found.items():
-        assert place.evidence[0].startswith("sketch: ")
+        assert [said.partition(":")[0] for said in place.evidence[:2]] == ["bias", "sketch"]  # which agree
+        assert re.search(r"cosine (1\.000|0\.999)", place.evidence[1])
         assert place.confidence > 0.999
         assert biases[place.handle.node.output[0]] == f"inner.{key.removesuffix('weight')}bias"
 
