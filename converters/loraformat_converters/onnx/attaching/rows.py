@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import onnx
 
 from loraformat.errors import fault
-from loraformat_converters.onnx.attaching.row_rules import FIRST_ALONE, RULES, LostError, Rows
+from loraformat_converters.onnx.attaching.row_rules import FIRST_ALONE, RULES
+from loraformat_converters.onnx.attaching.row_state import LostError, Rows
 from loraformat_converters.onnx.graph.operators import attribute, operator
 from loraformat_converters.onnx.graph.scopes import STANDARD
 from loraformat_converters.onnx.graph.sizes import sizes
