@@ -16,7 +16,7 @@ from mutants import net
 import loraformat as lf
 from loraformat import sketch
 from loraformat_converters.onnx import folder
-from loraformat_converters.onnx.finding import ladder, part, together, witness
+from loraformat_converters.onnx.finding import components, ladder, part, together, witness
 from loraformat_converters.onnx.finding.align import Alignment
 from loraformat_converters.onnx.finding.doubt import Doubts
 from loraformat_converters.onnx.finding.fingerprint import Finder
@@ -172,11 +172,11 @@ def words_match_within_words(patch):
 
 
 def components_are_ignored(patch):
-    def everywhere(self, adapter, problems):
+    def everywhere(found, adapter, problems):
         plain = lf.Adapter({key.partition(":")[2]: update for key, update in adapter.items()})
-        yield from ((component, plain) for component in self.components)
+        yield from ((component, plain) for component in found)
 
-    patch.setattr(folder.OnnxFolder, "_shared_out", everywhere)
+    patch.setattr(components, "_shared_out", everywhere)
 
 
 def a_name_proves_the_values(patch):

@@ -25,11 +25,11 @@ from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.changing.branched import branched
+from loraformat_converters.onnx.finding.components import in_components
 from loraformat_converters.onnx.finding.doubt import Model
 from loraformat_converters.onnx.finding.part import parts
 from loraformat_converters.onnx.finding.pipeline import components_of
 from loraformat_converters.onnx.finding.shares import share, whole
-from loraformat_converters.onnx.finding.together import together
 from loraformat_converters.onnx.graph.model import external
 from loraformat_converters.onnx.graph.scopes import tensors
 from loraformat_converters.onnx.graph.store import Storage
@@ -115,40 +115,7 @@ class OnnxFolder:
 
     def resolve(self, adapter: Adapter, hints: Hints) -> Resolution:
         """Every target in every part that has its module; LF-602 where a part may have it and nothing says so."""
-        targets: dict[str, tuple[Match, ...]] = {}
-        unresolved: list[Problem] = hints.unused(adapter)
-        ambiguous: list[Problem] = []
-        for component, own in self._shared_out(adapter, unresolved):
-            stated = _within(hints, component if adapter.components else None)
-            found = together(self.components[component], own, stated)
-            prefix = component if adapter.components else None
-            for key, places in found.targets.items():
-                if join(prefix, key) in targets:
-                    what = f"{places[0].file} and {targets[key][0].file} both have it, and they are two components"
-                    fix = "the adapter's keys must name the component: COMPONENT:NAME"
-                    ambiguous.append(Problem("LF-603", what, key, fix))
-                targets[join(prefix, key)] = places
-            named = f"{component}: " if component and not prefix else ""
-            unresolved += [replace(p, what=f"{named}{p.what}", where=join(prefix, p.where)) for p in found.unresolved]
-            ambiguous += [replace(p, where=join(prefix, p.where)) for p in found.ambiguous]
-        if not adapter.components:
-            unresolved = _in_none(unresolved, targets)
-        order = {key: targets[key] for key in adapter if key in targets}
-        return Resolution(order, tuple(_once(unresolved)), tuple(_once(ambiguous)))
-
-    def _shared_out(self, adapter: Adapter, problems: list[Problem]) -> Iterator[tuple[str | None, Adapter]]:
-        """(component, its share of the adapter, keys without the component)."""
-        if not adapter.components:
-            yield from ((component, adapter) for component in self.components)
-            return
-        for component in adapter.components:
-            share = {k.partition(":")[2]: u for k, u in adapter.items() if k.partition(":")[0] == component}
-            if component in self.components:
-                yield component, replace(adapter, targets=share, components=())
-                continue
-            known = ", ".join(str(name) for name in self.components if name) or "none"
-            what = f"the folder has no component {component}; it has: {known}"
-            problems += [Problem("LF-602", what, join(component, key)) for key in share]
+        return in_components(self.components, adapter, hints)
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """The plans of the parts that change; the other files are copied."""
@@ -243,9 +210,8 @@ class OnnxFolder:
         """Write the folder as it was before ``attach``; LF-613 where nothing is attached or a model was changed."""
         check_free(out, force)
         _check_apart(self.path, out)
-        if not any(
-            model.base.record and model.base.slots for model in self.models.values()
-        ):  # whose adapters lie in files of their own
+        swaps = any(model.base.record and model.base.slots for model in self.models.values())
+        if not swaps:  # of a swap the adapters lie in files of their own
             self._attached()
         storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.record}
         fed = {(Path(f).parent / name).as_posix() for f, m in self.models.items() for name in m.base.fed}
@@ -292,16 +258,6 @@ def _before(model: Model) -> Model:
     return replace(model, base=model.base.without()) if model.base.record else model
 
 
-def _within(hints: Hints, component: str | None) -> Hints:
-    """The hints for the keys of one component, without its name."""
-    if component is None:
-        return hints
-    prefix = f"{component}:"
-    names = {key.removeprefix(prefix): name for key, name in hints.names.items() if key.startswith(prefix)}
-    axes = {pattern.removeprefix(prefix): spec for pattern, spec in hints.axes.items()}
-    return Hints(names, axes)
-
-
 def _by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, Norms]:
     """The norms of a target, from the first of the files that have it."""
     return {
@@ -309,20 +265,6 @@ def _by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, N
         for job in plan.jobs
         for key, places in job.resolution.targets.items()
     }
-
-
-def _in_none(problems: Sequence[Problem], found: Container[str]) -> list[Problem]:
-    """Where no component is named, one that has the target is enough; else one problem tells what all of them say."""
-    said: dict[str, list[Problem]] = {}
-    for problem in problems:
-        said.setdefault(problem.where if problem.rule == "LF-602" else "", []).append(problem)
-    others = said.pop("", [])
-    missing = {key: told for key, told in said.items() if key not in found}
-    return [*others, *(replace(told[0], what="; ".join(p.what for p in told)) for told in missing.values())]
-
-
-def _once(problems: Iterable[Problem]) -> list[Problem]:
-    return list(dict.fromkeys(problems))
 
 
 def _copy(source: Path, file: BinaryIO) -> None:
