@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat.axes import Placement
+from loraformat.errors import fault
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -79,6 +82,46 @@ class Seat:
     def whole(self) -> bool:
         """Whether the seat is the whole tensor as it lies."""
         return self.rows is None and self.index is None
+
+    @property
+    def matrix_axes(self) -> str | None:
+        """``axes`` of one matrix of a stack, or of the tensor."""
+        if self.index is None or self.axes is None:
+            return self.axes
+        return ",".join(word for word in self.axes.split(",") if not word.strip().startswith("batch"))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...] | None:
+        """``shape`` of one matrix of a stack, or of the tensor."""
+        if self.index is None or self.shape is None:
+            return self.shape
+        if self.axes is None:
+            return None
+        words = [word.strip() for word in self.axes.split(",")]
+        return tuple(n for n, word in zip(self.shape, words, strict=True) if not word.startswith("batch"))
+
+    def indices(self, size: int) -> Indices:
+        """``rows`` of a matrix that has ``size``; LF-606 where it has no such rows."""
+        if self.rows is None:
+            return np.arange(size)
+        if not isinstance(self.rows, Share):
+            if len(self.rows) and int(self.rows.max()) >= size:
+                raise fault("LF-606", f"row {int(self.rows.max())} is meant of a tensor that has {size}")
+            return self.rows
+        found = self.rows.indices(size)
+        if found is None:
+            raise fault("LF-606", f"{size} rows are not divisible by {self.rows.of}: this is no such fused tensor")
+        return found
+
+    def total(self, part: int, together: int) -> int | None:
+        """How many rows the matrix has, of which ``part`` rows are this seat and ``together`` those of all its pieces."""
+        if isinstance(self.rows, Share):
+            return self.rows.whole(part)
+        if self.rows is None:
+            return part
+        if self.shape is not None and self.axes is not None:
+            return Placement.of(self.shape, self.axes).matrix_shape[-2]
+        return max(together, int(self.rows.max()) + 1)
 
     def _told(self) -> tuple[Any, ...]:
         rows = tuple(self.rows.tolist()) if isinstance(self.rows, np.ndarray) else self.rows

@@ -14,7 +14,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import key_fault, nearest
 from loraformat.naming.cut import cut, out_size
 from loraformat.naming.fuse import fuse
-from loraformat.naming.links import Link, Seat, Share
+from loraformat.naming.links import Link
 from loraformat.naming.stacked import stack, unstack
 from loraformat.naming.transposed import transposed
 from loraformat.parts import Additive, Replace
@@ -105,9 +105,9 @@ def _taken(key: str, update: Update, found: Mapping[str, list[Link]]) -> list[tu
             piece = unstack(piece, *seat.index, seat.axes)
         if seat.rows is not None:
             piece = _flattened(piece)
-        spec = _without_batch(seat) if seat.index is not None else seat.axes
+        spec = seat.matrix_axes
         size = out_size(piece, spec) if seat.rows is not None or len(links) > 1 else 0
-        rows = _rows(seat.rows, size)
+        rows = seat.indices(size)
         covered.setdefault(None if seat.index is None else seat.index[0], []).append((rows, size, link))
         taken.append((link, _laid(cut(piece, rows, spec) if seat.rows is not None else piece, link)))
     for parts in covered.values():
@@ -152,23 +152,10 @@ def _check_cover(key: str, parts: Sequence[tuple[Indices, int, Link]]) -> None:
         raise fault("LF-602", what, where=key)
 
 
-def _rows(rows: Share | Indices | None, size: int) -> Indices:
-    if rows is None:
-        return np.arange(size)
-    if not isinstance(rows, Share):
-        if len(rows) and int(rows.max()) >= size:
-            raise fault("LF-606", f"row {int(rows.max())} is meant of a tensor that has {size}")
-        return rows
-    found = rows.indices(size)
-    if found is None:
-        raise fault("LF-606", f"{size} rows are not divisible by {rows.of}: this is no such fused tensor")
-    return found
-
-
 def _laid(update: Update, link: Link) -> Update:
     """The update of one piece, in the axes that the other side's tensor has (its batch axis apart)."""
-    here, there = (_without_batch(seat) if seat.index else seat.axes for seat in (link.here, link.there))
-    shape = _one_shape(link.there) if link.there.rows is None else None
+    here, there = link.here.matrix_axes, link.there.matrix_axes
+    shape = link.there.matrix_shape if link.there.rows is None else None
     if link.there.rows is not None and there is not None and there.count("out") > 1 and neutral(update):
         return replace(update, placement=None, base_sha256=None, sketch=None)
     if update.placement is None:
@@ -204,23 +191,6 @@ def _moved(place: Placement, spec: str) -> Placement:
     return Placement.of(tuple(sizes[axis] for axis in range(len(words))), spec)
 
 
-def _without_batch(seat: Seat) -> str | None:
-    """The axes of one matrix of a stack."""
-    if seat.axes is None:
-        return None
-    return ",".join(word for word in seat.axes.split(",") if not word.strip().startswith("batch"))
-
-
-def _one_shape(seat: Seat) -> tuple[int, ...] | None:
-    """The shape of one matrix of a stack, or of the tensor."""
-    if seat.index is None or seat.shape is None:
-        return seat.shape
-    if seat.axes is None:
-        return None
-    words = [word.strip() for word in seat.axes.split(",")]
-    return tuple(n for n, word in zip(seat.shape, words, strict=True) if not word.startswith("batch"))
-
-
 def _made(name: str, held: Sequence[tuple[Link, Update]]) -> Update:
     """The update of one parameter there, of all that lead to it."""
     if why := key_fault(name):
@@ -251,13 +221,13 @@ def _joined(name: str, parts: Sequence[tuple[Link, Update]]) -> Update:
     """One matrix of the pieces that fill its rows."""
     if len(parts) == 1 and parts[0][0].there.rows is None:
         return parts[0][1]
-    spec = _without_batch(parts[0][0].there)
+    spec = parts[0][0].there.matrix_axes
     sizes = [out_size(update, spec) for _, update in parts]
-    totals = {_total(link.there, size, sum(sizes)) for (link, _), size in zip(parts, sizes, strict=True)}
+    totals = {link.there.total(size, sum(sizes)) for (link, _), size in zip(parts, sizes, strict=True)}
     if len(totals) > 1 or None in totals:
         raise fault("LF-606", "its pieces do not agree about how many rows it has", where=name)
     total: Any = totals.pop()
-    rows = [_rows(link.there.rows, total) for link, _ in parts]
+    rows = [link.there.indices(total) for link, _ in parts]
     if (np.bincount(np.concatenate(rows), minlength=total) > 1).any():
         told = ", ".join(link.here.name for link, _ in parts)
         raise fault(
@@ -266,14 +236,3 @@ def _joined(name: str, parts: Sequence[tuple[Link, Update]]) -> Update:
     if len(parts) == 1 and len(rows[0]) == total:
         return cut(parts[0][1], np.argsort(rows[0]), spec)
     return fuse([(r, update) for r, (_, update) in zip(rows, parts, strict=True)], total, spec)
-
-
-def _total(seat: Seat, part: int, together: int) -> int | None:
-    """How many rows the tensor has, of which a piece with ``part`` rows is this."""
-    if isinstance(seat.rows, Share):
-        return seat.rows.whole(part)
-    if seat.rows is None:
-        return part
-    if seat.shape is not None and seat.axes is not None:
-        return Placement.of(seat.shape, seat.axes).matrix_shape[-2]
-    return max(together, int(seat.rows.max()) + 1)
