@@ -13,7 +13,6 @@ from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.packed import permuted, spread
 from loraformat.turned import turned
-from loraformat.updates import Update
 
 if TYPE_CHECKING:
     from loraformat.base import Base

@@ -113,7 +113,7 @@ ORDER = (
         "verbs.retarget",
         "verbs.convert",
     ),
-    *("pages.html", "pages.style", "pages.facts", "pages.heat", "pages.spectra", "pages.page", "pages"),
+    *("spans", "pages.html", "pages.style", "pages.facts", "pages.heat", "pages.spectra", "pages.page", "pages"),
     *(
         "verbs.validate",
         "verbs.combine",

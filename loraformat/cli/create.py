@@ -9,6 +9,7 @@ import click
 from loraformat.cli.options import Choice, complete_layout, force, hints, json_flag, mapping
 from loraformat.cli.printing import command, counted, echo_json, warn
 from loraformat.cli.progress import progress_bar
+from loraformat.spans import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -235,12 +236,11 @@ def _proof(
 
     known = known or digest(adapter)
     placed = sum(update.placement is not None for update in adapter.values())
-    scales = sorted({update.scale for update in adapter.values() if update.scale is not None})
     if as_json:
         said = {"schema": 1, "out": out, "digest": known, "targets": len(adapter), "placed": placed}
         echo_json({**said, **(more or {}), "warnings": [problem.as_json() for problem in warnings]})
         return
     warn(warnings)
-    span = f"{scales[0]:.4g}–{scales[-1]:.4g}" if len(scales) > 1 else "".join(f"{s:.4g}" for s in scales)
-    held = f"{counted(len(adapter), 'target')}, {placed} placed · scale {span} · digest {known[:12]}"
+    scales = span((update.scale for update in adapter.values() if update.scale is not None), "{:.4g}".format)
+    held = f"{counted(len(adapter), 'target')}, {placed} placed · scale {scales} · digest {known[:12]}"
     click.echo(f"{out}: {what} · {held} · next: {following}", err=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.cli.printing import counted, printable, table
+from loraformat.spans import span
 
 if TYPE_CHECKING:
     from loraformat.verbs.anatomy import Anatomy, Organ
@@ -30,9 +31,9 @@ def deep_lines(found: Anatomy) -> Iterator[str]:
     for kind, organs in kinds.items():
         times = f"×{len(organs)}" if len(organs) > 1 else ""
         effective = [organ.effective_rank for organ in organs]
-        ranks = [_span([organ.rank_for(energy) for organ in organs]) for energy in (0.9, 0.99)]
-        sizes = _span([organ.norm for organ in organs])
-        rows.append((printable(kind), sizes, _span(effective), *ranks, _spectrum(organs), times))
+        ranks = [span(organ.rank_for(energy) for organ in organs) for energy in (0.9, 0.99)]
+        sizes = span(organ.norm for organ in organs)
+        rows.append((printable(kind), sizes, span(effective), *ranks, _spectrum(organs), times))
     yield from table(rows)
     yield "effective rank: exp of the entropy of the singular values; 90 %, 99 %: the rank that holds so much of ‖ΔW‖²"
     if found.dead:
@@ -73,10 +74,6 @@ def _spectrum(organs: Sequence[Organ]) -> str:
     mean = np.mean([np.pad(line, (0, length - len(line))) for line in lines], axis=0)
     points = mean[np.linspace(0, length - 1, min(length, _WIDTH)).round().astype(int)]
     return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] for value in points)
-
-
-def _span(values: Sequence[float]) -> str:
-    return "–".join(dict.fromkeys(f"{value:.3g}" for value in (min(values), max(values))))
 
 
 def _some(keys: Sequence[str]) -> str:

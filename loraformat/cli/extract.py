@@ -10,6 +10,7 @@ from loraformat.cli.options import Choice, force, hints, json_flag, mapping
 from loraformat.cli.printing import command, counted, echo_json, printable, table
 from loraformat.cli.progress import progress_bar
 from loraformat.errors import fault
+from loraformat.spans import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,11 +154,10 @@ def _following(out: str) -> str:
 
 def _loss(found: Extracted) -> str:
     """``r 16 · residual 31 % of ΔW (2.1–48 %) · 12 tensors equal``."""
-    ranks = sorted({update.rank for update in found.adapter.values() if update.rank is not None})
-    pairs = f"rank {'–'.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))} · " if ranks else ""
-    ends = sorted(found.residuals.values())
-    span = "–".join(dict.fromkeys(f"{100 * end:.2g}" for end in ends[:: max(1, len(ends) - 1)]))
-    lost = f"residual {100 * found.whole:.2g} % of ΔW ({span} %) · " if ends else ""
+    ranks = span((update.rank for update in found.adapter.values() if update.rank is not None), str)
+    pairs = f"rank {ranks} · " if ranks else ""
+    ends = span((100 * end for end in found.residuals.values()), "{:.2g}".format)
+    lost = f"residual {100 * found.whole:.2g} % of ΔW ({ends} %) · " if ends else ""
     return f"{pairs}{lost}{counted(found.equal, 'tensor')} equal"
 
 

@@ -10,6 +10,7 @@ import click
 from loraformat.cli.check import verdict_json
 from loraformat.cli.printing import alike, echo_json, printable
 from loraformat.plan import difference, size
+from loraformat.spans import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,8 +36,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         click.echo(line)
     if any(losses.values()):
         least = min(survival, key=survival.__getitem__)
-        span = "–".join(dict.fromkeys(_short(100 * value) for value in (survival[least], max(survival.values()))))
-        click.echo(f"of ΔW survives about {span} %, by a run of rows of each weight; the least: {printable(least)}")
+        survives = span((100 * value for value in survival.values()), _short)
+        click.echo(f"of ΔW survives about {survives} %, by a run of rows of each weight; the least: {printable(least)}")
     click.echo(f"reads {size(plan.reads)}, writes {size(plan.writes)} to {plan.options.out}, memory {size(plan.peak)}")
 
 
@@ -64,11 +65,9 @@ def _survivals(norms: Mapping[str, Norms]) -> list[str]:
 def _change(plan: Plan, outcome: Outcome) -> str:
     norms = outcome.norms.values()
     if plan.verb != "merge":
-        sizes = sorted(n.delta**0.5 for n in norms)
-        return f"‖ΔW‖ {sizes[0]:.3g}–{sizes[-1]:.3g}"
-    ratios = sorted(n.change * 100 for n in norms if n.change is not None)
-    ends = "–".join(dict.fromkeys(_short(ratio) for ratio in ratios[:: max(1, len(ratios) - 1)]))
-    said = [f"‖ΔW‖/‖W‖ {ends} %"] if ratios else []
+        return f"‖ΔW‖ {span(n.delta**0.5 for n in norms)}"
+    ratios = span((n.change * 100 for n in norms if n.change is not None), _short)
+    said = [f"‖ΔW‖/‖W‖ {ratios} %"] if ratios else []
     new, zero = sum(n.new for n in norms), sum(n.change is None and not n.new for n in norms)
     said += [f"added or resized: {new}"] if new else []
     said += [f"zero before: {zero}"] if zero else []

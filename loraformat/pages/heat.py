@@ -71,11 +71,11 @@ def heat_map(heat: Heat) -> Markup:
         element("tr", element("th", said(layer), scope="row"), [_cell(heat, layer, module) for module in modules])
         for layer in layers
     ]
-    caption = element("caption", f"{unit}, by layer and module; – where the adapter changes nothing")
-    table = element("table", caption, element("thead", head), element("tbody", rows), class_="heat")
+    above = element("p", f"{unit}, by layer and module; – where the adapter changes nothing", class_="soft")
+    table = element("table", element("thead", head), element("tbody", rows), class_="heat")
     end = f"{_short(heat.full, heat.relative)}{' and more' if heat.capped else ''}"
     scale = element("p", "0", element("span", aria_hidden="true"), end, class_="scale")
-    return Markup(element("div", table, class_="scroll", tabindex=0, role="region", aria_label=unit) + scale)
+    return Markup(above + element("div", table, class_="scroll", tabindex=0, role="region", aria_label=unit) + scale)
 
 
 def _cell(heat: Heat, layer: str, module: str) -> Markup:

@@ -14,6 +14,7 @@ from loraformat.pages.spectra import spectra
 from loraformat.pages.style import STYLE
 from loraformat.parts import roles_of
 from loraformat.plan import size
+from loraformat.spans import span
 
 if TYPE_CHECKING:
     from loraformat.errors import Problem
@@ -69,20 +70,21 @@ def _head(facts: Facts, tag: str) -> Markup:
     title = facts.adapter.about.get("title")
     named = title if isinstance(title, str) and title else facts.name
     cards = [element("div", element("dt", name), element("dd", value)) for name, value in _cards(facts) if value]
-    below = element("p", said(facts.name), f" · {facts.layout}" if facts.layout else None, class_="soft")
-    return Markup(element(tag, said(named)) + below + element("dl", cards))
+    below: list[Content] = [said(facts.name)] if named != facts.name else []
+    if facts.layout:
+        below += [" · ", facts.layout] if below else [facts.layout]
+    told = element("p", below, class_="soft") if below else Markup("")
+    return Markup(element(tag, said(named)) + told + element("dl", cards))
 
 
 def _cards(facts: Facts) -> Iterator[tuple[str, Content]]:
     adapter = facts.adapter
     updates = adapter.values()
-    ranks = sorted({update.rank for update in updates if update.rank is not None})
-    scales = sorted({update.scale for update in updates if update.scale is not None})
     dtypes = {dtype_name(t.dtype) for update in updates for part in update.parts for _, t in roles_of(part)}
     yield "targets", str(len(adapter))
     yield "kinds", ", ".join(f"{kind} ×{n}" for kind, n in Counter(update.kind for update in updates).most_common())
-    yield "rank", _span([float(rank) for rank in ranks])
-    yield "scale", _span(scales)
+    yield "rank", span(update.rank for update in updates if update.rank is not None)
+    yield "scale", span((update.scale for update in updates if update.scale is not None), "{:.4g}".format)
     yield "stored as", f"{', '.join(sorted(dtypes))} · {size(facts.nbytes)}"
     yield "names", said(adapter.names)
     yield "base model", said(adapter.base_model["name"]) if isinstance(adapter.base_model.get("name"), str) else None
@@ -90,10 +92,10 @@ def _cards(facts: Facts) -> Iterator[tuple[str, Content]]:
     for field in ("license", "trigger_words", "tags"):
         if value := adapter.about.get(field):
             yield field.replace("_", " "), said(", ".join(map(str, value)) if isinstance(value, list) else value)
-    changes = sorted(n.change for n in facts.norms.values() if n.change is not None)
-    yield "‖ΔW‖ / ‖W‖", f"{_span([100 * change for change in changes])} %" if changes else None
-    losses = sorted(n.loss for n in facts.norms.values() if n.delta and not n.new)
-    yield "a merge would round away", f"{_span([100 * loss for loss in losses])} % of ΔW" if losses else None
+    changes = [100 * n.change for n in facts.norms.values() if n.change is not None]
+    yield "‖ΔW‖ / ‖W‖", f"{span(changes)} %" if changes else None
+    losses = [100 * n.loss for n in facts.norms.values() if n.delta and not n.new]
+    yield "a merge would round away", f"{span(losses)} % of ΔW" if losses else None
     yield "digest", element("code", digest(adapter)[:16], title=digest(adapter))
 
 
@@ -214,7 +216,3 @@ def _cells(facts: Facts, key: str, update: Update) -> Iterator[Markup]:
 
 def _number(value: float | None, unit: str = "") -> Markup:
     return element("td", "–" if value is None else f"{value:.4g}{unit}", class_="number")
-
-
-def _span(values: Sequence[float]) -> str:
-    return "–".join(dict.fromkeys(f"{value:.4g}" for value in (values[0], values[-1]))) if values else ""

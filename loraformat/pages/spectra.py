@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraformat.pages.html import Markup, element, said
+from loraformat.spans import span
 from loraformat.verbs.anatomy import kind_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def spectra(found: Anatomy) -> Markup:
 def _figure(kind: str, organs: Sequence[Organ]) -> Markup:
     effective = [organ.effective_rank for organ in organs]
     width = max(organ.sigma.shape[1] for organ in organs)
-    told = f"effective rank {_span(effective)} of {width} · 90 % of ‖ΔW‖² in {_span([o.rank_for(0.9) for o in organs])}"
+    told = f"effective rank {span(effective)} of {width} · 90 % of ‖ΔW‖² in {span(o.rank_for(0.9) for o in organs)}"
     times = f" ×{len(organs)}" if len(organs) > 1 else ""
     return element(
         "figure", _drawn(organs, f"singular values: {told}"), element("figcaption", said(kind), times), _soft(told)
@@ -71,7 +72,3 @@ def _points(values: F64, *, back: bool = False) -> str:
 
 def _soft(text: str) -> Markup:
     return element("p", text, class_="soft")
-
-
-def _span(values: Sequence[float]) -> str:
-    return "–".join(dict.fromkeys(f"{value:.3g}" for value in (min(values), max(values))))
