@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = [
-    "detect", "from_tensors", "inside", "layout", "layouts", "load", "loader", "loaders", "markers", "model_config", "open_base",
-    "read", "read_source", "spaces",
+    "detect", "from_tensors", "layout", "layouts", "load", "loader", "loaders", "markers", "model_config", "neither",
+    "open_base", "read", "read_source", "spaces",
 ]  # fmt: skip
 
 CONFIG = "adapter_config.json"
@@ -97,10 +97,10 @@ def detect(source: Source) -> tuple[Layout, str]:
     if claims:
         said = "; ".join(f"{item.name} ({why})" for item, why in claims)
         raise fault("LF-502", f"{len(claims)} layouts claim {source.path}: {said}", fix="choose one with --from NAME")
-    raise (inside(source.path) if source.file is None else None) or _unclaimed(source)
+    raise (_inside(source.path) if source.file is None else None) or _unclaimed(source)
 
 
-def inside(folder: Path) -> LoraFormatError | None:
+def _inside(folder: Path) -> LoraFormatError | None:
     """LF-501 with up to three adapters that lie in a folder, as in a downloaded repository's snapshots; None without any."""
     looked = itertools.islice(adapters_under(folder, markers()), _LOOKED_AT)
     near = list(itertools.islice((str(path) for path in looked if path != folder and _claimed(path)), 3))
@@ -109,6 +109,12 @@ def inside(folder: Path) -> LoraFormatError | None:
         if near
         else None
     )
+
+
+def neither(path: str, adapter: LoraFormatError, base: LoraFormatError) -> LoraFormatError:
+    """Why a path is no adapter and no base; of a folder with an adapter in it only where that lies."""
+    near = _inside(Path(path)) if Path(path).is_dir() else None
+    return near or LoraFormatError([*adapter.problems, *base.problems])
 
 
 def _claimed(path: Path) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.names import nearest
 from loraformat.packed import permuted, spread
 from loraformat.turned import turned
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from loraformat.base import Base
     from loraformat.updates import Update
 
-__all__ = ["Hints", "Match", "Resolution", "matches"]
+__all__ = ["Hints", "Match", "Resolution", "matches", "unmeant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +166,7 @@ class Hints:
         """One LF-705 for each hint that no target asked for: a typing error would otherwise pass in silence."""
         known = list(keys)
         names = [p for p in self.names if not any(k == p or (p.endswith("*") and k.startswith(p[:-1])) for k in known)]
-        axes = [p for p in self.axes if not any(matches(k, (p,)) for k in known)]
-        return [
-            Problem("LF-705", "no target of the adapter is meant by this pattern", pattern) for pattern in names + axes
-        ]
+        return [_unmeant(pattern, known) for pattern in names] + unmeant(self.axes, known)
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
@@ -183,3 +181,15 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}"):
                 return True
     return False
+
+
+def unmeant(patterns: Iterable[str], keys: Iterable[str], what: str = "target of the adapter") -> list[Problem]:
+    """One LF-705 for each pattern that means none of these parameters: a typing error would otherwise pass in silence."""
+    known = list(keys)
+    return [_unmeant(p, known, what) for p in patterns if not any(matches(key, (p,)) for key in known)]
+
+
+def _unmeant(pattern: str, known: Sequence[str], what: str = "target of the adapter") -> Problem:
+    leaves = sorted({key.rpartition(".")[0].rpartition(".")[2] for key in known})
+    close = nearest(pattern.strip("*."), leaves) or leaves[:6]
+    return Problem("LF-705", f"no {what} is meant by this pattern; modules: {', '.join(close)}", pattern)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.parts import Delta, Loha, Lokr, Lora, Part, Replace, Rows
-from loraformat.resolve import matches
+from loraformat.resolve import matches, unmeant
 
 if TYPE_CHECKING:
     from loraformat.updates import Update
@@ -33,11 +33,8 @@ def strengthen(
     numbers = [weight, *scales.values()]
     if not all(math.isfinite(n) for n in numbers):
         raise fault("LF-705", f"weights must be finite numbers, not {numbers}")
-    unused = [p for p in (*only, *scales) if not any(matches(key, (p,)) for key in adapter)]
-    if unused:
-        raise LoraFormatError(
-            [Problem("LF-705", "no target of the adapter is meant by this pattern", p) for p in unused]
-        )
+    if unused := unmeant((*only, *scales), adapter):
+        raise LoraFormatError(unused)
     targets, problems = {}, []
     for key, update in adapter.items():
         if only and not matches(key, only):

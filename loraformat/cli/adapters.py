@@ -41,6 +41,9 @@ class Gathered:
 def parse(word: str) -> Given:
     """A path that exists is taken as it is; else a weight is a number after the last colon, a name ends at ``=``.
 
+    Raises:
+        LoraFormatError: LF-705 what stands behind the colon of a path that exists is no number.
+
     >>> parse("style=a.safetensors:0.5")
     Given(path='a.safetensors', name='style', weight=0.5)
     """
@@ -48,6 +51,9 @@ def parse(word: str) -> Given:
         return Given(word)
     weighted = _WEIGHT.fullmatch(word)
     path, weight = (weighted[1], float(weighted[2])) if weighted else (word, 1.0)
+    before, _, after = word.rpartition(":")
+    if not weighted and any(part and Path(part).exists() for part in (before, before.partition("=")[2])):
+        raise fault("LF-705", f"{after!r} is no weight of {before}", fix=f"a number, such as {before}:0.5")
     name, equals, rest = path.partition("=")
     if equals and not Path(path).exists():
         return Given(rest, name, weight)

@@ -55,6 +55,7 @@ def _options(function: F) -> F:
 )
 @click.option(
     "--survival",
+    metavar="SHARE",
     type=click.FloatRange(0.0, 1.0),
     default=0.1,
     show_default=True,

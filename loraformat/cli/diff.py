@@ -31,7 +31,12 @@ _SHOWN = 20  # rows of a table; --json has them all
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
-    "--tolerance", type=float, default=1e-6, show_default=True, help="‖ΔA−ΔB‖ up to this share of ‖Δ‖ is rounding."
+    "--tolerance",
+    type=float,
+    metavar="SHARE",
+    default=1e-6,
+    show_default=True,
+    help="‖ΔA−ΔB‖ up to this share of ‖Δ‖ is rounding.",
 )
 @click.option(
     "--ignore",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,19 +103,11 @@ def _base(path: str, error: LoraFormatError) -> Base:
         base = registry.open_base(path)
     except LoraFormatError as other:
         if other.problems[0].rule == "LF-601":
-            raise _neither(path, error, other) from None
+            raise registry.neither(path, error, other) from None
         raise
     if "attach" not in base.verbs and any("lora" in name.lower() for name in base.parameters()):
         raise error  # an adapter in a layout that is not known; a checkpoint has no such names
     return base
-
-
-def _neither(path: str, error: LoraFormatError, other: LoraFormatError) -> LoraFormatError:
-    """What was tried; only where an adapter lies in a folder, if one does."""
-    from loraformat import registry
-
-    near = registry.inside(Path(path)) if Path(path).is_dir() else None
-    return near or LoraFormatError([*error.problems, *other.problems])
 
 
 def _show_base(path: str, base: Base, as_json: bool) -> None:

@@ -112,6 +112,8 @@ def main() -> None:
             click.echo("\ninterrupted", err=True)
             sys.exit(128 + came[0] if came else 130)
         except click.ClickException as error:
+            if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+                error = click.MissingParameter(error.param.help, error.ctx, error.param)
             error.show()
             sys.exit(error.exit_code)
         except BrokenPipeError:

@@ -98,7 +98,7 @@ def _attached(source: str, error: LoraFormatError) -> list[Facts]:
     try:
         base = registry.open_base(source)
     except LoraFormatError as other:
-        raise LoraFormatError([*error.problems, *other.problems]) from None
+        raise registry.neither(source, error, other) from None
     if "extract" not in base.verbs:
         fix = "loraformat info tells what a base is; a report is of an adapter: report ADAPTER --base BASE"
         raise LoraFormatError(Problem("LF-705", f"{source} is a base without anything attached", fix=fix))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.resolve import matches
+from loraformat.errors import LoraFormatError, fault
+from loraformat.resolve import matches, unmeant
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
@@ -23,9 +23,8 @@ def by_pattern(weight: Weight, adapter: Adapter) -> dict[str, float]:
     patterns = dict(weight) if isinstance(weight, Mapping) else {"*": weight}
     if not all(math.isfinite(number) for number in patterns.values()):
         raise fault("LF-705", f"weights must be finite numbers, not {list(patterns.values())}")
-    if unused := [p for p in patterns if p != "*" and not any(matches(key, (p,)) for key in adapter)]:
-        what = "no target of the adapter is meant by this pattern"
-        raise LoraFormatError([Problem("LF-705", what, pattern) for pattern in unused])
+    if unused := unmeant((pattern for pattern in patterns if pattern != "*"), adapter):
+        raise LoraFormatError(unused)
     return {pattern: float(number) for pattern, number in patterns.items()}
 
 

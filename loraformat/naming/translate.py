@@ -64,7 +64,7 @@ def translate(adapter: Adapter, links: Iterable[Link], names: str) -> Translated
     pieces: dict[str, list[tuple[Link, Update]]] = {}
     for key, update in adapter.items():
         try:
-            for link, piece in _taken(key, update, found):
+            for link, piece in _taken(key, update, found, names):
                 pieces.setdefault(link.there.name, []).append((link, piece))
         except LoraFormatError as error:
             problems += [replace(p, where=p.where or key) for p in error.problems]
@@ -88,13 +88,13 @@ def components(keys: Iterable[str]) -> tuple[str, ...]:
     return () if "" in found else tuple(sorted(found))
 
 
-def _taken(key: str, update: Update, found: Mapping[str, list[Link]]) -> list[tuple[Link, Update]]:
+def _taken(key: str, update: Update, found: Mapping[str, list[Link]], names: str) -> list[tuple[Link, Update]]:
     """What each link takes of one update, in the axes of the other side."""
     links = found.get(key, [])
     if not links:
         close = nearest(key, found)
         fix = f"nearest: {', '.join(close)}" if close else "state it: --names MAP"
-        raise fault("LF-602", "nothing says what this parameter is called there", where=key, fix=fix)
+        raise fault("LF-602", f"nothing says what this parameter is called in {names}", where=key, fix=fix)
     taken: list[tuple[Link, Update]] = []
     covered: dict[int | None, list[tuple[Indices, int, Link]]] = {}
     for link in links:

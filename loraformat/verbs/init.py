@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from loraformat.adapter import Adapter
-from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.names import nearest
+from loraformat.errors import LoraFormatError, fault
 from loraformat.naming.spaces import space_of
 from loraformat.normal import normal, uniform
 from loraformat.parts import Lora
 from loraformat.placing import unplaced
-from loraformat.resolve import Hints, matches
+from loraformat.resolve import Hints, matches, unmeant
 from loraformat.scale import ScaleRule
 from loraformat.updates import Update
 
@@ -57,7 +57,7 @@ def init(
     if method == "kaiming" and sigma is not None:
         raise fault("LF-705", "kaiming has no sigma: its width is 1/√in", fix="give --sigma or --init kaiming")
     known = base.linears(hints or Hints())
-    problems = [p for p in (_missing(pattern, known) for pattern in targets) if p]
+    problems = [replace(p, rule="LF-602") for p in unmeant(targets, known, "weight of the base")]
     chosen = {key: place for key, place in known.items() if matches(key, targets)}
     problems += [unplaced(key) for key, place in chosen.items() if place is None]
     if problems:
@@ -81,11 +81,3 @@ def _draw(key: str, rank: int, in_: int, sigma: float, method: str, seed: int) -
     else:
         values = (2.0 * uniform(seed, key, rank * in_) - 1.0) / math.sqrt(in_)
     return values.astype(np.float32).reshape(rank, in_)
-
-
-def _missing(pattern: str, known: Collection[str]) -> Problem | None:
-    if any(matches(name, (pattern,)) for name in known):
-        return None
-    leaves = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in known})
-    close = nearest(pattern, leaves) or leaves[:6]
-    return Problem("LF-602", f"no weight of the base is meant by this pattern; modules: {', '.join(close)}", pattern)

@@ -23,10 +23,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from loraformat import progress
-from loraformat.errors import LoraFormatError, Problem
+from loraformat.errors import LoraFormatError
 from loraformat.parts import Lora
 from loraformat.plan import Job
-from loraformat.resolve import Hints, matches
+from loraformat.resolve import Hints, matches, unmeant
 from loraformat.updates import Update
 from loraformat_converters.onnx import tort
 from loraformat_converters.onnx.attaching import magnitude
@@ -156,9 +156,8 @@ class Swap:
 def wanted(base: Base, patterns: Sequence[str]) -> Job:
     """A job without a name that has slots made for what the patterns mean; LF-705 for one that means nothing."""
     known = {key: place for key, place in base.linears(Hints()).items() if place is not None}
-    unused = [p for p in patterns if not any(matches(key, (p,)) for key in known)]
-    if unused:
-        raise LoraFormatError([Problem("LF-705", "no weight of the model is meant by this pattern", p) for p in unused])
+    if unused := unmeant(patterns, known, "weight of the model"):
+        raise LoraFormatError(unused)
     from loraformat.adapter import Adapter
 
     targets = {
