@@ -4,9 +4,10 @@ import re
 import runpy
 from pathlib import Path
 
+import click
 import pytest
 
-from loraformat.cli.main import _VERBS
+from loraformat.cli.main import _VERBS, cli
 from loraformat_converters.onnx.attaching.branches import FORMS
 from loraformat_converters.onnx.changing import record
 
@@ -26,6 +27,13 @@ def test_a_link_leads_to_a_file_and_to_a_heading_in_it(page):
         titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
         spelled = [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles]
         assert not heading or heading in spelled, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_an_option_that_a_page_names_exists(page):
+    commands = [cli.get_command(click.Context(cli), verb) for verb in _VERBS]
+    known = {name for command in commands for parameter in command.params for name in parameter.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8"))) <= known
 
 
 def test_the_page_of_errors_is_the_table_of_rules():
