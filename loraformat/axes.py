@@ -102,6 +102,11 @@ class Placement:
         sizes = (math.prod(self.shape[a] for a in axes) for axes in (self.out, self.in_))
         return (*self.batch_sizes, *sizes)
 
+    def without(self, axis: int) -> Placement:
+        """The placement in one slice of the tensor along a batch axis."""
+        lower = (tuple(a - (a > axis) for a in axes if a != axis) for axes in (self.out, self.in_, self.batch))
+        return Placement((*self.shape[:axis], *self.shape[axis + 1 :]), *lower)
+
     def to_matrix(self, tensor: Array) -> Array:
         """The base tensor as a matrix [*batch, out, in]; a view where numpy can give one."""
         return tensor.transpose(*self.batch, *self.out, *self.in_).reshape(self.matrix_shape)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["DTYPES", "dtype_name", "numpy_dtype", "tensor_order"]
+__all__ = ["DTYPES", "dtype_name", "dtype_names", "numpy_dtype", "tensor_order"]
 
 # The reference serializer orders tensors by dtype, widest first, then by name: the order of its Dtype enum
 # (safetensors 0.8 tensor.rs), reversed. Width in bytes beside each.
@@ -48,6 +48,11 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     if spelled is None:
         raise ValueError(f"safetensors has no dtype for {dtype}")
     return spelled
+
+
+def dtype_names(tensors: Iterable[np.ndarray[Any, Any]]) -> str:
+    """The dtypes of several tensors, as a person reads them: ``BF16/F32``."""
+    return "/".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))
 
 
 def tensor_order(dtypes: Mapping[str, str]) -> list[str]:

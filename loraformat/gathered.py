@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.names import key_fault
-from loraformat.parts import ORDER
+from loraformat.parts import ordered
 from loraformat.shapes import shape_problems
 from loraformat.updates import Update
 
@@ -52,7 +52,7 @@ class Gathered:
         old = self.updates.get(key, Update(()))
         if part.kind in old:
             self.say("LF-506", f"two different {part.kind} parts for one parameter: which is it?", key)
-        parts = tuple(sorted((*old.parts, part), key=lambda p: ORDER.index(p.kind)))
+        parts = ordered((*old.parts, part))
         self.updates[key] = Update(parts, old.placement or place, old.op or op, assumed or old.assumed)
 
     def checked(self, where: str, fix: str = "") -> dict[str, Update]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loraformat import canonical
 from loraformat.adapter import Adapter
 from loraformat.dtypes import dtype_name
+from loraformat.errors import fault
+from loraformat.faults import brief, is_number, is_rank
 from loraformat.gathered import Gathered
 from loraformat.shapes import FLOATS
 
@@ -106,6 +109,26 @@ class Loose(Gathered):
             self.say("LF-509", f"{self.tool} stores no alpha: the scale is unknown", module, fix)
             return None
         return alpha, rule
+
+    def configure(self, text: str | None, file: str) -> Mapping[str, Any]:
+        """Take r and lora_alpha from a configuration that lies beside, for a tool that knows alpha/r alone; all that it says.
+
+        Raises:
+            LoraFormatError: LF-503 it is not JSON, or has no rank and no number there.
+        """
+        if text is None:
+            return {}
+        try:
+            value = canonical.loads(text)
+        except ValueError as error:
+            raise fault("LF-503", f"not valid JSON: {error}", where=file) from None
+        known: Mapping[str, Any] = value if isinstance(value, dict) else {}
+        rank, alpha = known.get("r"), known.get("lora_alpha")
+        if not (is_rank(rank) and is_number(alpha)):
+            what = f"r and lora_alpha are {brief(rank)} and {brief(alpha)}, not a rank and a number"
+            raise fault("LF-503", what, where=file)
+        self.alpha, self.rank, self.rule = alpha, rank, "alpha/r"
+        return known
 
     def finish(self, where: str, **fields: Any) -> Adapter:
         """The adapter, sorted by key, or every problem at once; ``fields`` are those of ``Adapter``."""

@@ -7,9 +7,9 @@ the JSON fields of the part. Shapes are checked here; the arithmetic is in ``lor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from loraformat.axes import Placement
 from loraformat.names import ROLES
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADDITIVE", "KINDS", "ORDER", "Additive", "Delta", "Loha", "Lokr", "Lora", "Magnitude", "Part", "Replace",
-    "Rows", "roles_of",
+    "Rows", "ordered", "roles_of",
 ]  # fmt: skip
 
 
@@ -251,6 +251,14 @@ KINDS: dict[str, type[Any]] = {c.kind: c for c in (Replace, Lora, Loha, Lokr, De
 ADDITIVE = ("lora", "loha", "lokr", "delta")
 ORDER = tuple(KINDS)
 """The order of application, and so the order in which the file lists parts."""
+
+
+P = TypeVar("P", bound=Part)
+
+
+def ordered(parts: Iterable[P]) -> tuple[P, ...]:
+    """The parts in the order of application."""
+    return tuple(sorted(parts, key=lambda part: ORDER.index(part.kind)))
 
 
 def roles_of(part: Part) -> Iterator[tuple[str, Array]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
 
-__all__ = ["rounded", "widened"]
+__all__ = ["quotient", "rounded", "widened"]
 
 _SIGN_AND_REST = np.uint32(0x8FFFE000)
 _REBIASED = np.float32(2.0**112)  # 127 − 15: what the exponents of float32 and float16 differ by
@@ -38,3 +38,8 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
     """The values in ``dtype``, each rounded once; what lies beyond its range becomes infinite, NaN stays NaN."""
     with np.errstate(over="ignore"):
         return values.astype(dtype)
+
+
+def quotient(values: F32, scale: F32) -> F32:
+    """The values in steps of ``scale``, which broadcasts; 0 where a block of zeros has no scale."""
+    return np.divide(values, scale, out=np.zeros_like(values), where=scale != 0)

@@ -10,7 +10,7 @@ import numpy as np
 from loraformat.axes import Placement, Rows
 from loraformat.errors import fault
 from loraformat.magnitudes import kept_axes, norm, rescale
-from loraformat.parts import ADDITIVE, Additive, Magnitude, Part
+from loraformat.parts import ADDITIVE, Additive, Magnitude, Part, roles_of
 from loraformat.parts import Rows as RowsPart
 from loraformat.products import product, single
 
@@ -55,6 +55,16 @@ class Update:
         """What a person calls it: ``dora`` for lora + magnitude, else the kinds joined by +."""
         kinds = [p.kind for p in self.parts]
         return "dora" if kinds == ["lora", "magnitude"] else "+".join(kinds)
+
+    @property
+    def tensors(self) -> tuple[Array, ...]:
+        """All that its parts store."""
+        return tuple(tensor for part in self.parts for _, tensor in roles_of(part))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that its parts store."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def additive(self) -> tuple[Additive, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.dtypes import dtype_name
+from loraformat.rounding import quotient
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -131,7 +132,7 @@ class _Run:
 
     def nearest(self, wanted: F32) -> Array:
         """The largest for what lies beyond: neither dtype has an infinity to spare."""
-        values = np.divide(wanted, self.scale, out=np.zeros_like(wanted), where=self.scale != 0)
+        values = quotient(wanted, self.scale)
         if self.stored.dtype == np.int8:
             return np.clip(np.rint(values), -127, 127).astype(np.int8)
         most = _MOST[dtype_name(self.stored.dtype)]

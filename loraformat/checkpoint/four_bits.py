@@ -17,6 +17,7 @@ import numpy as np
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, fault
+from loraformat.rounding import quotient
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -102,7 +103,7 @@ class _Run:
         order = np.argsort(self.table, kind="stable")
         sorted_table = self.table[order]
         between = (sorted_table[1:] + sorted_table[:-1]) / 2
-        values = np.divide(wanted, self.scale, out=np.zeros_like(wanted), where=self.scale != 0).reshape(-1)
+        values = quotient(wanted, self.scale).reshape(-1)
         old, new = self._numbers(self.stored), order[np.searchsorted(between, values)].astype(np.uint8)
         # FP4 has two zeros, and a block of zeros may hold any number.
         same = (self.table[new] == self.table[old]) | (self.scale.reshape(-1) == 0)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraformat.rounding import quotient
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -78,7 +80,7 @@ class _Run:
 
     def nearest(self, wanted: F32) -> Array:
         old = _unpacked(self.stored, self.bits, 0)
-        steps = np.divide(wanted, self.scale, out=np.zeros_like(wanted), where=self.scale != 0)
+        steps = quotient(wanted, self.scale)
         new = np.clip(np.rint(steps + self.zero), 0, 2**self.bits - 1).astype(np.uint32)
         return _packed(np.where(self.scale != 0, new, old), self.bits)
 

@@ -67,11 +67,12 @@ def deep_json(found: Anatomy) -> dict[str, Any]:
 
 def _spectrum(organs: Sequence[Organ]) -> str:
     """The mean singular values, each of its largest, as bars on a scale of their own."""
-    lines = [row / row[0] for organ in organs for row in organ.sigma if row[0] > 0]
-    if not lines:
+    from loraformat.verbs.anatomy import spectra_of
+
+    grid = spectra_of(organs)
+    if not len(grid):
         return ""
-    length = max(map(len, lines))
-    mean = np.mean([np.pad(line, (0, length - len(line))) for line in lines], axis=0)
+    length, mean = grid.shape[1], grid.mean(axis=0)
     points = mean[np.linspace(0, length - 1, min(length, _WIDTH)).round().astype(int)]
     return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] for value in points)
 

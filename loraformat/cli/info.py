@@ -122,14 +122,12 @@ def _show_base(path: str, base: Base, as_json: bool) -> None:
 
 
 def _info_json(path: str, layout: str, adapter: Adapter, deep: bool) -> dict[str, Any]:
-    from loraformat.dtypes import dtype_name
+    from loraformat.dtypes import dtype_names
     from loraformat.identity import digest
     from loraformat.metadata import VERSION, part_json
-    from loraformat.parts import roles_of
 
     targets = {}
     for key, update in adapter.items():
-        tensors = [tensor for part in update.parts for _, tensor in roles_of(part)]
         first = next(iter(update.additive), None)
         place = update.placement.as_json() if update.placement else {"shape": None, "axes": None}
         targets[key] = {
@@ -140,8 +138,8 @@ def _info_json(path: str, layout: str, adapter: Adapter, deep: bool) -> dict[str
             "scale": update.scale,
             "shape": place["shape"],
             "axes": place["axes"],
-            "dtype": "/".join(sorted({dtype_name(t.dtype) for t in tensors})),
-            "bytes": sum(t.nbytes for t in tensors),
+            "dtype": dtype_names(update.tensors),
+            "bytes": update.nbytes,
             "parts": [part_json(part) for part in update.parts],
         }
     more: dict[str, Any] = {}
@@ -168,22 +166,18 @@ def _info_json(path: str, layout: str, adapter: Adapter, deep: bool) -> dict[str
 
 def _lines(adapter: Adapter, reading: Reading) -> list[str]:
     """The adapter for a person: one line for targets that differ only in their numbers."""
-    from loraformat.dtypes import dtype_name
-    from loraformat.parts import roles_of
+    from loraformat.dtypes import dtype_names
     from loraformat.plan import size
 
     groups: dict[tuple[str, ...], list[str]] = {}
-    total = 0
     for key, update in adapter.items():
-        tensors = [tensor for part in update.parts for _, tensor in roles_of(part)]
-        total += sum(t.nbytes for t in tensors)
-        dtypes = "/".join(sorted({dtype_name(t.dtype) for t in tensors}))
         placed = f"[{update.placement.spec}]" if update.placement else "unplaced"
         matrix = update.matrix_shape()
-        row = (re.sub(r"\d+", "*", key), update.kind, _rank(update), _dims(matrix), dtypes, placed)
+        row = (re.sub(r"\d+", "*", key), update.kind, _rank(update), _dims(matrix), dtype_names(update.tensors), placed)
         groups.setdefault(row, []).append(key)
     rows: list[tuple[str, ...]] = [("target", "kind", "rank, scale", "[out, in]", "dtype", "axes", "")]
     rows += [(*row, f"×{len(keys)}" if len(keys) > 1 else "") for row, keys in groups.items()]
+    total = sum(update.nbytes for update in adapter.values())
     name = adapter.base_model.get("name")
     of = f" · base {printable(name)}" if isinstance(name, str) else ""
     bound = sum(update.base_sha256 is not None or update.sketch is not None for update in adapter.values())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraformat.algebra.factors import lowrank
-from loraformat.parts import ORDER, Additive, Delta, Lora
+from loraformat.parts import Additive, Delta, Lora, ordered
 from loraformat.products import product
 from loraformat.updates import Update
 
@@ -40,8 +40,7 @@ def beside(terms: Sequence[Term]) -> tuple[Additive, ...]:
             for weight, part in weighted.pop(kind):
                 other = _as_pair(part)
                 weighted.setdefault(other.kind, []).append((weight, other))
-    parts = [_one(kind, items) for kind, items in weighted.items()]
-    return tuple(sorted(parts, key=lambda part: ORDER.index(part.kind)))
+    return ordered(_one(kind, items) for kind, items in weighted.items())
 
 
 def _one(kind: str, items: list[Weighted]) -> Additive:

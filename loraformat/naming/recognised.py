@@ -65,8 +65,7 @@ class _Spot:
             drawn = sketch(weight.values, place)
         else:
             axis = place.batch[0]
-            lower = [tuple(a - (a > axis) for a in axes) for axes in (place.out, place.in_)]
-            place = Placement((*place.shape[:axis], *place.shape[axis + 1 :]), lower[0], lower[1])
+            place = place.without(axis)
             drawn = sketch(weight.whole.take(self.index[0], axis), place)
         return drawn if drawn is not None and drawn.any() and telling(place) else None
 

@@ -53,9 +53,7 @@ def unstack(update: Update, index: int, count: int, spec: str | None) -> Update:
     parts = tuple(_taken(part, index, count, spec, update.placement) for part in update.parts)
     place = update.placement
     if place is not None:
-        axis = _batch_axis(spec, place)
-        lower = [tuple(a - (a > axis) for a in axes) for axes in (place.out, place.in_)]
-        place = Placement((*place.shape[:axis], *place.shape[axis + 1 :]), lower[0], lower[1])
+        place = place.without(_batch_axis(spec, place))
     return replace(update, parts=parts, placement=place, base_sha256=None, sketch=None)
 
 

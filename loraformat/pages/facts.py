@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from loraformat.base import FewBits
 from loraformat.errors import LoraFormatError, Problem
-from loraformat.parts import roles_of
 from loraformat.resolve import Hints, Resolution
 from loraformat.tiles import Lazy, Norms, changed
 from loraformat.verbs.anatomy import Anatomy, anatomy
@@ -47,8 +46,7 @@ class Facts:
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        updates = self.adapter.values()
-        return sum(tensor.nbytes for update in updates for part in update.parts for _, tensor in roles_of(part))
+        return sum(update.nbytes for update in self.adapter.values())
 
 
 def facts(

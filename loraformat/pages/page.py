@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loraformat.dtypes import dtype_name
+from loraformat.dtypes import dtype_names
 from loraformat.identity import digest
 from loraformat.pages.heat import Heat, heat_map
 from loraformat.pages.html import Content, Markup, element, said
 from loraformat.pages.spectra import spectra
 from loraformat.pages.style import STYLE
-from loraformat.parts import roles_of
 from loraformat.plan import size
 from loraformat.spans import span
 
@@ -80,12 +79,12 @@ def _head(facts: Facts, tag: str) -> Markup:
 def _cards(facts: Facts) -> Iterator[tuple[str, Content]]:
     adapter = facts.adapter
     updates = adapter.values()
-    dtypes = {dtype_name(t.dtype) for update in updates for part in update.parts for _, t in roles_of(part)}
+    dtypes = dtype_names(tensor for update in updates for tensor in update.tensors)
     yield "targets", str(len(adapter))
     yield "kinds", ", ".join(f"{kind} ×{n}" for kind, n in Counter(update.kind for update in updates).most_common())
     yield "rank", span(update.rank for update in updates if update.rank is not None)
     yield "scale", span((update.scale for update in updates if update.scale is not None), "{:.4g}".format)
-    yield "stored as", f"{', '.join(sorted(dtypes))} · {size(facts.nbytes)}"
+    yield "stored as", f"{dtypes} · {size(facts.nbytes)}"
     yield "names", said(adapter.names)
     yield "base model", said(adapter.base_model["name"]) if isinstance(adapter.base_model.get("name"), str) else None
     yield "looked up in", said(facts.base) if facts.base else None
@@ -201,12 +200,11 @@ def _targets(facts: Facts) -> Markup:
 
 def _cells(facts: Facts, key: str, update: Update) -> Iterator[Markup]:
     organ, norms = facts.anatomy.organs.get(key), facts.norms.get(key)
-    dtypes = "/".join(sorted({dtype_name(t.dtype) for part in update.parts for _, t in roles_of(part)}))
     yield element("td", update.kind)
     yield _number(update.rank)
     yield _number(update.scale)
     yield element("td", "×".join(map(str, update.matrix_shape() or ())) or "–")
-    yield element("td", dtypes)
+    yield element("td", dtype_names(update.tensors))
     yield _number(organ.norm if organ else None)
     yield _number(organ.effective_rank if organ else None)
     if facts.norms:

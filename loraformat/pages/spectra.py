@@ -9,7 +9,7 @@ import numpy as np
 
 from loraformat.pages.html import Markup, element, said
 from loraformat.spans import span
-from loraformat.verbs.anatomy import kind_of
+from loraformat.verbs.anatomy import kind_of, spectra_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,9 +44,8 @@ def _figure(kind: str, organs: Sequence[Organ]) -> Markup:
 
 
 def _drawn(organs: Sequence[Organ], label: str) -> Markup:
-    lines = [row / row[0] for organ in organs for row in organ.sigma if row[0] > 0]
-    length = max(map(len, lines))
-    grid = np.array([np.pad(line, (0, length - len(line))) for line in lines])
+    grid = spectra_of(organs)
+    length = grid.shape[1]
     grid = grid[:, np.unique(np.linspace(0, length - 1, min(length, _POINTS)).round().astype(int))]
     low, mean, high = grid.min(axis=0), grid.mean(axis=0), grid.max(axis=0)
     if len(mean) == 1:  # a line needs two points

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     F64 = npt.NDArray[np.float64]
 
-__all__ = ["Anatomy", "Organ", "anatomy", "kind_of"]
+__all__ = ["Anatomy", "Organ", "anatomy", "kind_of", "spectra_of"]
 
 _FAR = 4.0  # a target whose ΔW is so many times larger or smaller than is usual among its like is an outlier
 _FEW = 4  # of fewer alike none is usual
@@ -111,6 +111,13 @@ def anatomy(adapter: Adapter) -> Anatomy:
     return Anatomy(organs, dead, dict(_outliers(organs)), tuple(_duplicates(adapter, dead)))
 
 
+def spectra_of(organs: Iterable[Organ]) -> F64:
+    """[matrices, k]: the singular values of all that are not dead, each a share of its largest; zeros beyond the last."""
+    lines = [row / row[0] for organ in organs for row in organ.sigma if row[0] > 0]
+    length = max(map(len, lines), default=0)
+    return np.array([np.pad(line, (0, length - len(line))) for line in lines]).reshape(-1, length)
+
+
 def kind_of(key: str) -> str:
     """What the layers of a model have in common: a key with its numbers as ``*``.
 
@@ -122,7 +129,7 @@ def kind_of(key: str) -> str:
 
 def _organ(update: Update) -> Organ:
     factors = lowrank(update)
-    progress.advance(sum(tensor.nbytes for part in update.parts for _, tensor in roles_of(part)))
+    progress.advance(update.nbytes)
     sigma = svd(factors).s
     return Organ(factors.shape, sigma.reshape(-1, sigma.shape[-1]))
 

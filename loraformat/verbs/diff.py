@@ -17,7 +17,7 @@ from loraformat.adapter import Adapter
 from loraformat.algebra.factors import lowrank
 from loraformat.algebra.lowrank import LowRank, inner, norm, total
 from loraformat.algebra.svd import angles
-from loraformat.dtypes import dtype_name
+from loraformat.dtypes import dtype_names
 from loraformat.errors import LoraFormatError, fault
 from loraformat.parts import roles_of
 from loraformat.resolve import Hints
@@ -229,9 +229,9 @@ def _form(a: Update, b: Update) -> Iterator[tuple[str, tuple[Any, Any]]]:
     rules = [[part.scale_rule for part in update.additive] for update in (a, b)]
     if rules[0] != rules[1]:
         yield "scale_rule", ("+".join(rules[0]), "+".join(rules[1]))
-    dtypes = ["/".join(sorted({dtype_name(t.dtype) for p in u.parts for _, t in roles_of(p)})) for u in (a, b)]
+    dtypes = dtype_names(a.tensors), dtype_names(b.tensors)
     if dtypes[0] != dtypes[1]:
-        yield "dtype", (dtypes[0], dtypes[1])
+        yield "dtype", dtypes
     shapes = a.matrix_shape(), b.matrix_shape()
     if shapes[0] != shapes[1]:
         yield "shape", (list(shapes[0] or ()), list(shapes[1] or ()))

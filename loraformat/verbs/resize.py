@@ -18,7 +18,7 @@ from loraformat.blas import one_blas_thread
 from loraformat.combining.finite import check_values, finite
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.identity import digest
-from loraformat.parts import ORDER, Delta, Lora, Part
+from loraformat.parts import Delta, Lora, Part, ordered
 from loraformat.updates import Update
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class _Pairs:
             return self.update
         parts: list[Part] = [part for part in self.update.parts if all(part is not other for other in self.old)]
         parts.append(self.found.cut(rank).pair())
-        return replace(self.update, parts=tuple(sorted(parts, key=lambda part: ORDER.index(part.kind))))
+        return replace(self.update, parts=ordered(parts))
 
     def lost(self, made: Update) -> tuple[float, float]:
         """(‖ΔW' − ΔW‖ as stored, ‖ΔW‖), over all matrices that share them."""

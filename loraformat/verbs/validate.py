@@ -12,7 +12,6 @@ from loraformat import registry
 from loraformat.container import HEADER_CAP
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import ReadOptions
-from loraformat.parts import roles_of
 from loraformat.resolve import Hints
 from loraformat.source import Source, open_source
 from loraformat.values import value_problems
@@ -167,7 +166,7 @@ def _size(source: Source) -> int:
 def _excesses(adapter: Adapter, limits: Limits) -> Iterator[Problem]:
     """What is over a limit; the bytes once more, since a compressed file holds more than its size."""
     if limits.bytes is not None:
-        held = sum(t.nbytes for update in adapter.values() for part in update.parts for _, t in roles_of(part))
+        held = sum(update.nbytes for update in adapter.values())
         if held > limits.bytes:
             yield Problem("LF-710", f"the tensors have {held:,} bytes; at most {limits.bytes:,} are allowed")
     if limits.targets is not None and len(adapter) > limits.targets:

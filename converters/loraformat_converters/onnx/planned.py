@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError
-from loraformat.parts import roles_of
 from loraformat.plan import Job, Plan, size
 from loraformat_converters.onnx.attaching.modes import jobs_of
 from loraformat_converters.onnx.attaching.modes import notes as notes_of_mode
@@ -38,7 +37,7 @@ def planned(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) ->
     data = [] if attaches else [data for spot in places if (data := written_data(spot))]
     storage = Storage(base.model, base.path, options.out, data, tag(jobs))
     graph, copies = base.path.stat().st_size, storage.data_bytes
-    added = sum(t.nbytes for c in every_change(places) for p in c.update.parts for _, t in roles_of(p))
+    added = sum(change.update.nbytes for change in every_change(places))
     writes, peak = graph + copies + (added if attaches else 0), 3 * graph + (32 << 20)
     steps = tuple(step(verb, spot) for spot in places)
     estimate = partial(base.rewriting.estimate, places) if rounds else None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loraformat import canonical
 from loraformat.axes import Placement
 from loraformat.errors import fault
-from loraformat.faults import brief, is_number, is_rank
 from loraformat.layout import Reading, ReadOptions
 from loraformat.loose import Loose, by_module
 from loraformat.parts import Lora
@@ -38,7 +36,9 @@ def read(source: Source, options: ReadOptions) -> Reading:
     """
     draft = Loose(options, "Tinker")
     text = source.sidecar(CONFIG)
-    _configure(draft, text)
+    config = draft.configure(text, CONFIG)
+    if on := [name for name in _UNKNOWN if config.get(name)]:
+        raise fault("LF-504", f"{', '.join(on)}: Tinker's own tools do not know this setting", where=CONFIG)
     modules, rest = by_module(source.tensors, _ENDINGS)
     for module, roles in modules.items():
         _add(module.removeprefix(PREFIX), roles, draft)
@@ -68,21 +68,3 @@ def _add(module: str, roles: dict[str, Array], draft: Loose) -> None:
         draft.say("LF-504", "both factors are shared by all experts, and no tensor says how many there are", module)
         return
     draft.add(f"{module}.weight", Lora(a, b, *scale), Placement((count, b.shape[1], a.shape[2]), (1,), (2,), (0,)))
-
-
-def _configure(draft: Loose, text: str | None) -> None:
-    """r and lora_alpha; Tinker computes alpha / r and knows nothing else."""
-    if text is None:
-        return
-    try:
-        value = canonical.loads(text)
-    except ValueError as error:
-        raise fault("LF-503", f"not valid JSON: {error}", where=CONFIG) from None
-    rank, alpha = (value.get(name) if isinstance(value, dict) else None for name in ("r", "lora_alpha"))
-    if not (is_rank(rank) and is_number(alpha)):
-        raise fault(
-            "LF-503", f"r and lora_alpha are {brief(rank)} and {brief(alpha)}, not a rank and a number", where=CONFIG
-        )
-    if on := [name for name in _UNKNOWN if value.get(name)]:
-        raise fault("LF-504", f"{', '.join(on)}: Tinker's own tools do not know this setting", where=CONFIG)
-    draft.alpha, draft.rank, draft.rule = alpha, rank, "alpha/r"

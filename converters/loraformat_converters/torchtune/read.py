@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraformat import canonical
 from loraformat.axes import Placement
-from loraformat.errors import fault
-from loraformat.faults import brief, is_number, is_rank
 from loraformat.layout import Reading, ReadOptions
 from loraformat.loose import Loose, by_module
 from loraformat.parts import Lora, Magnitude
@@ -30,7 +27,8 @@ def read(source: Source, options: ReadOptions) -> Reading:
             scale.
     """
     draft = Loose(options, "torchtune")
-    _configure(draft, source.sidecar(CONFIG))
+    text = source.sidecar(CONFIG)
+    draft.configure(text, CONFIG)
     modules, rest = by_module(source.tensors, _ENDINGS)
     for module, roles in modules.items():
         axes = {"lora_a": 2, "lora_b": 2} | ({"magnitude": 1} if "magnitude" in roles else {})
@@ -46,22 +44,5 @@ def read(source: Source, options: ReadOptions) -> Reading:
             draft.add(f"{module}.weight", Magnitude(roles["magnitude"]))
     for name in rest:
         draft.say("LF-506", "no tensor of a torchtune adapter", name)
-    text = source.sidecar(CONFIG)
     extensions = {"torchtune": text} if text is not None else {}
     return Reading(draft.finish(str(source.path), names=NAMES, extensions=extensions), draft.warnings)
-
-
-def _configure(draft: Loose, text: str | None) -> None:
-    """r and lora_alpha, where a configuration lies beside; the rule is torchtune's only one."""
-    if text is None:
-        return
-    try:
-        value = canonical.loads(text)
-    except ValueError as error:
-        raise fault("LF-503", f"not valid JSON: {error}", where=CONFIG) from None
-    rank, alpha = (value.get(name) if isinstance(value, dict) else None for name in ("r", "lora_alpha"))
-    if not (is_rank(rank) and is_number(alpha)):
-        raise fault(
-            "LF-503", f"r and lora_alpha are {brief(rank)} and {brief(alpha)}, not a rank and a number", where=CONFIG
-        )
-    draft.alpha, draft.rank, draft.rule = alpha, rank, "alpha/r"

@@ -16,7 +16,7 @@ from loraformat.errors import fault
 from loraformat_converters.onnx.attaching.row_rules import FIRST_ALONE, RULES
 from loraformat_converters.onnx.attaching.row_state import LostError, Rows
 from loraformat_converters.onnx.graph.operators import attribute, operator
-from loraformat_converters.onnx.graph.scopes import STANDARD
+from loraformat_converters.onnx.graph.scopes import opset_of
 from loraformat_converters.onnx.graph.sizes import sizes
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class _Walk:
 
     def __init__(self, model: onnx.ModelProto, start: Mapping[str, int], primes: Sequence[int]) -> None:
         self.shapes, self.constants = sizes(model, start, primes)
-        self.opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
+        self.opset = opset_of(model)
         first, axis = next(iter(start.items()))
         self.count = self.shapes[first][axis]
         self.states: dict[str, State] = {name: Rows(axis) for name, axis in start.items()}

@@ -23,7 +23,7 @@ from loraformat_converters.onnx.graph.operators import (
     vector_axis,
 )
 from loraformat_converters.onnx.graph.quantised import product
-from loraformat_converters.onnx.graph.scopes import STANDARD, Scope, scopes
+from loraformat_converters.onnx.graph.scopes import Scope, opset_of, scopes
 from loraformat_converters.onnx.graph.site import Site
 from loraformat_converters.onnx.graph.trace import CODES, Trace, Value, trace
 
@@ -47,7 +47,7 @@ class Index:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
         self.ir_version = model.ir_version
-        self.opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
+        self.opset = opset_of(model)
         self.scopes = scopes(model)
         self._functions = {(function.domain, function.name) for function in model.functions}
         self.roots: dict[str, onnx.TensorProto] = {}

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from loraformat.errors import fault
+from loraformat_converters.onnx.graph.scopes import opset_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -56,7 +57,7 @@ def load(path: Path) -> onnx.ModelProto:
         ) from None
     if not model.graph.node and not model.graph.initializer:
         raise fault("LF-610", f"{path} holds no graph")
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = opset_of(model)
     if opset < 7:
         raise fault(
             "LF-610",

@@ -10,10 +10,15 @@ import onnx
 
 from loraformat.errors import fault
 
-__all__ = ["STANDARD", "Scope", "scopes", "tensors"]
+__all__ = ["STANDARD", "Scope", "opset_of", "scopes", "tensors"]
 
 STANDARD = ("", "ai.onnx")
 """The two spellings of the standard operators' domain. A MatMul of another domain is another operator."""
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators; 0 where the model states none."""
+    return next((opset.version for opset in model.opset_import if opset.domain in STANDARD), 0)
 
 
 @dataclass(eq=False)
