@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
-from loraformat import file
+from loraformat import file, serializer
 from loraformat.errors import Problem
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from loraformat.adapter import Adapter
     from loraformat.atomic import Writer
     from loraformat.base import Base
     from loraformat.scale import ScaleRule
     from loraformat.source import Source
 
-__all__ = ["NATIVE", "Layout", "Native", "Output", "ReadOptions", "Reading", "WriteOptions"]
+__all__ = [
+    "NATIVE", "Layout", "Native", "Output", "ReadOptions", "Reading", "WriteOptions", "tensors_file", "text_file",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,24 @@ class Output:
     files: Mapping[str, Writer]
     folder: bool
     warnings: list[Problem] = field(default_factory=list)
+
+
+def tensors_file(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> Writer:
+    """What writes these as a safetensors file, for an ``Output``."""
+
+    def write(file: BinaryIO) -> None:
+        serializer.write(file, tensors, metadata)
+
+    return write
+
+
+def text_file(text: str) -> Writer:
+    """What writes this in UTF-8, for an ``Output``."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    return write
 
 
 @runtime_checkable

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from loraformat import serializer
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output, ReadOptions
+from loraformat.layout import Output, ReadOptions, tensors_file
 from loraformat.names import split
 from loraformat_converters.diffusers import metadata
 from loraformat_converters.diffusers.spelling import COMPONENTS, SPELLINGS, Spelling, is_text, spell
@@ -81,10 +80,7 @@ def write(adapter: Adapter) -> Output:
     if text:
         header[metadata.KEY] = text
 
-    def write_tensors(file: BinaryIO) -> None:
-        serializer.write(file, tensors, header)
-
-    return Output({"": write_tensors}, folder=False, warnings=_warnings(adapter))
+    return Output({"": tensors_file(tensors, header)}, folder=False, warnings=_warnings(adapter))
 
 
 def _share(adapter: Adapter, component: str | None) -> Adapter:

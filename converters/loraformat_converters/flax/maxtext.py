@@ -21,7 +21,7 @@ from loraformat import canonical
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.faults import is_number, is_rank
-from loraformat.layout import Output, Reading
+from loraformat.layout import Output, Reading, text_file
 from loraformat.parts import Lora
 from loraformat.source import Source
 from loraformat_converters.flax import Tree, open_tree, orbax, output
@@ -31,7 +31,6 @@ from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, k
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
-    from typing import BinaryIO
 
     import numpy.typing as npt
 
@@ -102,11 +101,7 @@ class MaxText(OfTrees):
         config = {**(kept if isinstance(kept, dict) else {}), "r": first.r, "lora_alpha": alpha}
         config["target_modules"] = sorted({m[1].replace("/", ".") for key in adapter if (m := _TARGET.fullmatch(key))})
         text = json.dumps(config, indent=2, sort_keys=True)
-
-        def write_config(file: BinaryIO) -> None:
-            file.write(text.encode())
-
-        return Output({_CONFIG: write_config} | {f"{_ITEMS}/{n}": w for n, w in made.files.items()}, folder=True)
+        return Output({_CONFIG: text_file(text)} | {f"{_ITEMS}/{n}": w for n, w in made.files.items()}, folder=True)
 
     def leaves(self, adapter: Adapter) -> dict[str, Array]:
         """Path → array, of pairs of attention's projections that share rank and scale; LF-508 for any other."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loraformat import file, serializer
 from loraformat.dtypes import dtype_name, numpy_dtype, tensor_order
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output
+from loraformat.layout import Output, tensors_file
 from loraformat_converters.kohya import form, header, names, readers
 from loraformat_converters.kohya.header import AlphaForm, Kept
 
@@ -49,10 +49,7 @@ def write(adapter: Adapter) -> Output:
         tensors |= _named(key, update, adapter, kept)
     metadata = _metadata(adapter, kept, tensors)
 
-    def write_file(out: BinaryIO) -> None:
-        serializer.write(out, tensors, metadata)
-
-    return Output({"": write_file}, folder=False, warnings=readers.warnings(adapter))
+    return Output({"": tensors_file(tensors, metadata)}, folder=False, warnings=readers.warnings(adapter))
 
 
 def _module(key: str) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output, WriteOptions
+from loraformat.layout import Output, WriteOptions, text_file
 from loraformat.pickled.write import write as write_torch
 from loraformat.plain_yaml import scalars
 from loraformat.scale import alpha_for
@@ -60,16 +60,8 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
         what = "litgpt merges in a folder that has the base's model_config.yaml and tokenizer too: copy them into it"
         warnings.append(Problem("LF-508", what, severity="warning"))
 
-    def write_tensors(file: BinaryIO) -> None:
-        write_torch(file, tensors, "model")
-
-    def write_text(file: BinaryIO, text: str) -> None:
-        file.write(text.encode())
-
-    texts = {**texts, HYPER: text}
-    return Output(
-        {TENSORS: write_tensors, **{name: partial(write_text, text=t) for name, t in texts.items()}}, True, warnings
-    )
+    files = {name: text_file(kept) for name, kept in {**texts, HYPER: text}.items()}
+    return Output({TENSORS: partial(write_torch, tensors=tensors, under="model"), **files}, True, warnings)
 
 
 def _misfit(key: str, update: Update) -> Problem | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from loraformat import canonical, serializer
+from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output, WriteOptions
+from loraformat.layout import Output, WriteOptions, tensors_file
 from loraformat.pickled.write import write as write_torch
 from loraformat_converters.loralib.convolution import viewed
 from loraformat_converters.loralib.merged import blocks
@@ -39,13 +40,9 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
     if form.problems:
         raise LoraFormatError(form.problems)
 
-    def write_tensors(file: BinaryIO) -> None:
-        if options.ending in PICKLED:
-            write_torch(file, form.tensors)
-        else:
-            serializer.write(file, form.tensors, {"format": "pt"})
-
-    return Output({"": write_tensors}, folder=False, warnings=form.told())
+    pickled = options.ending in PICKLED
+    file = partial(write_torch, tensors=form.tensors) if pickled else tensors_file(form.tensors, {"format": "pt"})
+    return Output({"": file}, folder=False, warnings=form.told())
 
 
 class _Form:

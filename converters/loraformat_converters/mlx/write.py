@@ -6,15 +6,14 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import serializer
 from loraformat.algebra.refactored import under_scale
 from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output, ReadOptions
+from loraformat.layout import Output, ReadOptions, tensors_file, text_file
 from loraformat.parts import Lora
 from loraformat_converters.mlx import TENSORS
 from loraformat_converters.mlx import config as configs
@@ -69,15 +68,8 @@ def write(adapter: Adapter) -> Output:
             form.refuse(name, f"mlx-lm's layers hold {', '.join(_DTYPES)}, not {dtype}", "--dtype float32")
     if form.problems:
         raise LoraFormatError(form.problems)
-    text = _text(adapter, form)
-
-    def write_tensors(file: BinaryIO) -> None:
-        serializer.write(file, form.tensors, {})
-
-    def write_config(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    return Output({TENSORS: write_tensors, configs.FILE: write_config}, True, form.warnings)
+    files = {TENSORS: tensors_file(form.tensors, {}), configs.FILE: text_file(_text(adapter, form))}
+    return Output(files, True, form.warnings)
 
 
 def _full(adapter: Adapter) -> _Form:

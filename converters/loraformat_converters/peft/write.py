@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import serializer
 from loraformat.errors import LoraFormatError, fault
-from loraformat.layout import Output, ReadOptions
+from loraformat.layout import Output, ReadOptions, tensors_file, text_file
 from loraformat.parts import Part
 from loraformat_converters.peft import config as configs
 from loraformat_converters.peft import to_lora, to_others
@@ -56,13 +55,8 @@ def write(adapter: Adapter) -> Output:
     else:
         text = json.dumps(_config(form, adapter, kept), indent=2, sort_keys=True)
 
-    def write_tensors(file: BinaryIO) -> None:
-        serializer.write(file, tensors, {"format": "pt"})
-
-    def write_config(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    return Output({"adapter_model.safetensors": write_tensors, configs.FILE: write_config}, folder=True)
+    files = {"adapter_model.safetensors": tensors_file(tensors, {"format": "pt"}), configs.FILE: text_file(text)}
+    return Output(files, folder=True)
 
 
 def _form(adapter: Adapter, kept: configs.Config | None) -> Form:

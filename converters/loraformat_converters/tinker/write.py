@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraformat import serializer
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output
+from loraformat.layout import Output, tensors_file, text_file
 from loraformat.scale import alpha_for
 from loraformat_converters.tinker import NAMES, is_stack
 from loraformat_converters.tinker.read import CONFIG, PREFIX
@@ -45,13 +44,8 @@ def write(adapter: Adapter) -> Output:
         a, b = part.lora_A, _for_each(part, adapter[f"{module}.weight"])
         tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
 
-    def write_tensors(file: BinaryIO) -> None:
-        serializer.write(file, tensors, {"format": "pt"})
-
-    def write_config(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    return Output({"adapter_model.safetensors": write_tensors, CONFIG: write_config}, folder=True)
+    files = {"adapter_model.safetensors": tensors_file(tensors, {"format": "pt"}), CONFIG: text_file(text)}
+    return Output(files, folder=True)
 
 
 def _misfit(key: str, update: Update) -> Problem | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from loraformat import serializer
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.layout import Output, WriteOptions
+from loraformat.layout import Output, WriteOptions, tensors_file, text_file
 from loraformat.scale import alpha_for
 from loraformat_converters.torchtune import NAMES
 from loraformat_converters.torchtune.read import CONFIG
@@ -47,13 +46,8 @@ def write(adapter: Adapter, options: WriteOptions) -> Output:
     kept = adapter.extensions.get("torchtune")
     text = kept if kept is not None and _says(kept, rank, alpha) else json.dumps(config)
 
-    def write_tensors(file: BinaryIO) -> None:
-        serializer.write(file, tensors, {"format": "pt"})
-
-    def write_config(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    return Output({"adapter_model.safetensors": write_tensors, CONFIG: write_config}, folder=True)
+    files = {"adapter_model.safetensors": tensors_file(tensors, {"format": "pt"}), CONFIG: text_file(text)}
+    return Output(files, folder=True)
 
 
 def _put(key: str, update: Update, tensors: dict[str, Array]) -> Problem | None:
