@@ -288,3 +288,90 @@ def test_pieces_fill_the_rows_of_a_tensor_whose_out_side_is_several_axes():
     for name, update in pieces.items():
         assert back[name].placement == Placement.of((12, 5), "out,in")
         np.testing.assert_allclose(back[name].delta(), update.delta(), rtol=1e-5, atol=1e-6)
+
+
+# What has no exact form as one tensor is refused.
+
+
+def of(*parts):
+    return Update(tuple(parts))
+
+
+def lora(rank=2, in_=5, scale=3.0, core=None, seed=0):
+    return Lora(normal(rank, in_, seed=seed), normal(4, rank), scale, "factor", core)
+
+
+def loha(seed=0):
+    return lf.Loha(normal(4, 2), normal(2, 5, seed=seed), normal(4, 2), normal(2, 5), 1.0, "factor")
+
+
+CORE = normal(2, 2, 3, 3)
+LOKR = lf.Lokr(1.0, "factor", normal(2, 5), lokr_w2=normal(2, 1))
+DELTA = lf.Delta(normal(4, 5), 2.0)
+TOKENS = lf.Rows(normal(2, 5), np.array([0, 2]), 0)
+
+NEVER_FUSED = {
+    "a core beside none": ("LF-612", "around a core", of(lora(core=CORE)), of(lora(seed=1))),
+    "two cores": ("LF-612", "different cores", of(lora(core=CORE)), of(lora(core=CORE + 1, seed=1))),
+    "inputs of two sizes": ("LF-606", "different sizes", of(lora()), of(lora(in_=6))),
+    "two Hadamard products": ("LF-612", "Hadamard", of(loha()), of(loha(1))),
+    "two scales of differences": ("LF-612", "different scales: 1.0, 2.0", of(DELTA), of(replace(DELTA, alpha=1.0))),
+    "differences of two sizes": ("LF-606", "does not fit together", of(DELTA), of(lf.Delta(normal(4, 6), 2.0))),
+    "Kronecker products": ("LF-612", "lokr parts", of(LOKR), of(LOKR)),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_FUSED)
+def test_what_is_not_one_when_fused_is_refused(case):
+    rule, said, q, k = NEVER_FUSED[case]
+    links = [link(f"{n}.weight", "qk", there_rows=Share(i, i + 1, 2)) for i, n in enumerate("qk")]
+    assert said in refused(rule, *links, q=q, k=k)
+
+
+def test_tokens_that_were_trained_in_some_columns_only_are_not_fused():
+    links = [link(f"{n}.weight", "t", there_rows=Share(i, i + 1, 2), axes="in,out") for i, n in enumerate("qk")]
+    others = lf.Rows(normal(2, 5), np.array([0, 3]), 0)
+    assert "different rows were trained" in refused("LF-612", *links, q=of(TOKENS), k=of(others))
+
+
+NEVER_STACKED = {
+    "a core": ("LF-612", "around a core", of(lora(core=CORE)), of(lora(core=CORE))),
+    "two ranks": ("LF-612", "--pad-rank", of(lora(2)), of(lora(3))),
+    "two scales": ("LF-612", "--fold-scale", of(lora()), of(lora(scale=1.0))),
+    "vectors": ("LF-612", "a stack of vectors", of(lf.Delta(normal(4), 1.0)), of(lf.Delta(normal(4), 1.0))),
+    "two shapes": ("LF-606", "different shapes", of(lora()), of(lora(in_=6))),
+    "Kronecker products": ("LF-612", "none of their stack", of(LOKR), of(LOKR)),
+    "replaced and not": ("LF-612", "of 1 of 2 matrices", of(lf.Replace(normal(4, 5))), of(DELTA)),
+    "axes that nothing tells": ("LF-604", "which axis", of(lf.Replace(normal(4, 5))), of(lf.Replace(normal(4, 5)))),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_STACKED)
+def test_what_is_no_stack_is_refused(case):
+    rule, said, first, second = NEVER_STACKED[case]
+    links = [Link(Seat(f"{n}.weight"), Seat("l", index=(i, 2)), "test: as said") for i, n in enumerate("ab")]
+    assert said in refused(rule, *links, a=first, b=second)
+
+
+@pytest.mark.parametrize(
+    ("update", "rule", "said"),
+    [(of(LOKR), "LF-612", "not taken out of a stack"), (of(lora()), "LF-606", "no stack of 2 matrices")],
+)
+def test_what_is_no_stack_is_not_taken_apart(update, rule, said):
+    links = [Link(Seat("a.weight", index=(i, 2)), Seat(f"l.{i}"), "test: as said") for i in range(2)]
+    assert said in refused(rule, *links, a=update)
+
+
+@pytest.mark.parametrize("part", [lf.Replace(normal(6, 5)), lf.Rows(normal(6, 2), np.array([0, 3]), 1)])
+def test_what_only_says_its_own_size_is_cut_by_it(part):
+    links = [link(there=n, rows=Share(i, i + 1, 3), axes="out,in") for i, n in enumerate("qkv")]
+    found = moved(of(part), *links)
+    role = {"rows": "values"}.get(part.kind, part.kind)
+    np.testing.assert_array_equal(
+        np.concatenate([getattr(found[n][part.kind], role) for n in "qkv"]), getattr(part, role)
+    )
+
+
+def test_rows_of_a_tensor_of_unknown_axes_are_not_cut():
+    links = [link(there=n, rows=Share(i, i + 1, 2)) for i, n in enumerate("qk")]
+    assert "which axis" in refused("LF-604", *links, a=of(lf.Replace(normal(6, 5))))
