@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import click
@@ -34,6 +35,21 @@ def test_an_option_that_a_page_names_exists(page):
     commands = [cli.get_command(click.Context(cli), verb) for verb in _VERBS]
     known = {name for command in commands for parameter in command.params for name in parameter.opts}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8"))) <= known
+
+
+COMMANDS = [
+    line.removeprefix("$ loraformat ").partition("  #")[0]
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.startswith("$ loraformat ")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_on_a_page_is_understood(line):
+    verb, *words = shlex.split(line)
+    command = cli.get_command(click.Context(cli), verb)
+    assert command.make_context(verb, words)  # and every option that it requires is there
 
 
 def test_the_page_of_errors_is_the_table_of_rules():
