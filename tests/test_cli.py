@@ -162,10 +162,13 @@ def test_info_json_of_every_kind_of_update_has_the_same_fields(run, tmp_path):
     assert targets["blocks.1.conv.weight"]["axes"] == {"out": [0], "in": [1, 2, 3]}
 
 
-def test_layouts_is_a_table_of_what_is_installed(run):
+def test_layouts_lists_what_is_installed(run):
     rows = run("layouts").out.splitlines()
-    assert [row.split()[0] for row in rows] == ["layout", *registry.layouts()]
-    assert any(row.startswith("peft ") and "adapter_config.json" in row for row in rows)
+    assert [row.split()[0] for row in rows if row[0] != " "] == list(registry.layouts())
+    (at,) = (i for i, row in enumerate(rows) if row.startswith("peft "))
+    assert "adapter_model.safetensors" in rows[at]
+    assert "replace, lora, loha, lokr, delta, magnitude, rows · scale: lora_alpha / r" in rows[at + 1]
+    assert "read only · scale: alpha / dim" in rows[next(i for i, row in enumerate(rows) if row.startswith("mega")) + 1]
     told = run("layouts", "--json").json
     assert told["schema"] == 1
     assert list(told["layouts"]["peft"]) == ["describes", "writes", "carries", "scale"]

@@ -1,11 +1,11 @@
-"""layouts: the table of what can be read and written, and where each keeps the scale."""
+"""layouts: what can be read and written, and where each keeps the scale."""
 
 from __future__ import annotations
 
 import click
 
 from loraformat.cli.options import json_flag
-from loraformat.cli.printing import echo_json, table
+from loraformat.cli.printing import echo_json
 
 __all__ = ["layouts"]
 
@@ -15,6 +15,7 @@ __all__ = ["layouts"]
 def layouts(as_json: bool) -> None:
     """List the layouts of adapters: read, written, the kinds of update that each carries, where its scale is."""
     from loraformat import registry
+    from loraformat.parts import ORDER
 
     known = registry.layouts()
     if as_json:
@@ -24,9 +25,8 @@ def layouts(as_json: bool) -> None:
         }
         echo_json({"schema": 1, "layouts": entries})
         return
-    rows = [("layout", "read", "write", "carries", "where the scale is", "what it is")]
     for name, item in known.items():
-        carries = ", ".join(sorted(item.carries))
-        rows.append((name, "yes", "yes" if item.writes else "no", carries, item.scale, item.describes))
-    for line in table(rows):
-        click.echo(line)
+        carries = ", ".join(kind for kind in ORDER if kind in item.carries)
+        told = (carries, "" if item.writes else "read only", f"scale: {item.scale}")
+        click.echo(f"{name:13} {item.describes}")
+        click.echo(f"{'':13} {' · '.join(filter(None, told))}")

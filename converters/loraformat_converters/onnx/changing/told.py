@@ -17,7 +17,7 @@ __all__ = ["notes", "prefixes", "step", "ties"]
 
 def step(verb: str, spot: Spot) -> str:
     """One target, for ``--plan``."""
-    nodes = ", ".join(site.node.name for site in spot.sites)
+    nodes = ", ".join(site.node.name or site.operator for site in spot.sites)
     keys = ", ".join(dict.fromkeys(change.key for change in spot.changes))
     return f"{verb} {keys} at {nodes} ({spot.sites[0].root_name} {list(spot.sites[0].root.dims)})"
 
