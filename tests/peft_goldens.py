@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors import deserialize
 from safetensors.numpy import load_file
 
@@ -228,12 +227,6 @@ def check_round_trip(case, tmp_path):
     assert stored(tmp_path / "peft") == stored(adapter_of(case))
     texts = [(folder / "adapter_config.json").read_text() for folder in (tmp_path / "peft", adapter_of(case))]
     assert texts[0] == texts[1]
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def edited(case, folder, **changes):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import pytest
+from updates import normal
 
 import loraformat as lf
 from loraformat import container, serializer
@@ -15,12 +15,8 @@ BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 LLAMA = {"model_type": "llama"}
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def change(out, in_, size, key="q.weight"):
-    part = lf.Lora(draw(2, in_, seed=1), draw(out, 2, seed=2) * np.float32(size), 1.0, "factor")
+    part = lf.Lora(normal(2, in_, seed=1), normal(out, 2, seed=2) * np.float32(size), 1.0, "factor")
     return lf.Adapter({key: lf.Update((part,))})
 
 
@@ -42,9 +38,3 @@ def write(path, held, config=LLAMA):
 
 def stored(path):
     return {name: np.array(value) for name, value in container.Container(path / "model.safetensors").items()}
-
-
-def rules(call, *args, **more):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **more)
-    return {problem.rule for problem in caught.value.problems}, str(caught.value)

@@ -8,6 +8,7 @@ import mlx_goldens
 import numpy as np
 import pytest
 from gguf_goldens import CASES, FILES, HERE, TOLERANCE, config_of, file_of, truth_of
+from refused import problems_of
 from safetensors.numpy import save_file
 
 import loraformat as lf
@@ -22,12 +23,6 @@ MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 def peft_of(case):
     return HERE / case / "peft"
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def converted(case, folder):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from updates import normal
 
 import loraformat as lf
 from loraformat.testing import KINDS, random_adapter
@@ -13,12 +14,8 @@ from loraformat.testing.strategies import adapters
 from loraformat.verbs.anatomy import anatomy
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def pair(out, in_, rank, seed=0, alpha=3.0):
-    return lf.Lora(draw(rank, in_, seed=seed), draw(out, rank, seed=seed + 1), alpha, "alpha/r")
+    return lf.Lora(normal(rank, in_, seed=seed), normal(out, rank, seed=seed + 1), alpha, "alpha/r")
 
 
 def layers(count, alphas=()):
@@ -48,7 +45,7 @@ def test_singular_values_and_what_follows_from_them_are_those_of_the_dense_matri
 
 
 def test_ranks_of_known_spectra():
-    a, b = np.linalg.qr(draw(20, 4))[0].T, np.linalg.qr(draw(30, 4))[0]
+    a, b = np.linalg.qr(normal(20, 4))[0].T, np.linalg.qr(normal(30, 4))[0]
     for values, effective, ranks in (
         ((1, 1, 1, 1), 4.0, (4, 4)),
         ((10, 1, 0, 0), 1.356, (1, 2)),
@@ -62,7 +59,7 @@ def test_ranks_of_known_spectra():
 
 def test_targets_that_do_nothing_are_dead():
     adapter = layers(3, {1: 0.0})
-    dead = lf.Lora(draw(2, 7), np.zeros((9, 2), np.float32), 1.0, "factor")
+    dead = lf.Lora(normal(2, 7), np.zeros((9, 2), np.float32), 1.0, "factor")
     found = anatomy(lf.Adapter({**adapter.targets, "h.9.q.weight": lf.Update((dead,))}))
     assert found.dead == ("h.1.q.weight", "h.9.q.weight")
 
@@ -115,6 +112,6 @@ def test_every_kind_of_part_has_its_place(run, tmp_path):
 def test_a_base_has_no_anatomy(run, tmp_path):
     from safetensors.numpy import save_file
 
-    save_file({"a.weight": draw(3, 2)}, tmp_path / "base.safetensors")
+    save_file({"a.weight": normal(3, 2)}, tmp_path / "base.safetensors")
     told = run("info", "base.safetensors", "--deep", "--json")
     assert (told.code, json.loads(told.out)["problems"][0]["rule"]) == (2, "LF-705")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from safetensors.numpy import save_file
+from updates import normal
 
 import loraformat as lf
 from loraformat.testing import KINDS, random_adapter
@@ -17,12 +18,8 @@ from loraformat.verbs.adapt import adapt
 BF16 = ml_dtypes.bfloat16
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def pair(out, in_, rank, seed=0, alpha=3.0, rule="alpha/r"):
-    return lf.Lora(draw(rank, in_, seed=seed), draw(out, rank, seed=seed + 1), alpha, rule)
+    return lf.Lora(normal(rank, in_, seed=seed), normal(out, rank, seed=seed + 1), alpha, rule)
 
 
 def of(**parts):
@@ -72,7 +69,9 @@ def test_the_overlap_is_that_of_what_is_written_and_of_what_is_read():
 
 
 def test_matrices_of_full_rank_have_no_overlap():
-    assert lf.diff(of(q=lf.Delta(draw(5, 4))), of(q=lf.Delta(draw(5, 4, seed=1)))).targets["q.weight"].overlap is None
+    assert (
+        lf.diff(of(q=lf.Delta(normal(5, 4))), of(q=lf.Delta(normal(5, 4, seed=1)))).targets["q.weight"].overlap is None
+    )
 
 
 @pytest.mark.parametrize("ways", [{"fold_scale": True}, {"pad_rank": True}, {"dtype": "float32"}])
@@ -88,12 +87,12 @@ def test_another_form_of_the_same_change_is_a_difference_of_form_alone(ways):
 
 
 def test_absolute_values_are_compared_by_themselves():
-    magnitude = lf.Magnitude(abs(draw(9)) + 1)
-    one = of(q=(pair(9, 7, 2), magnitude), t=lf.Rows(draw(2, 4), np.array([1, 3])), h=lf.Replace(draw(5, 4)))
+    magnitude = lf.Magnitude(abs(normal(9)) + 1)
+    one = of(q=(pair(9, 7, 2), magnitude), t=lf.Rows(normal(2, 4), np.array([1, 3])), h=lf.Replace(normal(5, 4)))
     other = of(
         q=(pair(9, 7, 2), lf.Magnitude(magnitude.magnitude * 1.5)),
-        t=lf.Rows(draw(2, 4), np.array([1, 4])),
-        h=lf.Replace(draw(5, 4) * np.float32(0.5)),
+        t=lf.Rows(normal(2, 4), np.array([1, 4])),
+        h=lf.Replace(normal(5, 4) * np.float32(0.5)),
     )
     found = lf.diff(one, other)
     assert found.targets["q.weight"].parts == {"magnitude": pytest.approx(1 / 3)}
@@ -132,7 +131,7 @@ def test_metadata_is_compared_entry_by_entry():
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
-    save_file({"a.weight": draw(3, 2)}, tmp_path / "base.safetensors")
+    save_file({"a.weight": normal(3, 2)}, tmp_path / "base.safetensors")
     adapter = of(q=pair(9, 7, 2))
     with pytest.raises(lf.LoraFormatError, match="LF-705"):
         lf.diff(adapter, lf.open_base(tmp_path / "base.safetensors"))
@@ -146,19 +145,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 def models(tmp_path):
     held = {
-        "a.weight": draw(7, 5),
-        "b.weight": draw(6, 5, seed=1),
+        "a.weight": normal(7, 5),
+        "b.weight": normal(6, 5, seed=1),
         "n": np.arange(5),
-        "gone": draw(2),
-        "grown": draw(3, 4),
-        "cast": draw(4),
+        "gone": normal(2),
+        "grown": normal(3, 4),
+        "cast": normal(4),
     }
     after = {
         **held,
-        "b.weight": held["b.weight"] + 0.5 * draw(6, 5, seed=2),
+        "b.weight": held["b.weight"] + 0.5 * normal(6, 5, seed=2),
         "n": np.array([0, 1, 2, 4, 3]),
-        "new": draw(3),
-        "grown": draw(5, 4),
+        "new": normal(3),
+        "grown": normal(5, 4),
         "cast": held["cast"].astype(np.float64),
     }
     del after["gone"]
@@ -240,7 +239,7 @@ def test_a_model_with_nan_is_told_in_json_that_can_be_read(run, tmp_path):
 
 def test_hostile_names_do_not_reach_the_terminal(run, tmp_path):
     for i in range(2):
-        save_file({"a\x1b[31m\nb": draw(3, seed=i)}, tmp_path / f"{i}.safetensors")
+        save_file({"a\x1b[31m\nb": normal(3, seed=i)}, tmp_path / f"{i}.safetensors")
     told = run("diff", "0.safetensors", "1.safetensors")
     assert told.code == 1
     assert "\x1b" not in told.out

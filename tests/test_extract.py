@@ -8,7 +8,9 @@ import pytest
 from graphs import adapter, lora, model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refused import refusal
 from safetensors.numpy import load_file, save_file
+from updates import normal
 
 import loraformat as lf
 from loraformat.algebra.randomised import best_pair
@@ -21,13 +23,9 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def tensors(dtype=np.float32):
     shapes = {Q: (12, 9), K: (5, 9), OUT: (9, 12), NORM: (9,), BIAS: (12,), EMBED: (17, 9), HEAD: (17, 9)}
-    return {name: draw(*shape, seed=i).astype(dtype) for i, (name, shape) in enumerate(shapes.items())}
+    return {name: normal(*shape, seed=i).astype(dtype) for i, (name, shape) in enumerate(shapes.items())}
 
 
 def checkpoint(path, held, config=LLAMA):
@@ -45,8 +43,8 @@ def pairs(*keys, rank=2, seed=50):
             key: lf.Update(
                 (
                     lf.Lora(
-                        draw(rank, held[key].shape[1], seed=seed),
-                        draw(held[key].shape[0], rank, seed=seed),
+                        normal(rank, held[key].shape[1], seed=seed),
+                        normal(held[key].shape[0], rank, seed=seed),
                         3.0,
                         "alpha/r",
                     ),
@@ -57,19 +55,13 @@ def pairs(*keys, rank=2, seed=50):
     )
 
 
-def rules(call, *args, **more):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **more)
-    return {problem.rule for problem in caught.value.problems}, str(caught.value)
-
-
 # The nearest pair.
 
 
 @pytest.mark.parametrize("shape", [(300, 190), (190, 300), (40, 30), (30, 1), (1, 30)])
 def test_a_pair_loses_no_more_than_the_singular_values_beyond_its_rank(shape):
-    decaying = draw(shape[0], 40) * np.float32(0.8) ** np.arange(40, dtype=np.float32) @ draw(40, shape[1])
-    for matrix in (draw(*shape), np.asarray(decaying, np.float32), np.asarray(decaying.T, np.float32).T):
+    decaying = normal(shape[0], 40) * np.float32(0.8) ** np.arange(40, dtype=np.float32) @ normal(40, shape[1])
+    for matrix in (normal(*shape), np.asarray(decaying, np.float32), np.asarray(decaying.T, np.float32).T):
         values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
         pair = best_pair(matrix, rank=7)
         best = np.sqrt(np.sum(values[7:] ** 2) / np.sum(values**2))
@@ -81,7 +73,9 @@ def test_a_pair_loses_no_more_than_the_singular_values_beyond_its_rank(shape):
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])
 def test_an_energy_takes_the_least_rank_that_holds_it(energy):
-    matrix = np.asarray(draw(500, 60) * np.float32(0.9) ** np.arange(60, dtype=np.float32) @ draw(60, 400), np.float32)
+    matrix = np.asarray(
+        normal(500, 60) * np.float32(0.9) ** np.arange(60, dtype=np.float32) @ normal(60, 400), np.float32
+    )
     held = np.cumsum(np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2)
     pair = best_pair(matrix, energy=energy)
     assert len(pair.sigma) == np.argmax(held >= energy * held[-1]) + 1
@@ -89,14 +83,14 @@ def test_an_energy_takes_the_least_rank_that_holds_it(energy):
 
 
 def test_a_matrix_of_less_rank_gives_no_singular_value_that_is_only_rounding():
-    pair = best_pair(np.asarray(draw(300, 3) @ draw(3, 200), np.float32), rank=16)
+    pair = best_pair(np.asarray(normal(300, 3) @ normal(3, 200), np.float32), rank=16)
     assert pair.A.shape == (3, 200)
     assert pair.residual < 1e-6
     assert best_pair(np.zeros((5, 4), np.float32), rank=2).A.shape == (0, 4)
 
 
 def test_the_same_matrix_gives_the_same_pair():
-    one, two = (best_pair(draw(300, 200), rank=4, seed_name="a") for _ in range(2))
+    one, two = (best_pair(normal(300, 200), rank=4, seed_name="a") for _ in range(2))
     assert one.A.tobytes() == two.A.tobytes()
 
 
@@ -110,13 +104,13 @@ def test_what_was_merged_is_extracted_within_rounding(tmp_path_factory, seed, ra
     names = [f"h.0.{leaf}.weight" for leaf in ("c_attn", "c_proj")]
     config = {"model_type": "gpt2"} if turned else {"model_type": "llama"}
     base = checkpoint(
-        home / "base", {name: draw(11, 11 if i else 7, seed=seed + i) for i, name in enumerate(names)}, config
+        home / "base", {name: normal(11, 11 if i else 7, seed=seed + i) for i, name in enumerate(names)}, config
     )
     made = {}
     for i, name in enumerate(names):
         out, in_ = base.linears(lf.Hints())[name].matrix_shape
         made[name] = lf.Update(
-            (lf.Lora(draw(rank, in_, seed=seed + 7), draw(out, rank, seed=seed + 8 + i), 1.5, "alpha/r"),)
+            (lf.Lora(normal(rank, in_, seed=seed + 7), normal(out, rank, seed=seed + 8 + i), 1.5, "alpha/r"),)
         )
     lf.merge(lf.Adapter(made), base, home / "tuned")
     found = lf.extract(base, lf.open_base(home / "tuned"), rank=rank)
@@ -151,13 +145,13 @@ def test_16_bit_bases_give_the_pair_within_their_rounding_and_state_it(tmp_path)
 @pytest.fixture
 def tuned(tmp_path):
     """(base, tuned): two linears, a norm, a bias and the embedding differ; a head is new, another tensor is gone."""
-    held = {**tensors(BF16), "model.rotary.inv_freq": draw(4)}
+    held = {**tensors(BF16), "model.rotary.inv_freq": normal(4)}
     changed = {
-        name: (held[name].astype(np.float32) + 0.3 * draw(*held[name].shape, seed=9)).astype(BF16)
+        name: (held[name].astype(np.float32) + 0.3 * normal(*held[name].shape, seed=9)).astype(BF16)
         for name in (Q, K, NORM, BIAS)
     }
     bigger = {EMBED: np.concatenate([held[EMBED], held[EMBED][:2]])}
-    after = {**held, **changed, **bigger, "score.weight": draw(2, 9).astype(BF16)}
+    after = {**held, **changed, **bigger, "score.weight": normal(2, 9).astype(BF16)}
     del after["model.rotary.inv_freq"]
     return checkpoint(tmp_path / "base", held), checkpoint(tmp_path / "tuned", after)
 
@@ -195,12 +189,12 @@ def test_differences_can_be_taken_in_the_place_of_values_and_weighed(tuned, tmp_
         load_file(tmp_path / name / "model.safetensors")[NORM].astype(np.float32) for name in ("half", "base", "tuned")
     )
     assert np.allclose(half, (old + new) / 2, rtol=2**-8)
-    assert rules(lf.extract, base, after, rank=1, take=("embeddings",), form="delta")[0] == {"LF-612"}
+    assert refusal(lf.extract, base, after, rank=1, take=("embeddings",), form="delta")[0] == {"LF-612"}
 
 
 def test_an_embedding_of_the_same_size_is_taken_as_a_difference_of_looked_up_rows(tmp_path):
     held = tensors()
-    after = {**held, EMBED: held[EMBED] + draw(17, 9, seed=30)}
+    after = {**held, EMBED: held[EMBED] + normal(17, 9, seed=30)}
     base, new = checkpoint(tmp_path / "base", held), checkpoint(tmp_path / "tuned", after)
     found = lf.extract(base, new, rank=1, take=("embeddings",), form="delta").adapter
     assert found[EMBED].op == "embedding"
@@ -208,25 +202,25 @@ def test_an_embedding_of_the_same_size_is_taken_as_a_difference_of_looked_up_row
 
 
 def test_names_of_the_tuned_model_are_suggested_and_then_taken(tmp_path):
-    held = {"layers.0.q.weight": draw(7, 5), "layers.1.q.weight": draw(7, 5, seed=1), "norm.weight": draw(5)}
-    after = {f"bert.{name}": value + 0.1 * draw(*value.shape, seed=3) for name, value in held.items()}
+    held = {"layers.0.q.weight": normal(7, 5), "layers.1.q.weight": normal(7, 5, seed=1), "norm.weight": normal(5)}
+    after = {f"bert.{name}": value + 0.1 * normal(*value.shape, seed=3) for name, value in held.items()}
     base, new = checkpoint(tmp_path / "base", held), checkpoint(tmp_path / "tuned", after)
-    found, said = rules(lf.extract, base, new, rank=2)
+    found, said = refusal(lf.extract, base, new, rank=2)
     assert found == {"LF-602"}
     assert '--names map.json with {"*": "bert.*"}' in said
     found = lf.extract(base, new, rank=2, hints=lf.Hints({"*": "bert.*"}))
     assert sorted(found.adapter) == ["layers.0.q.weight", "layers.1.q.weight"]
     assert [other.name for other in found.left_out] == ["norm.weight"]
-    assert '{"bert.*": "*"}' in rules(lf.extract, new, base, rank=2)[1]
+    assert '{"bert.*": "*"}' in refusal(lf.extract, new, base, rank=2)[1]
     assert sorted(lf.extract(new, base, rank=2, hints=lf.Hints({"bert.*": "*"})).adapter)[0] == "bert.layers.0.q.weight"
 
 
 def test_an_orientation_is_never_guessed(tmp_path):
     base, new = (
-        checkpoint(tmp_path / name, {Q: draw(9, 9, seed=i), "A_log": draw(4, 3, seed=i)}, None)
+        checkpoint(tmp_path / name, {Q: normal(9, 9, seed=i), "A_log": normal(4, 3, seed=i)}, None)
         for i, name in enumerate(("base", "tuned"))
     )
-    found, said = rules(lf.extract, base, new, rank=2)
+    found, said = refusal(lf.extract, base, new, rank=2)
     assert found == {"LF-604"}
     assert f"--axes '{Q}=out,in'" in said
     found = lf.extract(base, new, rank=2, hints=lf.Hints(axes={"q_proj": "in,out"}))
@@ -235,7 +229,7 @@ def test_an_orientation_is_never_guessed(tmp_path):
 
 
 def test_models_that_store_a_linear_the_other_way_are_compared_as_matrices(tmp_path):
-    weight, update = draw(7, 5), draw(7, 2) @ draw(2, 5)
+    weight, update = normal(7, 5), normal(7, 2) @ normal(2, 5)
     base = checkpoint(tmp_path / "base", {"h.0.c_fc.weight": weight})
     new = checkpoint(tmp_path / "tuned", {"h.0.c_fc.weight": (weight + update).T.copy()}, {"model_type": "gpt2"})
     found = lf.extract(base, new, rank=2).adapter
@@ -246,12 +240,12 @@ QUANTISED = {
     "GPTQ": {
         "q.qweight": np.zeros((1, 6), np.int32),
         "q.qzeros": np.zeros((1, 1), np.int32),
-        "q.scales": draw(1, 6),
+        "q.scales": normal(1, 6),
         "q.g_idx": np.zeros(8, np.int32),
     },
-    "AWQ": {"q.qweight": np.zeros((8, 1), np.int32), "q.qzeros": np.zeros((1, 1), np.int32), "q.scales": draw(1, 8)},
+    "AWQ": {"q.qweight": np.zeros((8, 1), np.int32), "q.qzeros": np.zeros((1, 1), np.int32), "q.scales": normal(1, 8)},
     "HQQ": {"q.W_q": np.zeros((6, 3), np.uint8)},
-    "compressed-tensors, packed": {"q.weight_packed": np.zeros((6, 1), np.int32), "q.weight_scale": draw(6, 1)},
+    "compressed-tensors, packed": {"q.weight_packed": np.zeros((6, 1), np.int32), "q.weight_scale": normal(6, 1)},
 }
 
 
@@ -259,14 +253,14 @@ QUANTISED = {
 def test_a_quantised_model_is_refused_by_the_name_of_its_form(name, tmp_path):
     from loraformat import serializer
 
-    plain = checkpoint(tmp_path / "base", {"q.weight": draw(6, 3)})
+    plain = checkpoint(tmp_path / "base", {"q.weight": normal(6, 3)})
     (tmp_path / "tuned").mkdir()
     with open(tmp_path / "tuned/model.safetensors", "wb") as file:
         serializer.write(file, QUANTISED[name], {})
     (tmp_path / "tuned/config.json").write_text(json.dumps(LLAMA))
     new = lf.open_base(tmp_path / "tuned")
     for two in ((plain, new), (new, plain)):
-        found, said = rules(lf.extract, *two, rank=2)
+        found, said = refusal(lf.extract, *two, rank=2)
         assert found == {"LF-608"}
         assert f"quantised in {two[two[0] is plain].path.name}: {name} (" in said
 
@@ -274,12 +268,12 @@ def test_a_quantised_model_is_refused_by_the_name_of_its_form(name, tmp_path):
 F8 = ml_dtypes.float8_e4m3fn
 EIGHT_BITS = {
     "bitsandbytes LLM.int8": (
-        {"q.weight": (draw(6, 3) * 40).astype(np.int8), "q.SCB": draw(6)},
-        draw(6)[:, None] / 127,
+        {"q.weight": (normal(6, 3) * 40).astype(np.int8), "q.SCB": normal(6)},
+        normal(6)[:, None] / 127,
     ),
-    "FP8 in blocks": ({"q.weight": draw(6, 3).astype(F8), "q.weight_scale_inv": draw(1, 1)}, draw(1, 1)),
-    "ComfyUI's scaled FP8": ({"q.weight": draw(6, 3).astype(F8), "q.scale_weight": draw(1)}, draw(1)),
-    "FP8 without a scale": ({"q.weight": draw(6, 3).astype(F8)}, np.ones(1)),
+    "FP8 in blocks": ({"q.weight": normal(6, 3).astype(F8), "q.weight_scale_inv": normal(1, 1)}, normal(1, 1)),
+    "ComfyUI's scaled FP8": ({"q.weight": normal(6, 3).astype(F8), "q.scale_weight": normal(1)}, normal(1)),
+    "FP8 without a scale": ({"q.weight": normal(6, 3).astype(F8)}, np.ones(1)),
 }
 
 
@@ -288,7 +282,7 @@ def test_what_lies_between_8_bits_and_floats_is_that_of_their_values(name, tmp_p
     from loraformat import serializer
 
     held, scale = EIGHT_BITS[name]
-    tuned, update = tmp_path / "tuned", draw(6, 1) @ draw(1, 3)
+    tuned, update = tmp_path / "tuned", normal(6, 1) @ normal(1, 3)
     tuned.mkdir()
     with open(tuned / "model.safetensors", "wb") as file:
         serializer.write(file, held, {})
@@ -309,14 +303,16 @@ def test_what_lies_between_8_bits_and_floats_is_that_of_their_values(name, tmp_p
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(asked, rule, tuned):
-    assert rules(lf.extract, *tuned, **asked)[0] == {rule}
+    assert refusal(lf.extract, *tuned, **asked)[0] == {rule}
 
 
 def test_a_tuned_model_with_nan_is_refused_by_the_tensor(tmp_path):
     held = tensors()
     broken = {**held, Q: held[Q].copy()}
     broken[Q][3, 4] = np.nan
-    found, said = rules(lf.extract, checkpoint(tmp_path / "base", held), checkpoint(tmp_path / "tuned", broken), rank=2)
+    found, said = refusal(
+        lf.extract, checkpoint(tmp_path / "base", held), checkpoint(tmp_path / "tuned", broken), rank=2
+    )
     assert (found, Q in said) == ({"LF-312"}, True)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gguf_goldens import FILES, check_deltas, file_of
 from ml_dtypes import bfloat16
+from refused import problems_of
 
 import loraformat as lf
 from loraformat import Adapter, Lora, Update, registry, testing
@@ -29,12 +30,6 @@ def pair(rank, out, inner, alpha, rule="alpha/r", seed=0, batch=(), dtype=np.flo
 
 def adapter(**targets):
     return Adapter({key.replace("__", "."): update for key, update in targets.items()}, "gguf")
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 # What llama.cpp's converter wrote.

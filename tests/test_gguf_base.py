@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from gguf_goldens import CASES, HERE, file_of, truth_of
+from refused import problems_of
 
 import loraformat as lf
 from loraformat import Adapter, testing
@@ -12,12 +13,6 @@ from loraformat_converters.gguf.cursor import Value
 from loraformat_converters.gguf.file import GgufFile
 
 MODELS = [case for case in CASES if (HERE / case / "base.gguf").is_file()]
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def model_of(case):

@@ -9,7 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_gguf import HEAD, TENSORS, problems_of, written
+from refused import problems_of
+from test_gguf import HEAD, TENSORS, written
 
 import loraformat as lf
 from loraformat.layout import ReadOptions

@@ -4,7 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf_goldens import HERE, file_of, truth_of
+from refused import problems_of
 from safetensors.numpy import load_file
+from updates import normal
 
 import loraformat as lf
 from loraformat import Adapter, Lora, Update
@@ -16,19 +18,9 @@ from loraformat_converters.gguf.file import GgufFile
 OUT, IN = 37, 96
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def change(size, key="blk.0.attn_q.weight", out=OUT, in_=IN):
-    part = Lora(draw(2, in_, seed=1), draw(out, 2, seed=2) * np.float32(size), 1.0, "factor")
+    part = Lora(normal(2, in_, seed=1), normal(out, 2, seed=2) * np.float32(size), 1.0, "factor")
     return Adapter({key: Update((part,))}, "gguf")
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def differing(one, other):
@@ -49,14 +41,14 @@ def quantised(path, kind):
     gguf = pytest.importorskip("gguf", reason="needs the peer gguf")
     number = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("token_embd.weight", draw(11, 32))
+    writer.add_tensor("token_embd.weight", normal(11, 32))
     if kind in QUANTISED:
-        data = gguf.quants.quantize(draw(OUT, IN), number)
+        data = gguf.quants.quantize(normal(OUT, IN), number)
     else:
         width = gguf.GGML_QUANT_SIZES[number][1]
         data = np.zeros((5, width), np.uint8)
     writer.add_tensor("blk.0.attn_q.weight", data, raw_dtype=number)
-    writer.add_tensor("output.weight", draw(11, 32, seed=1))
+    writer.add_tensor("output.weight", normal(11, 32, seed=1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,7 +92,7 @@ def test_blocks_are_those_that_gguf_makes_of_the_sum(kind, tmp_path):
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_where_nothing_changes_no_byte_does(kind, tmp_path):
     quantised(tmp_path / "m.gguf", kind)
-    part = Lora(draw(1, IN), np.eye(OUT, 1, dtype=np.float32), 1.0, "factor")  # of the first row alone
+    part = Lora(normal(1, IN), np.eye(OUT, 1, dtype=np.float32), 1.0, "factor")  # of the first row alone
     adapter = Adapter({"blk.0.attn_q.weight": Update((part,))}, "gguf")
     lf.merge(adapter, lf.open_base(tmp_path / "m.gguf"), tmp_path / "out.gguf", requantize=True)
     one, other = GgufFile(tmp_path / "m.gguf"), GgufFile(tmp_path / "out.gguf")
@@ -135,7 +127,7 @@ def test_types_that_only_llama_cpp_quantises_to_are_refused_by_name(kind, tmp_pa
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_floats_are_rounded_once(dtype, tmp_path):
-    stored = draw(OUT, IN).astype(dtype)
+    stored = normal(OUT, IN).astype(dtype)
     with open(tmp_path / "m.gguf", "wb") as file:
         store.write(file, {"general.architecture": Value("str", "llama")}, {"blk.0.attn_q.weight": stored})
     adapter = change(0.3)
@@ -159,7 +151,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):
     path = HERE / "llama" / "base.gguf"
     base, adapter = lf.open_base(path), lf.load(file_of("llama"))
     assert [p.rule for p in problems_of(lf.merge, adapter, base, tmp_path / "out.bin")] == ["LF-703"]
-    new = Update((lf.Replace(draw(99, 5), ("resize",)),))
+    new = Update((lf.Replace(normal(99, 5), ("resize",)),))
     grown = Adapter({"output.weight": new}, "gguf")
     assert [p.rule for p in problems_of(lf.merge, grown, base, tmp_path / "out.gguf")] == ["LF-608"]
     whole = GgufFile(path)
@@ -188,27 +180,27 @@ def test_experts_embeddings_norms_and_biases(tmp_path):
     number = gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     for name, shape in (("blk.0.ffn_up_exps.weight", (3, 8, 64)), ("token_embd.weight", (11, 64))):
-        writer.add_tensor(name, gguf.quants.quantize(draw(*shape), number), raw_dtype=number)
+        writer.add_tensor(name, gguf.quants.quantize(normal(*shape), number), raw_dtype=number)
     for name, shape in (("output.weight", (11, 64)), ("blk.0.attn_norm.weight", (64,)), ("blk.0.attn_q.bias", (8,))):
-        writer.add_tensor(name, draw(*shape))
+        writer.add_tensor(name, normal(*shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    experts = Update((Lora(draw(3, 2, 64, seed=1), draw(3, 8, 2, seed=2), 0.3, "factor"),))
-    embedding = Update((Lora(draw(2, 11, seed=1), draw(64, 2, seed=2), 0.3, "factor"),), op="embedding")
-    norm, bias = Update((lf.Delta(draw(64, seed=1)),)), Update((lf.Replace(draw(8, seed=1)),))
+    experts = Update((Lora(normal(3, 2, 64, seed=1), normal(3, 8, 2, seed=2), 0.3, "factor"),))
+    embedding = Update((Lora(normal(2, 11, seed=1), normal(64, 2, seed=2), 0.3, "factor"),), op="embedding")
+    norm, bias = Update((lf.Delta(normal(64, seed=1)),)), Update((lf.Replace(normal(8, seed=1)),))
     keys = ("blk.0.ffn_up_exps.weight", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.bias")
     adapter = Adapter(dict(zip(keys, (experts, embedding, norm, bias), strict=True)), "gguf")
     base = lf.open_base(tmp_path / "m.gguf")
     lf.merge(adapter, base, tmp_path / "out.gguf", requantize=True)
     merged = lf.open_base(tmp_path / "out.gguf")
     moved = {key: merged.read(key).astype(np.float64) - base.read(key) for key in keys}
-    for key, delta in ((keys[0], experts.matrix()), (keys[1], embedding.matrix().T), (keys[2], draw(64, seed=1))):
+    for key, delta in ((keys[0], experts.matrix()), (keys[1], embedding.matrix().T), (keys[2], normal(64, seed=1))):
         assert np.linalg.norm(moved[key] - delta) < 0.03 * np.linalg.norm(delta), key
-    assert np.array_equal(merged.read(keys[3]), draw(8, seed=1))
+    assert np.array_equal(merged.read(keys[3]), normal(8, seed=1))
     assert lf.verify(base, adapter, merged).problems == []
-    new = Adapter({keys[1]: Update((lf.Replace(draw(11, 64, seed=5)),))}, "gguf")
+    new = Adapter({keys[1]: Update((lf.Replace(normal(11, 64, seed=5)),))}, "gguf")
     (problem,) = problems_of(lf.merge, new, base, tmp_path / "new.gguf", requantize=True)
     assert (problem.rule, "only a sum is rounded" in problem.what) == ("LF-608", True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mutants import net
+from refused import rules_of
 from safetensors.numpy import load_file
 
 import loraformat as lf
@@ -153,29 +154,23 @@ def alone(case, folder, *kept):
     return folder / "lit_model.pth.lora"
 
 
-def problems(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return {p.rule for p in caught.value.problems}
-
-
 def test_without_the_files_beside_it_the_parts_are_not_known(tmp_path):
     path = alone("query_value", tmp_path)
-    assert problems(lf.load, path) == {"LF-509", "LF-504"}
+    assert rules_of(lf.load, path) == {"LF-509", "LF-504"}
     path = alone("query_value", tmp_path, "hyperparameters.yaml")
-    assert problems(lf.load, path) == {"LF-504"}
+    assert rules_of(lf.load, path) == {"LF-504"}
     config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 24, "head_dim": 10}
     adapter = layout.read(open_source(path), ReadOptions(config=config)).adapter
     testing.check_golden(adapter, truth("query_value"))
     wrong = ReadOptions(config=config | {"num_key_value_heads": 4})
-    assert problems(layout.read, open_source(path), wrong) == {"LF-507"}
+    assert rules_of(layout.read, open_source(path), wrong) == {"LF-507"}
 
 
 def test_heads_that_no_model_has_are_not_allocated(tmp_path):
     path = alone("key", tmp_path, "hyperparameters.yaml")
     for heads in (10**18, 10**6, 0, -4):
         (tmp_path / "model_config.yaml").write_text(f"n_head: {heads}\nn_query_groups: 2\nhead_size: 10\n")
-        assert problems(lf.load, path) == {"LF-504"}
+        assert rules_of(lf.load, path) == {"LF-504"}
 
 
 def test_a_folder_is_read_by_the_file_in_it():
@@ -221,7 +216,7 @@ def test_ranks_that_differ_are_padded_and_told(tmp_path):
 
 def test_what_litgpt_has_no_place_for_is_refused(tmp_path):
     def refused(adapter, **config):
-        assert problems(save, adapter, tmp_path / "out", layout, WriteOptions(config=config)) == {"LF-508"}
+        assert rules_of(save, adapter, tmp_path / "out", layout, WriteOptions(config=config)) == {"LF-508"}
         assert not (tmp_path / "out").exists()
 
     refused(targets("attn.qkv.weight"))  # whose rows are not known

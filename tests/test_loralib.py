@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mutants import net
+from refused import faults_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
@@ -125,12 +126,6 @@ test_the_goldens, test_a_mutant_turns_its_check_red = net(
 )
 
 
-def problems(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return {(p.rule, p.where) for p in caught.value.problems}
-
-
 STATED = ReadOptions(alpha=7, rank=5, scale_rule="alpha/r")
 
 
@@ -155,16 +150,16 @@ def test_without_alpha_nothing_is_read():
 
 def test_without_a_base_the_rank_tells_a_linear_from_a_convolution():
     options = ReadOptions(alpha=7, scale_rule="alpha/r")
-    assert problems(lf.from_tensors, tensors(), "loralib", options=options) == {("LF-509", "proj.weight")}
+    assert faults_of(lf.from_tensors, tensors(), "loralib", options=options) == {("LF-509", "proj.weight")}
     assert lf.from_tensors(tensors(), "loralib", options=STATED)["proj.weight"].scale == 7 / 5
-    assert problems(lf.from_tensors, tensors(r=15), "loralib", options=STATED) == {("LF-507", "proj")}
+    assert faults_of(lf.from_tensors, tensors(r=15), "loralib", options=STATED) == {("LF-507", "proj")}
     itself = ReadOptions(alpha=0.5, scale_rule="factor")
     assert lf.from_tensors(tensors(), "loralib", options=itself)["proj.weight"].scale == 0.5
 
 
 def test_parts_of_a_fused_projection_are_stated_or_known_by_the_base(tmp_path):
     fused = {"c_attn.lora_A": normal(10, 20), "c_attn.lora_B": normal(22, 5)}
-    assert problems(lf.from_tensors, fused, "loralib", options=STATED) == {("LF-504", "c_attn")}
+    assert faults_of(lf.from_tensors, fused, "loralib", options=STATED) == {("LF-504", "c_attn")}
     for stated in ([True, False, True], {"c_attn": [True, False, True]}):
         options = replace(STATED, config={"enable_lora": stated})
         found = lf.from_tensors(fused, "loralib", options=options)["c_attn.weight"]
@@ -173,7 +168,7 @@ def test_parts_of_a_fused_projection_are_stated_or_known_by_the_base(tmp_path):
         assert found.scale == 7 / 5
     for wrong in ([True, True, True], [True, False, False]):
         options = replace(STATED, config={"enable_lora": wrong})
-        assert problems(lf.from_tensors, fused, "loralib", options=options) == {("LF-507", "c_attn")}
+        assert faults_of(lf.from_tensors, fused, "loralib", options=options) == {("LF-507", "c_attn")}
     save_file({"c_attn.weight": normal(22, 20)}, tmp_path / "base.safetensors")
     options = replace(STATED, base=lf.open_base(tmp_path / "base.safetensors"))
     assert lf.from_tensors(fused, "loralib", options=options)["c_attn.weight"].matrix_shape() == (22, 20)
@@ -198,7 +193,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
     save_file({"proj.weight": normal(27, 20), "k.conv.weight": normal(6, 4, 3, 2)}, tmp_path / "base.safetensors")
     options = replace(STATED, base=lf.open_base(tmp_path / "base.safetensors"))
     both = tensors() | tensors(name="k")
-    assert problems(lf.from_tensors, both, "loralib", options=options) == {("LF-606", "proj.weight"), ("LF-309", "k.conv.weight")}  # fmt: skip
+    assert faults_of(lf.from_tensors, both, "loralib", options=options) == {("LF-606", "proj.weight"), ("LF-309", "k.conv.weight")}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -213,7 +208,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
     ],
 )
 def test_what_is_no_file_of_loralib_is_refused_with_every_reason(changed, wanted):
-    assert problems(lf.from_tensors, tensors() | changed, "loralib", options=STATED) == wanted
+    assert faults_of(lf.from_tensors, tensors() | changed, "loralib", options=STATED) == wanted
 
 
 def test_what_loralib_has_no_layer_for_is_refused_and_nothing_is_written(tmp_path):
@@ -225,10 +220,10 @@ def test_what_loralib_has_no_layer_for_is_refused_and_nothing_is_written(tmp_pat
             "tucker.weight": Update((Lora(normal(3, 5), normal(7, 3), 1, "factor", mid=normal(3, 3, 2, 2)),)),
         }
     )
-    assert problems(save, one, tmp_path / "a.safetensors", layout) == {("LF-508", key) for key in one}
+    assert faults_of(save, one, tmp_path / "a.safetensors", layout) == {("LF-508", key) for key in one}
     dora = lf.Adapter({"a.weight": Update((Lora(normal(2, 4), normal(6, 2), 1, "factor"), Magnitude(normal(6))))})
-    assert problems(save, dora, tmp_path / "a.safetensors", layout) == {("LF-508", "")}
-    assert problems(save, replace(one, names="mlx"), tmp_path / "a.safetensors", layout) == {("LF-508", "")}
+    assert faults_of(save, dora, tmp_path / "a.safetensors", layout) == {("LF-508", "")}
+    assert faults_of(save, replace(one, names="mlx"), tmp_path / "a.safetensors", layout) == {("LF-508", "")}
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mutants import net
+from refused import problems_of
 from safetensors.numpy import load_file
 
 import loraformat as lf
@@ -177,15 +178,9 @@ def scratch(folder, case="lora", config=None):
     return folder
 
 
-def problems(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
-
-
 def test_without_its_configuration_alpha_is_asked_for(tmp_path):
     folder = scratch(tmp_path)
-    found = problems(lf.load, folder)
+    found = problems_of(lf.load, folder)
     assert {p.rule for p in found} == {"LF-509"}
     assert "--alpha" in found[0].fix
     adapter = layout.read(open_source(folder), ReadOptions(alpha=8)).adapter
@@ -193,7 +188,7 @@ def test_without_its_configuration_alpha_is_asked_for(tmp_path):
 
 
 def test_an_alpha_that_contradicts_the_configuration_is_refused():
-    found = problems(layout.read, open_source(HERE / "lora/checkpoint"), ReadOptions(alpha=16))
+    found = problems_of(layout.read, open_source(HERE / "lora/checkpoint"), ReadOptions(alpha=16))
     assert {p.rule for p in found} == {"LF-507"}
 
 
@@ -210,7 +205,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_that_does_not_fit_is_refused(name, tmp_path):
     old, new, rule = CONFIGS[name]
-    found = problems(lf.load, scratch(tmp_path, config=lambda text: text.replace(old, new)))
+    found = problems_of(lf.load, scratch(tmp_path, config=lambda text: text.replace(old, new)))
     assert {p.rule for p in found} == {rule}
 
 
@@ -244,17 +239,17 @@ def test_heads_are_those_of_the_run_and_of_the_model():
 
 def test_heads_of_another_model_are_refused_and_without_the_run_they_are_the_models(tmp_path):
     adapter = lf.load(HERE / "lora/checkpoint")
-    (first, *_) = problems(retarget, adapter, "torch", config=config_of("lora") | {"num_key_value_heads": 6})
+    (first, *_) = problems_of(retarget, adapter, "torch", config=config_of("lora") | {"num_key_value_heads": 6})
     assert (first.rule, "3 groups of 2 queries of 4" in first.what) == ("LF-606", True)
     bare = layout.read(open_source(scratch(tmp_path)), ReadOptions(alpha=8)).adapter
     assert lf.digest(retarget(bare, "torch", config=config_of("lora")).adapter) == lf.digest(in_torch("lora"))
-    assert {p.rule for p in problems(retarget, bare, "torch", config={"model_type": "llama"})} == {"LF-604"}
+    assert {p.rule for p in problems_of(retarget, bare, "torch", config={"model_type": "llama"})} == {"LF-604"}
 
 
 def test_a_model_whose_names_are_not_known_takes_names():
     adapter = lf.load(HERE / "lora/checkpoint")
     for config in ({}, {"model_type": "gpt2"}):
-        assert {p.rule for p in problems(retarget, adapter, "torch", config=config)} == {"LF-604"}
+        assert {p.rule for p in problems_of(retarget, adapter, "torch", config=config)} == {"LF-604"}
 
 
 @pytest.mark.parametrize("case", EXPORTED)
@@ -270,18 +265,18 @@ def test_a_magnitude_that_every_rank_had_another_of_is_refused(monkeypatch):
     monkeypatch.setattr(
         Distributed, "cuts", lambda self, name, axis: 3 if "linear_proj" in name else real(self, name, axis)
     )
-    (problem,) = problems(lf.load, HERE / "dora/checkpoint")
+    (problem,) = problems_of(lf.load, HERE / "dora/checkpoint")
     assert (problem.rule, "linear_proj.adapter.weight_magnitude" in problem.where) == ("LF-504", True)
 
 
 def test_a_checkpoint_is_not_written(tmp_path):
-    found = problems(save, lf.load(HERE / "lora/checkpoint"), tmp_path / "out", layout)
+    found = problems_of(save, lf.load(HERE / "lora/checkpoint"), tmp_path / "out", layout)
     assert {p.rule for p in found} == {"LF-508"}
 
 
 def test_tensors_in_memory_are_no_checkpoint():
     name = "decoder.layers.0.mlp.router.adapter.linear_in.weight"
-    assert {p.rule for p in problems(lf.from_tensors, {name: np.ones((2, 3))}, "megatron")} == {"LF-501"}
+    assert {p.rule for p in problems_of(lf.from_tensors, {name: np.ones((2, 3))}, "megatron")} == {"LF-501"}
 
 
 def rewritten(folder, *changes):
@@ -297,14 +292,14 @@ def rewritten(folder, *changes):
 
 def test_what_else_was_trained_is_refused_by_its_name(tmp_path):
     folder = rewritten(tmp_path, (b"linear_fc2.adapter.linear_in.weight", b"linear_fc2.vision_.linear_up.weight"))
-    found = problems(lf.load, folder)
+    found = problems_of(lf.load, folder)
     assert {p.rule for p in found} == {"LF-506", "LF-303"}
     assert any("linear_fc2.vision_.linear_up" in p.where for p in found)
 
 
 def test_one_pair_for_nobody_knows_how_many_experts_is_refused(tmp_path):
     old, new = b"self_attention.linear_proj.", b"mlp.experts.exp.linear_fc2."
-    found = problems(lf.load, rewritten(tmp_path, (old, new)))
+    found = problems_of(lf.load, rewritten(tmp_path, (old, new)))
     assert {(p.rule, "experts" in p.where) for p in found} == {("LF-309", True)}
 
 

@@ -8,6 +8,7 @@ import mlx_goldens
 import numpy as np
 import pytest
 from mlx_goldens import CASES, adapter_of, check_deltas, check_rewritten
+from refused import problems_of
 
 import loraformat as lf
 from loraformat import Adapter, Lora, Update, registry, testing
@@ -37,12 +38,6 @@ def test_the_change_is_that_which_mlx_computed(case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_goes_through_the_native_one_and_back_byte_for_byte(case, tmp_path):
     check_rewritten(case, tmp_path)
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def edited(folder, case="linear", drop=(), tensors=None, **changes):

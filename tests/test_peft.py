@@ -20,10 +20,10 @@ from peft_goldens import (
     hints_of,
     loaded,
     placed,
-    problems_of,
     raw,
     truth_of,
 )
+from refused import problems_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from peft_goldens import adapter_of, base_of, edited, loaded, placed, problems_of, truth_of
+from peft_goldens import adapter_of, base_of, edited, loaded, placed, truth_of
+from refused import problems_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf

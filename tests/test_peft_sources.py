@@ -5,7 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from peft_goldens import adapter_of, check_patterns, edited, problems_of
+from peft_goldens import adapter_of, check_patterns, edited
+from refused import problems_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
-from quantised_goldens import BF16, F8, LLAMA, change, draw, golden, rules, stored, write
+from quantised_goldens import BF16, F8, LLAMA, change, golden, stored, write
+from refused import refusal
 from safetensors.numpy import load_file, save_file
+from updates import normal
 
 import loraformat as lf
 from loraformat.checkpoint.eight_bits import Scaling
@@ -55,7 +57,7 @@ def test_a_merge_stores_the_nearest_values_of_the_same_scale_and_nothing_else_ch
 
 
 def test_values_without_a_scale_are_rounded_as_they_are(tmp_path):
-    weight = (draw(9, 7) * 100).astype(F8)
+    weight = (normal(9, 7) * 100).astype(F8)
     write(tmp_path / "base", {"q.weight": weight})
     adapter = change(9, 7, 150.0)
     lf.merge(adapter, lf.open_base(tmp_path / "base"), tmp_path / "out", requantize=True)
@@ -67,7 +69,7 @@ def test_values_without_a_scale_are_rounded_as_they_are(tmp_path):
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_eight_bits_are_not_rounded_to_unasked(name, tmp_path):
     base, _, _ = golden(name, tmp_path)
-    found, said = rules(lf.merge, change(150, 260, 0.1), base, tmp_path / "out")
+    found, said = refusal(lf.merge, change(150, 260, 0.1), base, tmp_path / "out")
     assert found == {"LF-608"}
     assert {"int8": "bitsandbytes LLM.int8", "fp8": "FP8 in blocks"}[name] in said
     assert "--requantize rounds to it and says what survives" in said
@@ -77,7 +79,7 @@ def test_eight_bits_are_not_rounded_to_unasked(name, tmp_path):
 def test_a_change_that_eight_bits_swallow_is_refused_and_nothing_is_written(tmp_path):
     base, _, _ = golden("fp8", tmp_path)
     tiny = change(150, 260, 1e-5)
-    found, said = rules(lf.merge, tiny, base, tmp_path / "out", requantize=True)
+    found, said = refusal(lf.merge, tiny, base, tmp_path / "out", requantize=True)
     assert found == {"LF-615"}
     assert "of ΔW survives in F8_E4M3, the least allowed is 10 %: q.weight " in said
     assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
@@ -85,20 +87,20 @@ def test_a_change_that_eight_bits_swallow_is_refused_and_nothing_is_written(tmp_
 
 
 def test_a_change_that_16_bits_swallow_is_refused_too(tmp_path):
-    write(tmp_path / "base", {"q.weight": draw(9, 7).astype(BF16), "k.weight": draw(9, 7, seed=5).astype(BF16)})
+    write(tmp_path / "base", {"q.weight": normal(9, 7).astype(BF16), "k.weight": normal(9, 7, seed=5).astype(BF16)})
     base = lf.open_base(tmp_path / "base")
     both = lf.Adapter({**change(9, 7, 1e-5), **change(9, 7, 1e-5, "k.weight")})
-    assert rules(lf.merge, both, base, tmp_path / "out")[0] == {"LF-615"}
+    assert refusal(lf.merge, both, base, tmp_path / "out")[0] == {"LF-615"}
     mixed = lf.Adapter({**change(9, 7, 1e-5), **change(9, 7, 1.0, "k.weight")})
     assert lf.merge(mixed, base, tmp_path / "out").norms["q.weight"].loss > 0.9
 
 
 def test_a_file_is_refused_as_a_folder_is(tmp_path):
-    save_file({"q.weight": np.asarray(draw(9, 7), np.float16)}, tmp_path / "base.safetensors")
+    save_file({"q.weight": np.asarray(normal(9, 7), np.float16)}, tmp_path / "base.safetensors")
     adapter = lf.Adapter(
         {key: update.placed(lf.Placement.of((9, 7), "out,in")) for key, update in change(9, 7, 1e-6).items()}
     )
-    assert rules(lf.merge, adapter, lf.open_base(tmp_path / "base.safetensors"), tmp_path / "out.safetensors")[0] == {
+    assert refusal(lf.merge, adapter, lf.open_base(tmp_path / "base.safetensors"), tmp_path / "out.safetensors")[0] == {
         "LF-615"
     }
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
@@ -108,12 +110,12 @@ PACKED = {
     "GPTQ": {
         "q.qweight": np.zeros((1, 6), np.int32),
         "q.qzeros": np.zeros((1, 1), np.int32),
-        "q.scales": draw(1, 6),
+        "q.scales": normal(1, 6),
         "q.g_idx": np.zeros(8, np.int32),
     },
-    "AWQ": {"q.qweight": np.zeros((8, 1), np.int32), "q.qzeros": np.zeros((1, 1), np.int32), "q.scales": draw(1, 8)},
+    "AWQ": {"q.qweight": np.zeros((8, 1), np.int32), "q.qzeros": np.zeros((1, 1), np.int32), "q.scales": normal(1, 8)},
     "MXFP4": {"q.weight_blocks": np.zeros((6, 2, 16), np.uint8), "q.weight_scales": np.zeros((6, 2), np.uint8)},
-    "compressed-tensors, packed": {"q.weight_packed": np.zeros((6, 1), np.int32), "q.weight_scale": draw(6, 1)},
+    "compressed-tensors, packed": {"q.weight_packed": np.zeros((6, 1), np.int32), "q.weight_scale": normal(6, 1)},
     "HQQ": {"q.W_q": np.zeros((6, 4), np.uint8)},
 }
 
@@ -122,7 +124,7 @@ PACKED = {
 def test_what_is_packed_is_refused_by_the_name_of_its_form(name, tmp_path):
     write(tmp_path / "base", PACKED[name])
     for requantize in (False, True):
-        found, said = rules(
+        found, said = refusal(
             lf.merge, change(6, 8, 1.0), lf.open_base(tmp_path / "base"), tmp_path / "out", requantize=requantize
         )
         assert found == {"LF-608"}
@@ -133,7 +135,7 @@ def test_what_is_packed_is_refused_by_the_name_of_its_form(name, tmp_path):
 def test_an_order_of_a_gpu_is_not_taken_for_rows(tmp_path):
     _, held, _ = golden("int8", tmp_path)
     write(tmp_path / "turing", {**held, "q.weight_format": np.array(2, np.uint8)})
-    found = rules(
+    found = refusal(
         lf.merge, change(150, 260, 1.0), lf.open_base(tmp_path / "turing"), tmp_path / "out", requantize=True
     )[0]
     assert found == {"LF-608"}
@@ -144,7 +146,7 @@ def test_a_method_that_only_the_configuration_names_is_named(tmp_path):
     write(tmp_path / "base", {"q.weight": np.zeros((6, 8), np.int8)}, config)
     assert (
         "q.weight is stored as EETQ (config.json says eetq)"
-        in rules(lf.merge, change(6, 8, 1.0), lf.open_base(tmp_path / "base"), tmp_path / "out", requantize=True)[1]
+        in refusal(lf.merge, change(6, 8, 1.0), lf.open_base(tmp_path / "base"), tmp_path / "out", requantize=True)[1]
     )
 
 
@@ -153,7 +155,7 @@ def test_a_method_that_only_the_configuration_names_is_named(tmp_path):
     [((150, 260), (2, 3), (128, 128)), ((150, 260), (150, 1), (1, 260)), ((150, 260), (1,), (150, 260)), ((150, 260), (150,), (1, 260)), ((64, 64), (2, 4), (32, 16)), ((150, 260), (7, 3), None), ((150, 260), (2, 3, 1), None)],
 )  # fmt: skip
 def test_the_block_of_a_scale_follows_from_how_many_there_are(shape, grid, block):
-    scaling = Scaling.of(draw(*grid), 1.0, shape)
+    scaling = Scaling.of(normal(*grid), 1.0, shape)
     assert (scaling and scaling.block) == block
 
 
@@ -161,7 +163,7 @@ def test_the_block_of_a_scale_follows_from_how_many_there_are(shape, grid, block
 
 
 def test_the_plan_estimates_and_the_proof_states_what_survives(run, tmp_path):
-    write(tmp_path / "base", {"q.weight": draw(90, 70).astype(BF16), "k.weight": draw(90, 70, seed=5).astype(BF16)})
+    write(tmp_path / "base", {"q.weight": normal(90, 70).astype(BF16), "k.weight": normal(90, 70, seed=5).astype(BF16)})
     lf.save(lf.Adapter({**change(90, 70, 0.01), **change(90, 70, 0.1, "k.weight")}), tmp_path / "a.safetensors")
     words = ("merge", "a.safetensors", "--into", "base", "-o", "out")
     told = run(*words, "--plan")

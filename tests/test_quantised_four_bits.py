@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from quantised_goldens import BF16, change, golden, rules, stored, write
+from quantised_goldens import BF16, change, golden, stored, write
+from refused import refusal
 
 import loraformat as lf
 from loraformat.checkpoint.grids import grid_of
@@ -76,7 +77,7 @@ def test_where_nothing_changes_no_byte_does(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_four_bits_are_not_rounded_to_unasked(case, tmp_path):
     base, _, _ = golden(case, tmp_path)
-    found, said = rules(lf.merge, change(*CASES[case], 0.1), base, tmp_path / "out")
+    found, said = refusal(lf.merge, change(*CASES[case], 0.1), base, tmp_path / "out")
     assert found == {"LF-608"}
     assert NAMED[case] in said
     assert "--requantize rounds to it and says what survives" in said
@@ -84,7 +85,7 @@ def test_four_bits_are_not_rounded_to_unasked(case, tmp_path):
 
 def test_a_change_that_four_bits_swallow_is_refused(tmp_path):
     base, _, _ = golden("nf4", tmp_path)
-    found, said = rules(lf.merge, change(37, 90, 1e-3), base, tmp_path / "out", requantize=True)
+    found, said = refusal(lf.merge, change(37, 90, 1e-3), base, tmp_path / "out", requantize=True)
     assert found == {"LF-615"}
     assert "of ΔW survives in bitsandbytes NF4" in said
     assert not (tmp_path / "out").exists()
@@ -156,7 +157,7 @@ def test_a_bound_adapter_finds_its_base_in_four_bits(tmp_path):
         if expected is None:
             lf.merge(unsealed, quantised, tmp_path / "out", requantize=True)
         else:
-            assert rules(lf.merge, unsealed, quantised, tmp_path / "out2", requantize=True)[0] == expected
+            assert refusal(lf.merge, unsealed, quantised, tmp_path / "out2", requantize=True)[0] == expected
 
 
 def spoiled(held, **changes):
@@ -184,7 +185,7 @@ def test_a_damaged_description_is_refused(name, tmp_path):
     _, held, _ = golden("nf4", tmp_path)
     write(tmp_path / "base", DAMAGE[name](held))
     call = (lf.merge, change(37, 90, 1.0), lf.open_base(tmp_path / "base"), tmp_path / "out")
-    assert rules(*call, requantize=True)[0] == {"LF-610"}
+    assert refusal(*call, requantize=True)[0] == {"LF-610"}
 
 
 def test_numbers_that_lie_in_16_bits_are_refused_by_the_name_of_their_form(tmp_path):
@@ -193,7 +194,7 @@ def test_numbers_that_lie_in_16_bits_are_refused_by_the_name_of_their_form(tmp_p
     odd = np.append(held["q.weight"].reshape(-1), np.uint8(0))[:, None]
     write(tmp_path / "base", {**held, "q.weight": odd.reshape(-1, 2).view(BF16)})
     base = lf.open_base(tmp_path / "base")
-    found, said = rules(lf.merge, change(37, 90, 1.0), base, tmp_path / "out", requantize=True)
+    found, said = refusal(lf.merge, change(37, 90, 1.0), base, tmp_path / "out", requantize=True)
     assert (found, "bitsandbytes NF4" in said) == ({"LF-608"}, True)
 
 
@@ -201,7 +202,7 @@ def test_what_is_not_finite_is_refused(tmp_path):
     base, _, _ = golden("nf4", tmp_path)
     part = lf.Lora(np.full((1, 90), 3e38, np.float32), np.full((37, 1), 3e38, np.float32), 1.0, "factor")
     huge = lf.Adapter({"q.weight": lf.Update((part,))})
-    assert rules(lf.merge, huge, base, tmp_path / "out", requantize=True)[0] == {"LF-611"}
+    assert refusal(lf.merge, huge, base, tmp_path / "out", requantize=True)[0] == {"LF-611"}
 
 
 def test_what_replaces_a_scaled_weight_is_refused(tmp_path):
@@ -211,7 +212,7 @@ def test_what_replaces_a_scaled_weight_is_refused(tmp_path):
     place = lf.Placement.of((150, 260), "out,in")
     adapter = lf.Adapter({"q.weight": lf.Update((lf.Replace(new),), place)})
     for requantize in (False, True):
-        assert rules(lf.merge, adapter, base, tmp_path / "out", requantize=requantize)[0] == {"LF-608"}
+        assert refusal(lf.merge, adapter, base, tmp_path / "out", requantize=requantize)[0] == {"LF-608"}
 
 
 @pytest.mark.peer

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from quantised_goldens import change, golden, rules, stored, write
+from quantised_goldens import change, golden, stored, write
+from refused import refusal
 
 import loraformat as lf
 from loraformat.checkpoint.grids import grid_of
@@ -70,9 +71,9 @@ def test_where_nothing_changes_no_byte_does(case, tmp_path):
 
 def test_integers_are_not_rounded_to_unasked_nor_swallow_a_change(tmp_path):
     base, _, _ = opened("gptq_4", tmp_path)
-    found, said = rules(lf.merge, change(64, 96, 0.2), base, tmp_path / "out")
+    found, said = refusal(lf.merge, change(64, 96, 0.2), base, tmp_path / "out")
     assert (found, "GPTQ" in said, "--requantize" in said) == ({"LF-608"}, True, True)
-    found, said = rules(lf.merge, change(64, 96, 1e-3), base, tmp_path / "out", requantize=True)
+    found, said = refusal(lf.merge, change(64, 96, 1e-3), base, tmp_path / "out", requantize=True)
     assert (found, "of ΔW survives in GPTQ" in said) == ({"LF-615"}, True)
 
 
@@ -92,7 +93,7 @@ def test_what_is_not_known_is_refused_by_its_name(name, tmp_path):
     _, held, _ = golden("gptq_4", tmp_path)
     write(tmp_path / "base", {key: value for key, value in {**held, **more}.items() if value is not None}, told)
     base = lf.open_base(tmp_path / "base")
-    found, said = rules(lf.merge, change(64, 96, 0.2), base, tmp_path / "out", requantize=True)
+    found, said = refusal(lf.merge, change(64, 96, 0.2), base, tmp_path / "out", requantize=True)
     assert (found, "q.weight is stored as GPTQ" in said) == ({"LF-608"}, True)
 
 
@@ -116,7 +117,9 @@ def test_an_adapter_between_two_packed_models_is_that_of_their_values(tmp_path):
 def test_awq_is_refused_for_what_it_did_to_the_weight(tmp_path):
     held = {"q.qweight": np.zeros((8, 1), np.int32), "q.qzeros": np.zeros((1, 1), np.int32)}
     write(tmp_path / "base", {**held, "q.scales": np.ones((1, 8), np.float16)})
-    found, said = rules(lf.merge, change(8, 8, 1.0), lf.open_base(tmp_path / "base"), tmp_path / "out", requantize=True)
+    found, said = refusal(
+        lf.merge, change(8, 8, 1.0), lf.open_base(tmp_path / "base"), tmp_path / "out", requantize=True
+    )
     assert found == {"LF-608"}
     assert "AWQ moved scales from its inputs into it" in said
     assert "quantise the result" in said

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mutations import edited
-from quantised_goldens import LLAMA, change, draw, golden, stored, write
+from quantised_goldens import LLAMA, change, golden, stored, write
 from safetensors.numpy import save_file
+from updates import normal
 
 import loraformat as lf
 from loraformat.pages.facts import facts
@@ -33,8 +34,8 @@ def test_a_magnitude_scales_the_values(case, tmp_path):
     """Of GPTQ its norm runs over the axis that is stored first."""
     base, _, values = opened(case, tmp_path)
     out, in_ = SHAPES[case]
-    magnitude = lf.Magnitude(np.abs(draw(out)) * np.float32(3) + 1)
-    update = lf.Update((lf.Lora(draw(2, in_), draw(out, 2), 0.3, "factor"), magnitude))
+    magnitude = lf.Magnitude(np.abs(normal(out)) * np.float32(3) + 1)
+    update = lf.Update((lf.Lora(normal(2, in_), normal(out, 2), 0.3, "factor"), magnitude))
     adapter = lf.Adapter({"q.weight": update})
     outcome = lf.merge(adapter, base, tmp_path / "out", requantize=True)
     old, merged = values(base), lf.open_base(tmp_path / "out")
@@ -49,7 +50,9 @@ def test_a_magnitude_scales_the_values(case, tmp_path):
 def test_several_adapters_are_rounded_once(case, tmp_path):
     base, _, values = opened(case, tmp_path)
     out, in_ = SHAPES[case]
-    other = lf.Adapter({"q.weight": lf.Update((lf.Lora(draw(3, in_, seed=7), draw(out, 3, seed=8), 0.1, "factor"),))})
+    other = lf.Adapter(
+        {"q.weight": lf.Update((lf.Lora(normal(3, in_, seed=7), normal(out, 3, seed=8), 0.1, "factor"),))}
+    )
     both = [(change(out, in_, 0.2), 0.5), (other, -1.0)]
     lf.merge(both, base, tmp_path / "out", requantize=True)
     merged = lf.open_base(tmp_path / "out")
@@ -136,7 +139,7 @@ def test_a_wrong_merge_is_named(case, words, tmp_path):
     """The scale is 0.4, alpha 1.2."""
     base, _, _ = opened(case, tmp_path)
     out, in_ = SHAPES[case]
-    pair = lf.Lora(draw(3, in_, seed=1), draw(out, 3, seed=2) * np.float32(0.2), 1.2, "alpha/r")
+    pair = lf.Lora(normal(3, in_, seed=1), normal(out, 3, seed=2) * np.float32(0.2), 1.2, "alpha/r")
     adapter = lf.Adapter({"q.weight": lf.Update((pair,))})
     merged = base
     if MISTAKES[words]:

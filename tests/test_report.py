@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from graphs import adapter, lora, model, save
 from safetensors.numpy import save_file
+from updates import normal
 
 import loraformat as lf
 from loraformat import pages
@@ -23,12 +24,8 @@ from loraformat.testing import KINDS, random_adapter
 EVIL = """"><script>alert('x')</script><img src=x onerror=alert(1)></style></title>&amp;<!--"""
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def pair(out, in_, seed=0, alpha=3.0):
-    return lf.Lora(draw(3, in_, seed=seed), draw(out, 3, seed=seed + 1), alpha, "alpha/r")
+    return lf.Lora(normal(3, in_, seed=seed), normal(out, 3, seed=seed + 1), alpha, "alpha/r")
 
 
 def layers(count=4):
@@ -44,7 +41,9 @@ def layers(count=4):
 
 def base_of(given, path):
     path.mkdir()
-    save_file({key: draw(*update.matrix_shape(), seed=7) for key, update in given.items()}, path / "model.safetensors")
+    save_file(
+        {key: normal(*update.matrix_shape(), seed=7) for key, update in given.items()}, path / "model.safetensors"
+    )
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return lf.open_base(path)
 
@@ -108,7 +107,7 @@ def test_with_a_base_it_has_the_share_that_changes_and_the_evidence(tmp_path):
 
 def test_dora_is_weighed_as_the_change_that_it_makes_of_the_base(tmp_path):
     key = "model.layers.0.q.weight"
-    given = lf.Adapter({key: lf.Update((pair(9, 7), lf.Magnitude(abs(draw(9)) + 1)))})
+    given = lf.Adapter({key: lf.Update((pair(9, 7), lf.Magnitude(abs(normal(9)) + 1)))})
     base = base_of(given, tmp_path / "base")
     w = base.read(key)
     change = given[key].placed(lf.Placement.of((9, 7), "out,in")).apply(w) - w

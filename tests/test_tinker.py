@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from mutants import net
 from peft_goldens import adapter_of
+from refused import rules_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
@@ -122,9 +122,9 @@ def test_what_tinker_has_no_place_for_is_refused(tmp_path):
         "two ranks": {**adapter, flat: lf.Update((lf.Lora(normal(3, 20), normal(24, 3), 7 / 4, "factor"),))},
     }
     for targets in wrong.values():
-        assert problems(save, replace(adapter, targets=targets), tmp_path / "out", layout) == {"LF-508"}
+        assert rules_of(save, replace(adapter, targets=targets), tmp_path / "out", layout) == {"LF-508"}
     torch = replace(adapter, names="torch")
-    assert problems(save, torch, tmp_path / "out", layout) == {"LF-508"}
+    assert rules_of(save, torch, tmp_path / "out", layout) == {"LF-508"}
     assert not (tmp_path / "out").exists()
 
 
@@ -142,12 +142,6 @@ def test_the_golden_is_claimed_by_tinker_alone_and_pefts_by_peft():
     testing.check_claimed_alone(layout, HERE / "adapter")
     testing.check_claimed_alone(layout, HERE / "adapter/adapter_model.safetensors")
     testing.check_claimed_alone(registry.layout("peft"), adapter_of("llama"))
-
-
-def problems(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return {p.rule for p in caught.value.problems}
 
 
 def changed(folder, config=None, **tensors):
@@ -172,10 +166,10 @@ def test_empty_experts_stand_for_nothing_and_are_told(tmp_path):
 
 def test_what_no_tool_of_tinkers_reads_is_refused(tmp_path):
     pair = {f"model.layers.1.mlp.experts.w1.lora_{r}.weight": normal(1, 4, 4) for r in "AB"}
-    assert problems(lf.load, changed(tmp_path / "shared", **pair)) == {"LF-504"}
-    assert problems(lf.load, changed(tmp_path / "stray", **{"model.norm.weight": normal(3)})) == {"LF-506"}
+    assert rules_of(lf.load, changed(tmp_path / "shared", **pair)) == {"LF-504"}
+    assert rules_of(lf.load, changed(tmp_path / "stray", **{"model.norm.weight": normal(3)})) == {"LF-506"}
     flat = {f"model.layers.1.mlp.experts.w1.lora_{r}.weight": normal(4, 4) for r in "AB"}
-    assert problems(lf.load, changed(tmp_path / "flat", **flat)) == {"LF-309"}
+    assert rules_of(lf.load, changed(tmp_path / "flat", **flat)) == {"LF-309"}
     for i, (config, rule) in enumerate(
         {
             "[": "LF-503", "{}": "LF-503", '{"r": 4}': "LF-503", '{"r": 4, "lora_alpha": true}': "LF-503",
@@ -183,15 +177,15 @@ def test_what_no_tool_of_tinkers_reads_is_refused(tmp_path):
             f'{{"r": 4, "lora_alpha": {10**400}}}': "LF-503",
         }.items()
     ):  # fmt: skip
-        assert problems(lf.load, changed(tmp_path / str(i), config)) == {rule}
+        assert rules_of(lf.load, changed(tmp_path / str(i), config)) == {rule}
 
 
 def test_names_of_a_model_that_is_not_known_are_not_guessed(tmp_path):
     adapter = lf.load(HERE / "adapter")
-    assert problems(retarget, adapter, "torch") == {"LF-604"}
-    assert problems(retarget, adapter, "torch", config={"model_type": "gpt_oss"}) == {"LF-604"}
+    assert rules_of(retarget, adapter, "torch") == {"LF-604"}
+    assert rules_of(retarget, adapter, "torch", config={"model_type": "gpt_oss"}) == {"LF-604"}
     tied = QWEN | {"tie_word_embeddings": True}
-    assert problems(retarget, adapter, "torch", config=tied) == {"LF-602"}
+    assert rules_of(retarget, adapter, "torch", config=tied) == {"LF-602"}
 
 
 def test_a_folder_goes_to_peft_by_the_command(run, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mutants import net
+from refused import faults_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
@@ -108,17 +109,11 @@ def test_a_golden_is_claimed_by_torchtune_alone_and_written_again_to_the_last_bi
     assert lf.digest(lf.load(tmp_path / "again")) == lf.digest(loaded(case))
 
 
-def problems(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return {(p.rule, p.where) for p in caught.value.problems}
-
-
 def test_a_configuration_beside_the_file_states_the_scale(tmp_path):
     adapter = lf.load(adapter_of("lora", tmp_path))
     assert {update.scale for update in adapter.values()} == {9 / 5}
     path = adapter_of("dora", tmp_path)
-    assert {rule for rule, _ in problems(lf.load, path)} == {"LF-509"}
+    assert {rule for rule, _ in faults_of(lf.load, path)} == {"LF-509"}
     for text in (
         "{",
         "[1]",
@@ -129,9 +124,9 @@ def test_a_configuration_beside_the_file_states_the_scale(tmp_path):
         '{"r": true, "lora_alpha": 8}',
     ):
         (path.parent / "adapter_config.json").write_text(text)
-        assert problems(lf.load, path) == {("LF-503", "adapter_config.json")}
+        assert faults_of(lf.load, path) == {("LF-503", "adapter_config.json")}
     (path.parent / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
-    assert {rule for rule, _ in problems(lf.load, path)} == {"LF-507"}
+    assert {rule for rule, _ in faults_of(lf.load, path)} == {"LF-507"}
 
 
 def normal(*shape):
@@ -155,9 +150,9 @@ def test_what_is_no_tensor_of_an_adapter_is_refused(tmp_path):
         ("layers.0.mlp.w2.lora_a.weight", normal(3, 7), "LF-303"),
         ("layers.0.mlp.w1.magnitude", normal(11, 1), "LF-309"),
     ):
-        assert {found for found, _ in problems(lf.from_tensors, tensors | {name: tensor}, "torchtune", options=stated)} == {rule}  # fmt: skip
+        assert {found for found, _ in faults_of(lf.from_tensors, tensors | {name: tensor}, "torchtune", options=stated)} == {rule}  # fmt: skip
     bad = tensors | {"layers.0.mlp.w1.magnitude": normal(7)}
-    assert problems(lf.from_tensors, bad, "torchtune", options=stated) == {("LF-404", 'targets["layers.0.mlp.w1.weight"]')}  # fmt: skip
+    assert faults_of(lf.from_tensors, bad, "torchtune", options=stated) == {("LF-404", 'targets["layers.0.mlp.w1.weight"]')}  # fmt: skip
 
 
 def test_one_rank_and_one_alpha_or_the_way_to_have_them(tmp_path):
@@ -179,9 +174,9 @@ def test_what_torchtune_has_no_place_for_is_refused(tmp_path):
     for kinds in testing.KINDS[1:]:
         adapter = replace(testing.random_adapter(3, (kinds,)), names=NAMES)
         if kinds != "dora":
-            assert {rule for rule, _ in problems(save, adapter, tmp_path / "out", layout)} == {"LF-508"}
+            assert {rule for rule, _ in faults_of(save, adapter, tmp_path / "out", layout)} == {"LF-508"}
     mixed = replace(testing.random_adapter(3, ("lora", "dora")), names=NAMES)
-    assert problems(save, mixed, tmp_path / "out", layout) == {("LF-508", "")}
+    assert faults_of(save, mixed, tmp_path / "out", layout) == {("LF-508", "")}
     with pytest.raises(lf.LoraFormatError, match=r"retarget --to org\.pytorch\.torchtune"):
         save(testing.random_adapter(3), tmp_path / "out", layout)
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import pytest
 from mutants import net
 from peft_goldens import HERE as PEFT
 from peft_goldens import truth_of
+from refused import faults_of
 from safetensors.numpy import load_file
 
 import loraformat as lf
@@ -127,12 +128,6 @@ test_the_goldens, test_a_mutant_turns_its_check_red = net(
 )
 
 
-def problems(call, *args, **kwargs):
-    with pytest.raises(lf.LoraFormatError) as caught:
-        call(*args, **kwargs)
-    return {(p.rule, p.where) for p in caught.value.problems}
-
-
 def test_the_numbers_of_the_modules_are_those_of_the_repository():
     assert {name: i for i, name in enumerate(MODULES)} == json.loads((HERE / "golden.json").read_text())["modules"]
 
@@ -144,11 +139,11 @@ def test_a_golden_is_claimed_by_trtllm_alone(case):
 
 
 def test_without_the_sizes_of_the_model_a_row_is_not_cut(tmp_path):
-    found = problems(lf.load, HERE / "plain-float32")
+    found = faults_of(lf.load, HERE / "plain-float32")
     assert {rule for rule, _ in found} == {"LF-504"}
     assert len(found) == 14
     other = ReadOptions(config=LLAMA | {"intermediate_size": 41})
-    found = problems(layout.read, open_source(HERE / "plain-float32"), other)
+    found = faults_of(layout.read, open_source(HERE / "plain-float32"), other)
     assert {rule for rule, _ in found} == {"LF-309"}
 
 
@@ -165,9 +160,9 @@ def test_the_manager_of_the_runtime_has_the_rows_of_the_converter():
 
 def test_experts_of_another_number_or_of_one_axis_are_refused(tmp_path):
     other = ReadOptions(config=MIXTRAL | {"num_local_experts": 4})
-    assert {rule for rule, _ in problems(layout.read, open_source(HERE / "manager-experts"), other)} == {"LF-309"}
+    assert {rule for rule, _ in faults_of(layout.read, open_source(HERE / "manager-experts"), other)} == {"LF-309"}
     flat = {"layers.0.moe_gate": Update((Lora(normal(3, 24), normal(20, 3), 1, "factor"),))}
-    assert problems(save, lf.Adapter(flat, NAMES), tmp_path / "x", layout) == {("LF-508", "layers.0.moe_gate")}
+    assert faults_of(save, lf.Adapter(flat, NAMES), tmp_path / "x", layout) == {("LF-508", "layers.0.moe_gate")}
 
 
 def test_a_factor_that_experts_share_is_written_for_each(tmp_path):
@@ -182,11 +177,11 @@ def test_rows_that_say_something_else_are_refused_each(tmp_path):
     table = np.load(HERE / "dora-float32" / CONFIG).copy()
     table[0, 0, 3], table[0, 1, 0], table[0, 2, 2], table[0, 3] = 1, 99, 0, table[0, 4]
     source = arrays(tmp_path / "bad", weights, table)
-    found = {rule for rule, _ in problems(layout.read, source, OPTIONS)}
+    found = {rule for rule, _ in faults_of(layout.read, source, OPTIONS)}
     assert found == {"LF-504", "LF-603"}
     table = np.load(HERE / "dora-float32" / CONFIG).copy()
     table[0, :, 2] = 4
-    assert {r for r, _ in problems(layout.read, arrays(tmp_path / "rank", weights, table), OPTIONS)} == {"LF-309"}
+    assert {r for r, _ in faults_of(layout.read, arrays(tmp_path / "rank", weights, table), OPTIONS)} == {"LF-309"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +196,7 @@ def test_rows_that_say_something_else_are_refused_each(tmp_path):
     ],
 )
 def test_arrays_of_another_form_are_refused(weights, table, tmp_path):
-    assert {rule for rule, _ in problems(layout.read, arrays(tmp_path / "x", weights, table), OPTIONS)} == {"LF-701"}
+    assert {rule for rule, _ in faults_of(layout.read, arrays(tmp_path / "x", weights, table), OPTIONS)} == {"LF-701"}
 
 
 @pytest.mark.parametrize(
@@ -211,11 +206,11 @@ def test_arrays_of_another_form_are_refused(weights, table, tmp_path):
 def test_a_file_that_is_no_array_is_refused(damage, tmp_path):
     shutil.copytree(HERE / "plain-float32", tmp_path / "x")
     (tmp_path / "x" / WEIGHTS).write_bytes(damage)
-    assert {rule for rule, _ in problems(layout.read, open_source(tmp_path / "x"), OPTIONS)} == {"LF-701"}
+    assert {rule for rule, _ in faults_of(layout.read, open_source(tmp_path / "x"), OPTIONS)} == {"LF-701"}
     whole = (HERE / "plain-float32" / CONFIG).read_bytes()
     shutil.copy(HERE / "plain-float32" / WEIGHTS, tmp_path / "x")
     (tmp_path / "x" / CONFIG).write_bytes(whole[:-5])
-    assert {rule for rule, _ in problems(layout.read, open_source(tmp_path / "x"), OPTIONS)} == {"LF-701"}
+    assert {rule for rule, _ in faults_of(layout.read, open_source(tmp_path / "x"), OPTIONS)} == {"LF-701"}
 
 
 def normal(*shape):
@@ -232,12 +227,12 @@ def test_a_scale_is_folded_only_when_asked_and_every_reason_is_told(tmp_path):
     assert testing.relative_error(again.matrix(), pair.matrix()) <= 1e-6
     ones = {key: Update((Lora(normal(3, 24), normal(12, 3), 1, "factor"),)) for key in ("layers.0.attn", "h.0.attn_q")}
     double = {"layers.0.attn_q": Update((Lora(normal(3, 24).astype(np.float64), normal(24, 3), 1, "factor"),))}
-    assert problems(save, lf.Adapter(ones, NAMES), tmp_path / "x", layout) == {("LF-508", key) for key in ones}
-    assert problems(save, lf.Adapter(double, NAMES), tmp_path / "x", layout) == {("LF-508", "")}
-    assert problems(save, testing.random_adapter(), tmp_path / "x", layout) == {("LF-508", "")}
+    assert faults_of(save, lf.Adapter(ones, NAMES), tmp_path / "x", layout) == {("LF-508", key) for key in ones}
+    assert faults_of(save, lf.Adapter(double, NAMES), tmp_path / "x", layout) == {("LF-508", "")}
+    assert faults_of(save, testing.random_adapter(), tmp_path / "x", layout) == {("LF-508", "")}
     for kind in testing.KINDS[1:]:
         other = replace(testing.random_adapter(3, (kind,)), names=NAMES)
-        assert {rule for rule, _ in problems(save, other, tmp_path / "x", layout)} == {"LF-508"}
+        assert {rule for rule, _ in faults_of(save, other, tmp_path / "x", layout)} == {"LF-508"}
     assert not (tmp_path / "x").exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from updates import normal
 
 import loraformat as lf
 
@@ -18,12 +19,8 @@ R, ALPHA = 3, 6.0
 KEYS = {"a.q.weight": (12, 12), "a.k.weight": (9, 12), "a.o.weight": (12, 9)}
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
 def pair(out, in_, seed, rule="alpha/sqrt(r)", alpha=ALPHA):
-    return lf.Lora(draw(R, in_, seed=seed), draw(out, R, seed=seed + 1), alpha, rule)
+    return lf.Lora(normal(R, in_, seed=seed), normal(out, R, seed=seed + 1), alpha, rule)
 
 
 def made(rule="alpha/sqrt(r)", alpha=ALPHA, seed=20):
@@ -35,8 +32,8 @@ def made(rule="alpha/sqrt(r)", alpha=ALPHA, seed=20):
 
 def weights(dtype):
     return {
-        **{key: draw(*shape, seed=i).astype(dtype) for i, (key, shape) in enumerate(KEYS.items())},
-        "norm.weight": draw(12).astype(dtype),
+        **{key: normal(*shape, seed=i).astype(dtype) for i, (key, shape) in enumerate(KEYS.items())},
+        "norm.weight": normal(12).astype(dtype),
     }
 
 
@@ -108,8 +105,8 @@ def test_a_square_change_that_was_transposed_is_named_and_its_lost_scale_too(dty
 
 def test_a_stack_of_square_changes_that_was_transposed_is_named(tmp_path):
     place = lf.Placement((3, 8, 8), (1,), (2,), (0,))
-    update = lf.Update((lf.Lora(draw(3, 2, 8), draw(3, 8, 2), 3.0, "alpha/r"),), place)
-    weight = draw(3, 8, 8)
+    update = lf.Update((lf.Lora(normal(3, 2, 8), normal(3, 8, 2), 3.0, "alpha/r"),), place)
+    weight = normal(3, 8, 8)
     base, merged = (
         store(tmp_path / "base", {"experts": weight}),
         store(tmp_path / "merged", {"experts": weight + update.matrix().swapaxes(1, 2)}),
@@ -145,7 +142,7 @@ def test_what_was_rounded_more_than_once_is_no_other_mistake(tmp_path):
 
 
 def test_what_no_usual_mistake_explains_gets_no_name(tmp_path):
-    problems = faults(tmp_path, np.float32, lambda w, u: w + u.matrix() + draw(*w.shape, seed=99), made())
+    problems = faults(tmp_path, np.float32, lambda w, u: w + u.matrix() + normal(*w.shape, seed=99), made())
     assert all(" values are not W + ΔW rounded once" in p.what and p.what[0].isdigit() for p in problems)
 
 
@@ -176,7 +173,7 @@ DORA = {
 @pytest.mark.parametrize("words", DORA)
 def test_a_wrong_merge_of_dora_is_named(words, dtype, tmp_path):
     adapter = {
-        key: dataclasses.replace(u, parts=(*u.parts, lf.Magnitude(abs(draw(KEYS[key][0], seed=3)) + 3)))
+        key: dataclasses.replace(u, parts=(*u.parts, lf.Magnitude(abs(normal(KEYS[key][0], seed=3)) + 3)))
         for key, u in made().items()
     }
     for problem in faults(tmp_path, dtype, DORA[words], adapter):
@@ -215,18 +212,18 @@ TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "voc
 
 
 def tied(tmp_path, merged, config=TIED, stored=(EMBED,)):
-    base = store(tmp_path / "base", dict.fromkeys(stored, draw(17, 6)), TIED)
+    base = store(tmp_path / "base", dict.fromkeys(stored, normal(17, 6)), TIED)
     return base, store(tmp_path / "merged", merged, config)
 
 
 HEAD_LORA = lf.Adapter({HEAD: lf.Update((pair(17, 6, 5),), lf.Placement.of((17, 6), "out,in"))})
 ROWS = lf.Adapter(
-    {EMBED: lf.Update((lf.Rows(draw(2, 6, seed=4), np.array([3, 11])),), lf.Placement((17, 6), (1,), (0,)))}
+    {EMBED: lf.Update((lf.Rows(normal(2, 6, seed=4), np.array([3, 11])),), lf.Placement((17, 6), (1,), (0,)))}
 )
 
 
 def test_a_change_of_a_head_that_went_into_the_shared_tensor_is_named(tmp_path):
-    base, merged = tied(tmp_path, {EMBED: HEAD_LORA[HEAD].apply(draw(17, 6))})
+    base, merged = tied(tmp_path, {EMBED: HEAD_LORA[HEAD].apply(normal(17, 6))})
     (problem,) = lf.verify(base, HEAD_LORA, merged).problems
     assert problem.where == EMBED
     assert (
@@ -236,14 +233,14 @@ def test_a_change_of_a_head_that_went_into_the_shared_tensor_is_named(tmp_path):
 
 
 def test_trained_rows_that_one_of_two_tied_modules_missed_are_named(tmp_path):
-    w = draw(17, 6)
+    w = normal(17, 6)
     base, merged = tied(tmp_path, {EMBED: ROWS[EMBED].apply(w), HEAD: w}, {**TIED, "tie_word_embeddings": False})
     (problem,) = lf.verify(base, ROWS, merged).problems
     assert problem.what.startswith(f"the tie was broken ({HEAD} is {EMBED}): the adapter was not applied to {HEAD}: ")
 
 
 def test_values_of_which_the_configuration_would_lose_one_are_named(tmp_path):
-    w = draw(17, 6)
+    w = normal(17, 6)
     base, merged = tied(tmp_path, {EMBED: w, HEAD: HEAD_LORA[HEAD].apply(w)})
     (problem,) = lf.verify(base, HEAD_LORA, merged).problems
     assert problem.where == HEAD
@@ -256,7 +253,7 @@ def test_what_merge_itself_does_with_ties_is_right(tmp_path):
     for i, adapter in enumerate((HEAD_LORA, ROWS)):
         home = tmp_path / str(i)
         home.mkdir()
-        base = store(home / "base", {EMBED: draw(17, 6)}, TIED)
+        base = store(home / "base", {EMBED: normal(17, 6)}, TIED)
         lf.merge(adapter, base, home / "out")
         assert lf.verify(base, adapter, lf.open_base(home / "out")).problems == []
         assert set(load_file(home / "out/model.safetensors")) >= {EMBED}
