@@ -27,6 +27,7 @@ GOLDEN = Path(__file__).parent / "golden" / "onnx"
 T5 = GOLDEN / "t5" / "model"
 PIPELINE = GOLDEN / "pipeline" / "model"
 VERBS = {"merge": merge, "attach": attach}
+COMPONENTS = ("text_encoder", "unet")
 
 
 def whole(case, *components):
@@ -261,6 +262,28 @@ def test_parts_without_names_are_found_by_the_base(tmp_path):
     hints = lf.Hints(base=open_base(tmp_path / "base.safetensors"))
     (places,) = base.resolve(adapter({"q.weight": (6, 6)}), hints).require().targets.values()
     assert [(place.file, place.weight) for place in places] == [("a.onnx", "w0"), ("b.onnx", "w1")]
+
+
+def test_components_without_names_are_found_by_those_of_the_base(tmp_path):
+    own = {c: np.random.default_rng(i).standard_normal((6, 6)).astype(np.float32) for i, c in enumerate(COMPONENTS)}
+    other = np.random.default_rng(9).standard_normal((6, 6)).astype(np.float32)
+    for component, weight in own.items():  # q.weight is another tensor in each
+        made = model("g (float[N,6] x) => (float[N,6] y) { h = MatMul(x, w0)  y = MatMul(h, w1) }")
+        stored = {"w0": other.T, "w1": weight.T}
+        made.graph.initializer.extend(numpy_helper.from_array(v.copy(), n) for n, v in stored.items())
+        (tmp_path / "graphs" / component).mkdir(parents=True)
+        save(made, tmp_path / "graphs" / component / "model.onnx")
+        (tmp_path / "base" / component).mkdir(parents=True)
+        save_file({"q.weight": weight}, tmp_path / "base" / component / "model.safetensors")
+        (tmp_path / "base" / component / "config.json").write_text('{"model_type": "bert"}')
+    for name in ("graphs", "base"):
+        (tmp_path / name / "model_index.json").write_text(json.dumps({c: ["diffusers", "Model"] for c in own}))
+    keys = {f"{component}:q.weight": (6, 6) for component in own}
+    both = lf.Adapter(adapter(keys).targets, components=tuple(own))
+    hints = lf.Hints(base=open_base(tmp_path / "base"))
+    found = open_base(tmp_path / "graphs").resolve(both, hints).require().targets
+    places = {key: [(place.file, place.weight) for place in places] for key, places in found.items()}
+    assert places == {f"{c}:q.weight": [(f"{c}/model.onnx", "w1")] for c in own}
 
 
 def test_files_whose_names_tell_nothing_are_not_guessed_at(t5):

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loraformat.checkpoint.pipeline import Pipeline
 from loraformat.errors import Problem
 from loraformat.names import join
 from loraformat.resolve import Hints, Match, Resolution
@@ -61,13 +62,14 @@ def _shared_out(
 
 
 def _within(hints: Hints, component: str | None) -> Hints:
-    """The hints for the keys of one component, without its name."""
+    """The hints for the keys of one component, without its name; of a pipeline's weights, those of the same component."""
     if component is None:
         return hints
     prefix = f"{component}:"
     names = {key.removeprefix(prefix): name for key, name in hints.names.items() if key.startswith(prefix)}
     axes = {pattern.removeprefix(prefix): spec for pattern, spec in hints.axes.items()}
-    return Hints(names, axes)
+    base = hints.base.components.get(component) if isinstance(hints.base, Pipeline) else hints.base
+    return Hints(names, axes, base)
 
 
 def _in_none(problems: Sequence[Problem], found: Container[str]) -> list[Problem]:
