@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.names import nearest
+from loraformat.names import join, nearest
 from loraformat.packed import permuted, spread
 from loraformat.turned import turned
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraformat.base import Base
     from loraformat.updates import Update
 
-__all__ = ["Hints", "Match", "Resolution", "matches", "unmeant"]
+__all__ = ["Hints", "Match", "Resolution", "in_component", "matches", "unmeant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,12 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}"):
                 return True
     return False
+
+
+def in_component(problem: Problem, component: str | None) -> Problem:
+    """The same of a key that has its component in front, also in what it gives to type for ``--names``."""
+    where = join(component, problem.where)
+    return replace(problem, where=where, fix=problem.fix.replace(f'{{"{problem.where}":', f'{{"{where}":'))
 
 
 def unmeant(patterns: Iterable[str], keys: Iterable[str], what: str = "target of the adapter") -> list[Problem]:

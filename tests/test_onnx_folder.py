@@ -280,8 +280,9 @@ def test_components_without_names_are_found_by_those_of_the_base(tmp_path):
         (tmp_path / name / "model_index.json").write_text(json.dumps({c: ["diffusers", "Model"] for c in own}))
     keys = {f"{component}:q.weight": (6, 6) for component in own}
     both = lf.Adapter(adapter(keys).targets, components=tuple(own))
-    hints = lf.Hints(base=open_base(tmp_path / "base"))
-    found = open_base(tmp_path / "graphs").resolve(both, hints).require().targets
+    graphs, hints = open_base(tmp_path / "graphs"), lf.Hints(base=open_base(tmp_path / "base"))
+    assert '{"unet:q.weight": "NODE OR WEIGHT"}' in graphs.resolve(both, lf.Hints()).unresolved[-1].fix
+    found = graphs.resolve(both, hints).require().targets
     places = {key: [(place.file, place.weight) for place in places] for key, places in found.items()}
     assert places == {f"{c}:q.weight": [(f"{c}/model.onnx", "w1")] for c in own}
 

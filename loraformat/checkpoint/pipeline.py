@@ -24,7 +24,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.folders import files_in
 from loraformat.names import join, split
 from loraformat.plan import Job, Outcome, Plan
-from loraformat.resolve import Hints, Match, Resolution
+from loraformat.resolve import Hints, Match, Resolution, in_component
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -130,8 +130,8 @@ class Pipeline:
                 continue
             found = self._in(component, own, _within(hints, component))
             targets |= {join(component, key): places for key, places in found.targets.items()}
-            unresolved += [replace(p, where=join(component, p.where)) for p in found.unresolved]
-            ambiguous += [replace(p, where=join(component, p.where)) for p in found.ambiguous]
+            unresolved += [in_component(p, component) for p in found.unresolved]
+            ambiguous += [in_component(p, component) for p in found.ambiguous]
         order = {key: targets[key] for key in adapter if key in targets}
         return Resolution(order, tuple(unresolved), tuple(ambiguous))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loraformat.checkpoint.pipeline import Pipeline
 from loraformat.errors import Problem
 from loraformat.names import join
-from loraformat.resolve import Hints, Match, Resolution
+from loraformat.resolve import Hints, Match, Resolution, in_component
 from loraformat_converters.onnx.finding.doubt import Model
 from loraformat_converters.onnx.finding.together import together
 
@@ -36,8 +36,8 @@ def in_components(components: Components, adapter: Adapter, hints: Hints) -> Res
                 ambiguous.append(Problem("LF-603", what, key, fix))
             targets[join(prefix, key)] = places
         named = f"{component}: " if component and not prefix else ""
-        unresolved += [replace(p, what=f"{named}{p.what}", where=join(prefix, p.where)) for p in found.unresolved]
-        ambiguous += [replace(p, where=join(prefix, p.where)) for p in found.ambiguous]
+        unresolved += [in_component(replace(p, what=f"{named}{p.what}"), prefix) for p in found.unresolved]
+        ambiguous += [in_component(p, prefix) for p in found.ambiguous]
     if not adapter.components:
         unresolved = _in_none(unresolved, targets)
     order = {key: targets[key] for key in adapter if key in targets}
