@@ -73,6 +73,7 @@ ORDER = (
         "checkpoint.places",
         "checkpoint.tied",
         "checkpoint.merging",
+        "checkpoint.texts",
         "checkpoint.task",
         "checkpoint.output",
     ),

@@ -20,6 +20,7 @@ from loraformat.checkpoint.output import Output, writes_folder
 from loraformat.checkpoint.places import Places
 from loraformat.checkpoint.requantised import Values
 from loraformat.checkpoint.task import identity
+from loraformat.checkpoint.texts import texts
 from loraformat.description import describe_checkpoint
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.plan import Job, Outcome, Plan
@@ -202,7 +203,7 @@ class Checkpoint:
             raise fault("LF-608", f"a checkpoint has no graph to {verb} to", where=str(self.path), fix=fix)
         folder = writes_folder(self.files, options.out)
         merge = Merge.of(self.files, self.tied, self.config, jobs, requantize=options.requantize)
-        output = Output(merge, merge.texts(self.config) if folder else None, options.survival)
+        output = Output(merge, texts(merge, self.config) if folder else None, options.survival)
         if not folder and merge.config != self.config:
             merge.notes.append("the output is a file: config.json, which must change with it, is not written")
         changes = merge.changes.values()

@@ -1,9 +1,7 @@
-"""From resolved adapters to what is written: which tensors change, which tie ends, what the small files say then."""
+"""From resolved adapters to what is written: which tensors change, which tie ends."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from loraformat.checkpoint import tied as ties
 from loraformat.checkpoint.change import Change
 from loraformat.checkpoint.folder import Files
 from loraformat.checkpoint.grids import grid_of, refusal
-from loraformat.dtypes import DTYPES, dtype_name
+from loraformat.dtypes import dtype_name
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.plan import Job, size
 from loraformat.quantised import form_of
@@ -202,42 +200,6 @@ class Merge:
                 self.config = config
                 self.notes.append(f"{name} grows from {old[0]} to {change.shape[0]} rows: vocab_size follows")
 
-    # The small files.
-
-    def texts(self, config: Mapping[str, Any]) -> dict[str, bytes]:
-        """The files of the folder that must say something else than before: configuration and index."""
-        found: dict[str, bytes] = {}
-        if self.config != config:
-            found["config.json"] = _text(self.config)
-        index = self._index()
-        if index is not None and self.files.index is not None:
-            found[self.files.index[0]] = _text(index)
-        return found
-
-    def _index(self) -> dict[str, Any] | None:
-        """The index with added tensors and new sums; None where it stays true as it is."""
-        if self.files.index is None:
-            return None
-        grown = {n: (c.nbytes - self._stored(n), math.prod(c.shape) - self._count(n)) for n, c in self.changes.items()}
-        if not any(map(any, grown.values())):
-            return None
-        index = dict(self.files.index[1])
-        homes = {**index["weight_map"], **{name: self.home(name) for name in self.changes}}
-        sums = index.get("metadata")
-        sums = dict(sums) if isinstance(sums, dict) else {}
-        for name, more in (("total_size", 0), ("total_parameters", 1)):
-            if isinstance(sums.get(name), int):
-                sums[name] += sum(pair[more] for pair in grown.values())
-        return {**index, "metadata": sums, "weight_map": dict(sorted(homes.items()))}
-
-    def _stored(self, name: str) -> int:
-        info = self.files.shards[self.home(name)].infos.get(name)
-        return DTYPES[info.dtype] * math.prod(info.shape) if info else 0
-
-    def _count(self, name: str) -> int:
-        info = self.files.shards[self.home(name)].infos.get(name)
-        return math.prod(info.shape) if info else 0
-
 
 def _same(one: Sequence[Update], other: Sequence[Update]) -> bool:
     """Whether two lists of updates set the same values, as PEFT stores them once for each of two tied modules."""
@@ -265,7 +227,3 @@ def _too_many(aliases: Sequence[str], stored: str, changes: Mapping[str, Change]
     change = next(changes[name] for name in (stored, *aliases) if name in changes)
     what = f"{stored} is {', '.join(aliases)} as well: what more than two modules share cannot change for one of them"
     return Problem("LF-609", what, change.keys[0], "leave it out with --only, or attach instead")
-
-
-def _text(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
