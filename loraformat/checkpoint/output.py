@@ -14,6 +14,7 @@ from loraformat.checkpoint.folder import Files
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.task import Merging
 from loraformat.errors import fault
+from loraformat.parted import check_outside
 from loraformat.ranges import copy_range
 
 __all__ = ["Merging", "Output", "copy_file", "writes_folder"]
@@ -27,8 +28,7 @@ def writes_folder(files: Files, out: Path) -> bool:
     """
     if files.folder is None:
         return False
-    if out.resolve().is_relative_to(files.folder.resolve()):
-        raise fault("LF-703", f"{out} lies in the base's own folder", fix="write beside it")
+    check_outside(files.folder, out)
     if out.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         return True
     endings = {shard.path.suffix for shard in files.shards.values()}

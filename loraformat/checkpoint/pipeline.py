@@ -20,9 +20,10 @@ from loraformat.checkpoint.base import Checkpoint
 from loraformat.checkpoint.folder import is_weights, json_object
 from loraformat.checkpoint.output import Output, copy_file
 from loraformat.checkpoint.task import Merging, identity, seen
-from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.errors import Problem
 from loraformat.folders import files_in
 from loraformat.names import join, split
+from loraformat.parted import check_outside, norms_by_key, plans_of, whole_plan
 from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution, in_component
 
@@ -159,28 +160,12 @@ class Pipeline:
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """The plans of the components that change; the other files are copied."""
-        if options.out.resolve().is_relative_to(self.path.resolve()):
-            raise fault("LF-703", f"{options.out} lies in the base's own folder", fix="write beside it")
-        plans: dict[str, Plan] = {}
-        problems: list[Problem] = []
-        for name, base in self.components.items():
-            own = [part for job in jobs if (part := _part(job, name)).adapter.targets]
-            try:
-                if own:
-                    plans[name] = base.plan(verb, own, replace(options, out=options.out / name))
-            except LoraFormatError as error:
-                problems += [replace(p, what=f"{name}: {p.what}") for p in error.problems]
-        if problems:
-            raise LoraFormatError(problems)
+        check_outside(self.path, options.out)
+        plans = plans_of(verb, jobs, options, self.components, _part)
         copied = sum((self.path / name).stat().st_size for name in self._rest(plans))
-        steps = tuple(f"{name}: {step}" for name, plan in plans.items() for step in plan.steps)
-        notes = [f"{name}: {note}" for name, plan in plans.items() for note in plan.notes]
-        notes.append(f"{len(plans)} of {len(self.components)} components change, the rest is copied as it is")
-        reads, writes = (copied + sum(getattr(p, field) for p in plans.values()) for field in ("reads", "writes"))
-        peak = max((plan.peak for plan in plans.values()), default=0)
-        return Plan(
-            verb, tuple(jobs), options, steps, reads, writes, peak, tuple(notes), plans, partial(_losses, plans)
-        )
+        note = f"{len(plans)} of {len(self.components)} components change, the rest is copied as it is"
+        whole = whole_plan(verb, jobs, options, plans, copied, note)
+        return replace(whole, estimate=partial(_losses, plans))
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the whole pipeline, or nothing."""
@@ -195,12 +180,7 @@ class Pipeline:
         for name, output in outputs.items():
             writers |= {f"{name}/{file}": writer for file, writer in output.writers().items()}
         write_folder(out, writers, force=force, task=task)
-        found = {name: output.merge.norms() for name, output in outputs.items()}
-        norms = {
-            key: found[places[0].file][split(key, job.adapter.components)[1]]
-            for job in plan.jobs
-            for key, places in job.resolution.targets.items()
-        }
+        norms = norms_by_key(plan, {name: output.merge.norms() for name, output in outputs.items()})
         return Outcome(norms, plan.writes, plan.writes - plan.reads, tuple(task.names))
 
     def _rest(self, plans: Mapping[str, Plan]) -> list[str]:

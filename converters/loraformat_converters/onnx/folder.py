@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraformat.atomic import check_free, write_folder
-from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.errors import fault
 from loraformat.folders import files_in
 from loraformat.names import join
+from loraformat.parted import check_outside, norms_by_key, plans_of, whole_plan
 from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
@@ -119,26 +120,13 @@ class OnnxFolder:
 
     def plan(self, verb: str, jobs: Sequence[Job], options: Options) -> Plan:
         """The plans of the parts that change; the other files are copied."""
-        _check_apart(self.path, options.out)
-        plans: dict[str, Plan] = {}
-        problems: list[Problem] = []
-        for file, model in self.models.items():
-            own = [part for job in jobs if (part := share(job, file)).adapter.targets]
-            try:
-                if own:
-                    plans[file] = model.base.plan(verb, own, replace(options, out=options.out / file))
-            except LoraFormatError as error:
-                problems += [replace(p, what=f"{file}: {p.what}") for p in error.problems]
-        if problems:
-            raise LoraFormatError(problems)
+        check_outside(self.path, options.out)
+        bases = {file: model.base for file, model in self.models.items()}
+        plans = plans_of(verb, jobs, options, bases, share)
         rest = self._rest(plans)
         copied = sum((self.path / name).stat().st_size for name in rest)
-        steps = [f"{file}: {step}" for file, plan in plans.items() for step in plan.steps]
-        notes = [f"{file}: {note}" for file, plan in plans.items() for note in plan.notes]
-        notes.append(f"{len(plans)} of {len(self.models)} models change, {len(rest)} files are copied as they are")
-        reads, writes = (copied + sum(getattr(p, field) for p in plans.values()) for field in ("reads", "writes"))
-        peak = max((plan.peak for plan in plans.values()), default=0)
-        return Plan(verb, tuple(jobs), options, tuple(steps), reads, writes, peak, tuple(notes), plans)
+        note = f"{len(plans)} of {len(self.models)} models change, {len(rest)} files are copied as they are"
+        return whole_plan(verb, jobs, options, plans, copied, note)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the whole folder, or nothing."""
@@ -146,7 +134,7 @@ class OnnxFolder:
         changed = {file: self.models[file].base.changed(own) for file, own in plan.state.items()}
         found = {file: norms for file, (_, norms) in changed.items()}
         storages = {file: storage for file, (storage, _) in changed.items()}
-        return self._write(plan.options.out, storages, _by_key(plan, found), force)
+        return self._write(plan.options.out, storages, norms_by_key(plan, found), force)
 
     def _write(
         self,
@@ -209,7 +197,7 @@ class OnnxFolder:
     def detach(self, out: Path, *, force: bool = False) -> Outcome:
         """Write the folder as it was before ``attach``; LF-613 where nothing is attached or a model was changed."""
         check_free(out, force)
-        _check_apart(self.path, out)
+        check_outside(self.path, out)
         swaps = any(model.base.record and model.base.slots for model in self.models.values())
         if not swaps:  # of a swap the adapters lie in files of their own
             self._attached()
@@ -249,22 +237,8 @@ class OnnxFolder:
         return {(Path(file).parent / place.location).as_posix() for place in places if place is not None}
 
 
-def _check_apart(base: Path, out: Path) -> None:
-    if base.resolve() in (out.resolve(), *out.resolve().parents):
-        raise fault("LF-703", f"{out} lies in the base's own folder", fix="write beside it")
-
-
 def _before(model: Model) -> Model:
     return replace(model, base=model.base.without()) if model.base.record else model
-
-
-def _by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, Norms]:
-    """The norms of a target, from the first of the files that have it."""
-    return {
-        key: found[places[0].file][key.partition(":")[2] if job.adapter.components else key]
-        for job in plan.jobs
-        for key, places in job.resolution.targets.items()
-    }
 
 
 def _copy(source: Path, file: BinaryIO) -> None:
