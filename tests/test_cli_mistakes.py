@@ -18,6 +18,7 @@ GPT2 = str(adapter_of("gpt2"))
 BASE = str(base_of("gpt2"))
 LINEAR = str(adapter_of("linear"))
 LINEAR_BASE = str(base_of("linear"))
+TRAINED = str(adapter_of("modules_to_save"))
 
 
 def left(folder):
@@ -61,6 +62,14 @@ WRONG = {
     "a folder where nobody can write": (["convert", GPT2, "/proc/out.safetensors"], 1, "LF-703  cannot write /proc/out.safetensors"),
     "a name too long": (["info", "x" * 300], 1, "File name too long"),
     "attach to a checkpoint": (["attach", GPT2, "--to", BASE, "-o", "m.safetensors"], 1, "attach needs an ONNX model"),
+    "detach of a checkpoint": (["detach", BASE, "-o", "m.safetensors"], 1, "a merge is not taken back"),
+    "no adapter": (["combine", "-o", "c.safetensors"], 2, "no adapter is given"),
+    "one end of an arc": (["combine", GPT2, "-m", "slerp", "-o", "c.safetensors"], 2, "an arc has two ends, not 1"),
+    "an arc backwards": (["combine", f"{GPT2}:-1", GPT2, "-m", "slerp", "-o", "c.safetensors"], 2, "are not negative"),
+    "a width for kaiming": (["init", BASE, "-t", "c_fc", "-r", "4", "-a", "8", "--init", "kaiming", "--sigma", "1", "-o", "i.safetensors"], 2, "kaiming has no sigma"),
+    "half of what is replaced": (["merge", f"{TRAINED}:0.5", "--into", str(base_of("modules_to_save")), "-o", "m.safetensors"], 1, "LF-612  a replace update sets absolute values"),
+    "a weight that is no number": (["merge", f"{GPT2}:1e999", "--into", BASE, "-o", "m.safetensors"], 2, "weights must be finite"),
+    "one checkpoint to extract from": (["extract", BASE, "-o", "x.safetensors"], 1, "loraformat extract BASE TUNED"),
     "rank zero": (["init", BASE, "-t", "c_fc", "-r", "0", "-a", "8", "-o", "i.safetensors"], 2, "rank 0 must be at least 1"),
     "a rank that is no number": (["init", BASE, "-t", "c_fc", "-r", "x", "-a", "8", "-o", "i.safetensors"], 2, "is not a valid integer"),
     "an alpha that is infinite": (["init", BASE, "-t", "c_fc", "-r", "4", "-a", "inf", "-o", "i.safetensors"], 2, "alpha inf finite"),

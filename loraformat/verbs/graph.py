@@ -63,10 +63,15 @@ def prove(base: Base, plan: Plan, inputs: str | os.PathLike[str] | None = None) 
     return _graph(base, "prove").prove(plan, Path(inputs) if inputs else None)
 
 
+_OTHERWISE = {
+    "prove": "loraformat verify compares checkpoints",
+    "extract": "of two checkpoints, give the tuned one too: loraformat extract BASE TUNED",
+    "detach": "a merge is not taken back: keep the base",
+}
+
+
 def _graph(base: Base, verb: str) -> Graph:
     if verb not in base.verbs:
-        what = f"{base.path} is no graph: there is nothing to {verb}"
-        raise fault(
-            "LF-608", what, fix="give an ONNX model, or a folder of them; loraformat verify compares checkpoints"
-        )
+        fix = f"give an ONNX model, or a folder of them; {_OTHERWISE[verb]}"
+        raise fault("LF-608", f"{base.path} is no graph: there is nothing to {verb}", fix=fix)
     return cast("Graph", base)
