@@ -69,6 +69,7 @@ WRONG = {
     "a width for kaiming": (["init", BASE, "-t", "c_fc", "-r", "4", "-a", "8", "--init", "kaiming", "--sigma", "1", "-o", "i.safetensors"], 2, "kaiming has no sigma"),
     "half of what is replaced": (["merge", f"{TRAINED}:0.5", "--into", str(base_of("modules_to_save")), "-o", "m.safetensors"], 1, "LF-612  a replace update sets absolute values"),
     "a weight that is no number": (["merge", f"{GPT2}:1e999", "--into", BASE, "-o", "m.safetensors"], 2, "weights must be finite"),
+    "functions of a checkpoint": (["merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--inline"], 1, "leave --inline out"),
     "one checkpoint to extract from": (["extract", BASE, "-o", "x.safetensors"], 1, "loraformat extract BASE TUNED"),
     "rank zero": (["init", BASE, "-t", "c_fc", "-r", "0", "-a", "8", "-o", "i.safetensors"], 2, "rank 0 must be at least 1"),
     "a rank that is no number": (["init", BASE, "-t", "c_fc", "-r", "x", "-a", "8", "-o", "i.safetensors"], 2, "is not a valid integer"),

@@ -67,6 +67,7 @@ _OTHERWISE = {
     "prove": "loraformat verify compares checkpoints",
     "extract": "of two checkpoints, give the tuned one too: loraformat extract BASE TUNED",
     "detach": "a merge is not taken back: keep the base",
+    "inline": "a checkpoint holds no functions: leave --inline out",
 }
 
 
