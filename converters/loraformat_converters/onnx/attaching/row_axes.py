@@ -101,13 +101,9 @@ def _slice(own: Values, node: onnx.NodeProto, read: Read) -> Rows:
     if state.axis in places:  # what is cut from other axes may be computed
         at = places.index(state.axis)
         starts, ends, steps = (own.numbers(node, *place) for place in (("starts", 1), ("ends", 2), ("steps", 4)))
-        if (
-            not starts
-            or not ends
-            or starts[at : at + 1] != [0]
-            or ends[at] < _TO_THE_END
-            or (steps or [1] * rank)[at] != 1
-        ):
+        ones = [1] * rank
+        whole = starts and ends and starts[at : at + 1] == [0] and ends[at] >= _TO_THE_END and (steps or ones)[at] == 1
+        if not whole:
             raise lost(node, "cuts the rows")
     return state
 
