@@ -204,8 +204,9 @@ def test_a_run_that_is_asked_to_end_ends_with_a_word_and_leaves_nothing(number, 
     pair = [np.ones(shape, np.float32) for shape in ((2, 9000), (4000, 2))]
     update = lf.Update((lf.Lora(*pair, 1.0, "factor"),), lf.Placement((4000, 9000), (0,), (1,)))
     lf.save(lf.Adapter({"x.weight": update}), tmp_path / "a.safetensors")
-    # A shell's background job ignores SIGINT, and so would its children. In all the sleep is longer than we wait.
+    # A shell's background job ignores SIGINT, nohup's SIGHUP, and so would the child. The sleep is longer than we wait.
     slow = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    slow += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     slow += "import time, loraformat.progress as p; p.advance = lambda n: time.sleep(1); "
     words = ["merge", "a.safetensors", "--into", "base.safetensors", "-o", "m.safetensors"]
     with subprocess.Popen(
