@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
-from loraformat.layout import Output, Reading
+from loraformat.layout import Reading
 from loraformat.parts import Lora
-from loraformat_converters.flax import open_tree, output
+from loraformat_converters.flax import open_tree
 from loraformat_converters.flax.factors import as_arrays, as_matrices, ways
-from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, unscaled
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, unscaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.layout import ReadOptions, WriteOptions
+    from loraformat.layout import ReadOptions
     from loraformat.source import Source
     from loraformat.updates import Update
 
@@ -90,11 +90,6 @@ class Gemma(OfTrees):
             except LoraFormatError as error:
                 draft.problems += error.problems
         return Reading(draft.finish("flax", {"gemma": json.dumps(form_of(tree))}, str(source.path)))
-
-    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
-        """See ``leaves``."""
-        form = kept_form(adapter, self.name)
-        return output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
 
     def leaves(self, adapter: Adapter) -> dict[str, Array]:
         """Path → array, of pairs whose scale is 1 and whose placement is known; LF-508 for any other."""

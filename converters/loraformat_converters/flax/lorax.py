@@ -14,9 +14,9 @@ from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
-from loraformat_converters.flax import open_tree, output
+from loraformat_converters.flax import open_tree
 from loraformat_converters.flax.factors import as_arrays, as_matrices
-from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, one_scale, scale_stated
+from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, one_scale, scale_stated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,8 +76,7 @@ class Lorax(OfTrees):
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """See ``leaves``; the one scale of all, which no file of this layout holds, is said."""
-        form = kept_form(adapter, self.name)
-        made = output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
+        made = super().write(adapter, options)
         scale = next(iter(adapter.values()))["lora"].scale
         what = f"the scale {scale:g} is in no file of this layout: give init_lora alpha = {scale:g} · rank"
         return Output(made.files, made.folder, [Problem("LF-509", what, severity="warning")])

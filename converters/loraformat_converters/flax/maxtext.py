@@ -24,7 +24,7 @@ from loraformat.faults import is_number, is_rank
 from loraformat.layout import Output, Reading, text_file
 from loraformat.parts import Lora
 from loraformat.source import Source
-from loraformat_converters.flax import Tree, open_tree, orbax, output
+from loraformat_converters.flax import Tree, open_tree, orbax
 from loraformat_converters.flax.factors import as_arrays, as_matrices, layers_first, layers_second
 from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, scale_stated
 
@@ -90,13 +90,12 @@ class MaxText(OfTrees):
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """A folder as MaxText has it; of a single file the scale, which it does not hold, is said."""
-        form = kept_form(adapter, self.name)
-        made = output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
+        made = super().write(adapter, options)
         first = next(iter(adapter.values()))["lora"]
         if not made.folder:
             what = f"the scale {first.scale:g} is not in this file: MaxText reads lora_alpha / r of {_CONFIG}"
             return Output(made.files, made.folder, [Problem("LF-509", what, severity="warning")])
-        kept = form.get("config")
+        kept = kept_form(adapter, self.name).get("config")
         alpha = first.alpha if first.scale_rule == "alpha/r" else first.scale * first.r
         config = {**(kept if isinstance(kept, dict) else {}), "r": first.r, "lora_alpha": alpha}
         config["target_modules"] = sorted({m[1].replace("/", ".") for key in adapter if (m := _TARGET.fullmatch(key))})

@@ -14,16 +14,16 @@ import numpy as np
 
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
-from loraformat.layout import Output, Reading
+from loraformat.layout import Reading
 from loraformat.parts import Lora
-from loraformat_converters.flax import open_tree, output
+from loraformat_converters.flax import open_tree
 from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.adapter import Adapter
-    from loraformat.layout import ReadOptions, WriteOptions
+    from loraformat.layout import ReadOptions
     from loraformat.source import Source
     from loraformat.updates import Update
 
@@ -62,11 +62,6 @@ class Nnx(OfTrees):
             draft.target(_parameter(stem), part, Placement((a.shape[0], b.shape[1]), (1,), (0,)))
         form = form_of(tree) | {"inner": sorted(_parameter(s) for s in stems if s.endswith(_INNER))}
         return Reading(draft.finish("flax", {"nnx": json.dumps(form, sort_keys=True)}, str(source.path)))
-
-    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
-        """See ``leaves``."""
-        form = kept_form(adapter, self.name)
-        return output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
 
     def leaves(self, adapter: Adapter) -> dict[str, Array]:
         """Path → array, of pairs of kernels [in, out] whose scale is 1; LF-508 for any other."""

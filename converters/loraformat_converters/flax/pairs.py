@@ -14,12 +14,13 @@ from loraformat.names import key_fault
 from loraformat.parts import Lora
 from loraformat.shapes import FLOATS, shape_problems
 from loraformat.updates import Update
+from loraformat_converters.flax.tree import output
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loraformat.axes import Placement
-    from loraformat.layout import ReadOptions
+    from loraformat.layout import Output, ReadOptions, WriteOptions
     from loraformat.scale import ScaleRule
     from loraformat_converters.flax.tree import Tree
 
@@ -36,6 +37,16 @@ class OfTrees:
     markers = frozenset({"_METADATA"})
     endings: tuple[str, ...] = ()
     names = frozenset({"flax"})
+    name: str
+
+    def write(self, adapter: Adapter, options: WriteOptions) -> Output:
+        """The leaves, in the container that the output's name asks for."""
+        form = kept_form(adapter, self.name)
+        return output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
+
+    def leaves(self, adapter: Adapter) -> dict[str, Array]:
+        """Path → array; LF-508 for what is no pair of this layout."""
+        raise NotImplementedError
 
 
 def grouped(

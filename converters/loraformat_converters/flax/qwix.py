@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.layout import Output, Reading
 from loraformat.parts import Lora
-from loraformat_converters.flax import open_tree, output
+from loraformat_converters.flax import open_tree
 from loraformat_converters.flax.factors import as_arrays, as_matrices, layers_first, layers_second, ways
 from loraformat_converters.flax.pairs import Draft, OfTrees, form_of, grouped, kept_form, one_scale, scale_stated
 
@@ -80,8 +80,7 @@ class Qwix(OfTrees):
 
     def write(self, adapter: Adapter, options: WriteOptions) -> Output:
         """See ``leaves``; the one scale of all, which no file of this layout holds, is said."""
-        form = kept_form(adapter, self.name)
-        made = output(self.leaves(adapter), options.ending, value=form["value"], root=form["root"])
+        made = super().write(adapter, options)
         scale = next(iter(adapter.values()))["lora"].scale
         what = f"the scale {scale:g} is in no file of this layout: give the rule alpha = {scale:g} · rank"
         return Output(made.files, made.folder, [Problem("LF-509", what, severity="warning")])
