@@ -71,6 +71,7 @@ WRONG = {
     "a weight that is no number": (["merge", f"{GPT2}:1e999", "--into", BASE, "-o", "m.safetensors"], 2, "weights must be finite"),
     "functions of a checkpoint": (["merge", GPT2, "--into", BASE, "-o", "m.safetensors", "--inline"], 1, "leave --inline out"),
     "one checkpoint to extract from": (["extract", BASE, "-o", "x.safetensors"], 1, "loraformat extract BASE TUNED"),
+    "a page that is no PDF": (["report", GPT2, "-o", "r.pdf"], 2, "call it NAME.html"),
     "rank zero": (["init", BASE, "-t", "c_fc", "-r", "0", "-a", "8", "-o", "i.safetensors"], 2, "rank 0 must be at least 1"),
     "a rank that is no number": (["init", BASE, "-t", "c_fc", "-r", "x", "-a", "8", "-o", "i.safetensors"], 2, "is not a valid integer"),
     "an alpha that is infinite": (["init", BASE, "-t", "c_fc", "-r", "4", "-a", "inf", "-o", "i.safetensors"], 2, "alpha inf finite"),

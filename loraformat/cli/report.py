@@ -49,6 +49,8 @@ def report(
     from loraformat.atomic import check_free, write_file
     from loraformat.pages import page
 
+    if Path(out).suffix.lower() not in ("", ".html", ".htm"):
+        raise fault("LF-705", f"a report is a page in HTML, which {out} does not promise", fix="call it NAME.html")
     check_free(Path(out), force)
     check_apart(out, source, names)
     stated = hints(names, axes)
