@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from loraformat.names import split
 from loraformat.updates import Update
 
 __all__ = ["Adapter"]
@@ -49,6 +50,11 @@ class Adapter(Mapping[str, Update]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def of_component(self, component: str | None) -> Adapter:
+        """One component's targets, by their own names; of an adapter without components, None gives all."""
+        own = {name: u for key, u in self.items() for c, name in [split(key, self.components)] if c == component}
+        return replace(self, targets=own, components=())
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the facts and a heat map."""

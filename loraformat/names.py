@@ -13,13 +13,16 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-__all__ = ["NAME_SPACES", "ROLES", "join", "key_fault", "name_space_fault", "nearest", "split", "split_role"]
+__all__ = [
+    "NAME_SPACES", "ROLES", "components_of", "join", "key_fault", "name_space_fault", "nearest", "split", "split_role",
+]  # fmt: skip
 
 NAME_SPACES = ("torch", "mlx", "gguf", "flax", "keras", "kohya")
 """Name spaces known by a plain word; any other is a reverse-DNS name such as ``org.example.names``."""
 
 _REVERSE_DNS = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9_-]*)+")
 _COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_IN_COMPONENT = re.compile(rf"({_COMPONENT.pattern}):(?!\d+$).")  # TensorFlow's ``kernel:0`` has none
 
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -70,6 +73,16 @@ def split(key: str, components: Sequence[str]) -> tuple[str | None, str]:
         return None, key
     component, _, name = key.partition(":")
     return component, name
+
+
+def components_of(keys: Iterable[str]) -> tuple[str, ...]:
+    """The components that all keys name, sorted; none where a key names none.
+
+    >>> components_of(["unet:conv_in.weight", "text_encoder:q.weight"]), components_of(["dense/kernel:0"])
+    (('text_encoder', 'unet'), ())
+    """
+    found = {match[1] if (match := _IN_COMPONENT.match(key)) else "" for key in keys}
+    return () if "" in found else tuple(sorted(found))
 
 
 def join(component: str | None, name: str) -> str:

@@ -10,18 +10,33 @@ from typing import TYPE_CHECKING
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.names import split
 from loraformat.plan import Job, Plan
+from loraformat.resolve import Match, Resolution
 
 if TYPE_CHECKING:
     from loraformat.base import Base, Options
     from loraformat.tiles import Norms
+    from loraformat.updates import Update
 
-__all__ = ["check_outside", "norms_by_key", "plans_of", "whole_plan"]
+__all__ = ["check_outside", "norms_by_key", "plans_of", "share", "whole_plan"]
 
 
 def check_outside(folder: Path, out: Path) -> None:
     """LF-703 where the output would lie in the base's own folder."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise fault("LF-703", f"{out} lies in the base's own folder", fix="write beside it")
+
+
+def share(job: Job, part: str) -> Job:
+    """What of a job lies in one part, by the keys that the part's own resolution has."""
+    components = job.adapter.components
+    targets: dict[str, tuple[Match, ...]] = {}
+    updates: dict[str, Update] = {}
+    for key, places in job.resolution.targets.items():
+        if here := tuple(match for match in places if match.file == part):
+            name = split(key, components)[1]
+            targets[name], updates[name] = here, job.adapter[key]
+    adapter = replace(job.adapter, targets=updates, components=())
+    return replace(job, adapter=adapter, resolution=Resolution(targets), components=components)
 
 
 def plans_of(

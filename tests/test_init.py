@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from graphs import model, save
 from peft_goldens import base_of
 from safetensors.numpy import save_file
 
@@ -95,3 +96,13 @@ def test_init_writes_a_peft_folder_too(run, tmp_path):
     ]
     config = json.loads((tmp_path / "fresh" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+def test_a_name_with_a_colon_as_tensorflow_has_it_names_no_component(tmp_path):
+    made = model("g (float[N, 7] x) => (float[N, 5] y) <float[7, 5] w> { y = MatMul (x, w) }")
+    made.graph.initializer[0].name = made.graph.node[0].input[1] = "dense/kernel:0"
+    base = lf.open_base(save(made, tmp_path / "model.onnx"))
+    fresh = lf.init(base, ["dense/kernel:0"], rank=2, alpha=4)
+    assert (list(fresh), fresh.components) == (["dense/kernel:0"], ())
+    lf.save(fresh, tmp_path / "fresh.lora.safetensors")
+    assert lf.validate(tmp_path / "fresh.lora.safetensors").valid

@@ -79,8 +79,8 @@ def check_merged(folder):
 
 
 def one_component_for_all(patch):
-    real = pipeline._share
-    patch.setattr(pipeline, "_share", lambda adapter, component: real(adapter, "unet"))
+    real = lf.Adapter.of_component
+    patch.setattr(lf.Adapter, "of_component", lambda adapter, component: real(adapter, "unet"))
 
 
 def the_rest_forgotten(patch):

@@ -22,8 +22,8 @@ from loraformat.checkpoint.output import Output, copy_file
 from loraformat.checkpoint.task import Merging, identity, seen
 from loraformat.errors import Problem
 from loraformat.folders import files_in
-from loraformat.names import join, split
-from loraformat.parted import check_outside, norms_by_key, plans_of, whole_plan
+from loraformat.names import join
+from loraformat.parted import check_outside, norms_by_key, plans_of, share, whole_plan
 from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution, in_component
 
@@ -124,7 +124,7 @@ class Pipeline:
         targets: dict[str, tuple[Match, ...]] = {}
         unresolved, ambiguous = hints.unused(adapter), []
         for component in adapter.components:
-            own = _share(adapter, component)
+            own = adapter.of_component(component)
             if component not in self.components:
                 what = f"the pipeline has no component {component}; it has: {', '.join(self.components) or 'none'}"
                 unresolved += [Problem("LF-602", what, join(component, key)) for key in own]
@@ -222,23 +222,14 @@ class _Together:
             task.check()
 
 
-def _share(adapter: Adapter, component: str) -> Adapter:
-    """One component's targets, by their own names."""
-    own = {key.partition(":")[2]: u for key, u in adapter.items() if key.partition(":")[0] == component}
-    return replace(adapter, targets=own, components=())
-
-
 def _part(job: Job, component: str) -> Job:
     """What of a job lies in one component, by the names that it has there."""
-    found = {k: places for k, places in job.resolution.targets.items() if places[0].file == component}
-    plain = {key: split(key, job.adapter.components)[1] for key in found}
-    updates = {plain[key]: job.adapter[key] for key in found}
+    own = share(job, component)
     targets = {
-        plain[key]: tuple(replace(match, weight=match.weight.removeprefix(f"{component}:")) for match in places)
-        for key, places in found.items()
+        key: tuple(replace(match, weight=match.weight.removeprefix(f"{component}:")) for match in places)
+        for key, places in own.resolution.targets.items()
     }
-    own = replace(job.adapter, targets=updates, components=())
-    return replace(job, adapter=own, resolution=Resolution(targets), components=job.adapter.components)
+    return replace(own, resolution=Resolution(targets))
 
 
 def _within(hints: Hints, component: str) -> Hints:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from loraformat.axes import Placement
 from loraformat.base import FewBits
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.huggingface import is_embedding
+from loraformat.names import components_of
 from loraformat.parts import Lora
 from loraformat.placing import unplaced
 from loraformat.quantised import form_of
@@ -100,7 +101,7 @@ def linears(base: Base, tuned: Base, only: Sequence[str], hints: Hints) -> list[
     meant = {key: p for key, p in known.items() if not is_embedding(key) and (not only or matches(key, only))}
     problems = [unplaced(key) for key, place in meant.items() if place is None and key.endswith("weight")]
     probe = Adapter(
-        {key: _probe(place) for key, place in meant.items() if place is not None}, components=_components(meant)
+        {key: _probe(place) for key, place in meant.items() if place is not None}, components=components_of(meant)
     )
     own = base.resolve(probe, Hints(axes=_used(hints.axes, probe)))
     theirs = tuned.resolve(probe, Hints(_used_names(hints.names, probe), _used(hints.axes, probe)))
@@ -137,10 +138,6 @@ def _probe(place: Placement) -> Update:
     out, in_ = place.matrix_shape
     zero = np.zeros((), np.float32)
     return Update((Lora(np.broadcast_to(zero, (1, in_)), np.broadcast_to(zero, (out, 1)), 1.0, "factor"),))
-
-
-def _components(keys: Collection[str]) -> tuple[str, ...]:
-    return tuple(sorted({key.partition(":")[0] for key in keys if ":" in key}))
 
 
 def _used(axes: Mapping[str, str], probe: Adapter) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.names import key_fault, nearest
+from loraformat.names import components_of, key_fault, nearest
 from loraformat.naming.cut import cut, out_size
 from loraformat.naming.fuse import fuse
 from loraformat.naming.links import Link
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
 
     Indices = npt.NDArray[np.intp]
 
-__all__ = ["Translated", "components", "translate"]
-
-_COMPONENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):.")
+__all__ = ["Translated", "translate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +76,8 @@ def translate(adapter: Adapter, links: Iterable[Link], names: str) -> Translated
     targets = {name: targets[name] for name in sorted(targets)}
     matched = {key: tuple(dict.fromkeys(link.there.name for link in found[key])) for key in adapter}
     told = tuple(dict.fromkeys(link.evidence for key in adapter for link in found[key]))
-    return Translated(replace(adapter, targets=targets, names=names, components=components(targets)), matched, told)
-
-
-def components(keys: Iterable[str]) -> tuple[str, ...]:
-    """The components that all keys name, sorted; none where a key names none."""
-    found = {match[1] if (match := _COMPONENT.match(key)) else "" for key in keys}
-    return () if "" in found else tuple(sorted(found))
+    components = components_of(targets)
+    return Translated(replace(adapter, targets=targets, names=names, components=components), matched, told)
 
 
 def _taken(key: str, update: Update, found: Mapping[str, list[Link]], names: str) -> list[tuple[Link, Update]]:

@@ -22,6 +22,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.extracting.counterparts import Counterparts, common_prefix, counterparts
 from loraformat.extracting.linears import Linear, linears
 from loraformat.extracting.others import KINDS, Form, Other, others
+from loraformat.names import components_of
 from loraformat.naming.spaces import space_of
 from loraformat.parts import Lora
 from loraformat.resolve import Hints, matches
@@ -132,7 +133,7 @@ def between(
         said = f"; what differs is {kinds}" if left else ""
         raise fault("LF-304", f"no linear of {tuned.path} differs from that of {base.path}{said}")
     asked = {"rank": rank} if rank is not None else {"energy": energy}
-    components = tuple(sorted({key.partition(":")[0] for key in pairs if ":" in key}))
+    components = components_of(pairs)
     provenance = {"verb": "extract", **asked}
     adapter = Adapter(dict(sorted(updates.items())), space_of(base), components=components, provenance=provenance)
     return Extracted(adapter, {key: pair.residual for key, pair in pairs.items()}, _whole(pairs), left, equal + same)

@@ -11,6 +11,7 @@ import numpy as np
 
 from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError, fault
+from loraformat.names import components_of
 from loraformat.naming.spaces import space_of
 from loraformat.normal import normal, uniform
 from loraformat.parts import Lora
@@ -70,8 +71,7 @@ def init(
         a = _draw(key, rank, in_, sigma or 1.0 / rank, method, seed)
         b = np.zeros((out, rank), np.float32)
         updates[key] = Update((Lora(a, b, alpha, scale_rule),), place if keep else None)
-    # A base of several components says so in its keys: COMPONENT:NAME.
-    components = tuple(sorted({key.partition(":")[0] for key in updates if ":" in key}))
+    components = components_of(updates)
     return Adapter(updates, space_of(base), components=components, about={"training": {"init": method, "seed": seed}})
 
 

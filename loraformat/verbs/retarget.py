@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat import registry
 from loraformat.errors import LoraFormatError, Problem, fault
-from loraformat.names import join, name_space_fault
+from loraformat.names import components_of, join, name_space_fault
 from loraformat.naming.links import Link, Seat
 from loraformat.naming.recognised import recognised
 from loraformat.naming.spaces import TORCH, Known, space_of
-from loraformat.naming.translate import Translated, components, translate
+from loraformat.naming.translate import Translated, translate
 from loraformat.resolve import Hints
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _together(one: Translated, other: Translated) -> Translated:
         raise LoraFormatError([Problem("LF-603", what, name, "state both: --names MAP") for name in sorted(both)])
     targets = {**one.adapter.targets, **other.adapter.targets}
     targets = {name: targets[name] for name in sorted(targets)}
-    adapter = replace(other.adapter, targets=targets, components=components(targets))
+    adapter = replace(other.adapter, targets=targets, components=components_of(targets))
     return Translated(adapter, {**one.matched, **other.matched}, (*one.evidence, *other.evidence))
 
 

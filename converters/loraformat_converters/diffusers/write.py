@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.layout import Output, ReadOptions, tensors_file
-from loraformat.names import split
 from loraformat_converters.diffusers import metadata
 from loraformat_converters.diffusers.spelling import COMPONENTS, SPELLINGS, Spelling, is_text, spell
 from loraformat_converters.peft import to_lora
@@ -85,12 +84,7 @@ def write(adapter: Adapter) -> Output:
 
 def _share(adapter: Adapter, component: str | None) -> Adapter:
     """One component's targets, by their own names; of a text encoder without the module that transformers 5 lacks."""
-    targets = {
-        split(key, adapter.components)[1]: u
-        for key, u in adapter.items()
-        if split(key, adapter.components)[0] == component
-    }
-    return replace(adapter, targets=targets, components=(), extensions={})
+    return replace(adapter.of_component(component), extensions={})
 
 
 def _refused(form: Form) -> list[Problem]:

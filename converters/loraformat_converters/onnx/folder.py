@@ -21,7 +21,7 @@ from loraformat.atomic import check_free, write_folder
 from loraformat.errors import fault
 from loraformat.folders import files_in
 from loraformat.names import join
-from loraformat.parted import check_outside, norms_by_key, plans_of, whole_plan
+from loraformat.parted import check_outside, norms_by_key, plans_of, share, whole_plan
 from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
@@ -30,7 +30,7 @@ from loraformat_converters.onnx.finding.components import in_components
 from loraformat_converters.onnx.finding.doubt import Model
 from loraformat_converters.onnx.finding.part import parts
 from loraformat_converters.onnx.finding.pipeline import components_of
-from loraformat_converters.onnx.finding.shares import share, whole
+from loraformat_converters.onnx.finding.shares import whole
 from loraformat_converters.onnx.graph.model import external
 from loraformat_converters.onnx.graph.scopes import tensors
 from loraformat_converters.onnx.graph.store import Storage

@@ -52,13 +52,13 @@ def _shared_out(
         yield from ((component, adapter) for component in components)
         return
     for component in adapter.components:
-        share = {k.partition(":")[2]: u for k, u in adapter.items() if k.partition(":")[0] == component}
+        own = adapter.of_component(component)
         if component in components:
-            yield component, replace(adapter, targets=share, components=())
+            yield component, own
             continue
         known = ", ".join(str(name) for name in components if name) or "none"
         what = f"the folder has no component {component}; it has: {known}"
-        problems += [Problem("LF-602", what, join(component, key)) for key in share]
+        problems += [Problem("LF-602", what, join(component, key)) for key in own]
 
 
 def _within(hints: Hints, component: str | None) -> Hints:

@@ -1,4 +1,4 @@
-"""What of an adapter lies in one of several files, and the adapter that these shares are of."""
+"""The adapter of which several files hold shares."""
 
 from __future__ import annotations
 
@@ -8,29 +8,12 @@ from typing import TYPE_CHECKING
 
 from loraformat.errors import fault
 from loraformat.names import join
-from loraformat.plan import Job
-from loraformat.resolve import Match, Resolution
 from loraformat_converters.onnx.base import OnnxBase
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
 
-__all__ = ["share", "whole"]
-
-
-def share(job: Job, file: str) -> Job:
-    """What of a job lies in one file, by the keys that the file's own resolution has."""
-    found = {k: here for k, places in job.resolution.targets.items() if (here := _in_file(places, file))}
-    components = job.adapter.components
-    plain = {key: key.partition(":")[2] if components else key for key in found}
-    updates = {plain[key]: job.adapter[key] for key in found}
-    adapter = replace(job.adapter, targets=updates, components=())
-    resolution = Resolution({plain[k]: here for k, here in found.items()})
-    return replace(job, adapter=adapter, resolution=resolution, components=components)
-
-
-def _in_file(places: Iterable[Match], file: str) -> tuple[Match, ...]:
-    return tuple(match for match in places if match.file == file)
+__all__ = ["whole"]
 
 
 def whole(held: Iterable[tuple[str | None, OnnxBase]]) -> list[tuple[str, Adapter]]:
