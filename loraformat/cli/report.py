@@ -49,8 +49,6 @@ def report(
     from loraformat.atomic import check_free, write_file
     from loraformat.pages import page
 
-    if Path(out).suffix.lower() not in ("", ".html", ".htm"):
-        raise fault("LF-705", f"a report is a page in HTML, which {out} does not promise", fix="call it NAME.html")
     check_free(Path(out), force)
     check_apart(out, source, names)
     stated = hints(names, axes)
@@ -58,6 +56,8 @@ def report(
         raise fault("LF-705", "names and axes are stated for a base", fix="give --base")
     opened = registry.open_base(base) if base is not None else None
     check_apart(out, opened)
+    if Path(out).suffix.lower() not in ("", ".html", ".htm"):
+        raise fault("LF-705", f"a report is a page in HTML, which {out} does not promise", fix="call it NAME.html")
     with progress_bar("report", None, quiet=as_json):
         told = _facts(source, opened, layout, stated)
     text = page(told, Path(source).name).encode()
