@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -18,9 +18,20 @@ from typing import Any, BinaryIO, Protocol
 from loraformat.errors import fault
 from loraformat.journal import Journal
 from loraformat.locks import hold, locked, take
+from loraformat.ranges import clones
 from loraformat.stopping import unbroken
 
-__all__ = ["Task", "Writer", "check_free", "check_room", "write_file", "write_folder", "write_together"]
+__all__ = [
+    "Task",
+    "Writer",
+    "check_file",
+    "check_free",
+    "check_room",
+    "scratch",
+    "write_file",
+    "write_folder",
+    "write_together",
+]
 
 
 class Writer(Protocol):
@@ -41,21 +52,35 @@ def check_free(path: Path, force: bool) -> None:
         raise fault("LF-703", f"the folder {path.parent} does not exist", fix=f"mkdir -p {path.parent}")
 
 
-def check_room(path: Path, count: int) -> None:
-    """LF-703 where the disk has not ``count`` bytes free: sooner said than after an hour."""
+def check_room(path: Path, count: int, copies: Sequence[Path] = ()) -> None:
+    """LF-703 where the disk has not ``count`` bytes free: sooner said than after an hour.
+
+    Args:
+        copies: files that some of the bytes are copies of, which take no room where the file system refers to them.
+    """
     free = shutil.disk_usage(path.parent).free
-    if free < count:
+    if free >= count:
+        return
+    new = count - sum(copy.stat().st_size for copy in copies)
+    if free < new or not (copies and clones(copies[0], path.parent)):
         raise fault("LF-703", f"{path} takes {count:,} bytes, and the disk has {free:,} left")
 
 
-def write_file(path: Path, writer: Writer, *, force: bool = False) -> None:
-    """Create ``path`` from what ``writer`` writes, or leave everything as it was."""
+def check_file(path: Path, force: bool) -> None:
+    """The same for an output that is a file, which takes the place of none but a plain file."""
     check_free(path, force)
     if path.is_dir():
         raise fault("LF-703", f"{path} is a folder; the output is a file")
     if path.exists() and not path.is_file():
         raise fault("LF-703", f"{path} is no plain file; the output would take its place")
-    write_together({path: writer})
+
+
+def write_file(path: Path, writer: Writer, *, force: bool = False, beside: Mapping[Path, Writer] | None = None) -> None:
+    """Create ``path`` from what ``writer`` writes, and the files ``beside`` it, or leave everything as it was."""
+    writers = {path: writer, **(beside or {})}
+    for each in writers:
+        check_file(each, force)
+    write_together(writers)
 
 
 def write_together(writers: Mapping[Path, Writer]) -> None:
@@ -64,29 +89,49 @@ def write_together(writers: Mapping[Path, Writer]) -> None:
     What exists is replaced. Each file is locked until all are in their places.
     """
     with ExitStack() as stack:
-        temporaries = {path: stack.enter_context(_temporary(path, folder=False)) for path in writers}
-        for path, writer in writers.items():
-            with open(temporaries[path], "r+b") as file:
-                writer(file)
-                _flush(file)
+        temporaries = _written(writers, stack)
         with unbroken():
             _rename(temporaries)
             for folder in {path.parent for path in writers}:
                 _sync(folder)
 
 
+def _written(writers: Mapping[Path, Writer], stack: ExitStack) -> dict[Path, Path]:
+    """Path → the temporary in which its bytes are on the disk, for as long as the stack is."""
+    temporaries = {path: stack.enter_context(_temporary(path, folder=False)) for path in writers}
+    for path, writer in writers.items():
+        with open(temporaries[path], "r+b") as file:
+            writer(file)
+            _flush(file)
+    return temporaries
+
+
 def _rename(temporaries: Mapping[Path, Path]) -> None:
-    """Each to its place; where one cannot, those that were not there before go again."""
-    new = []
+    """Each to its place; where one cannot, those before it become what they were."""
+    asides = {path: _second_name(path) for path in list(temporaries)[:-1] if os.path.lexists(path)}
+    done = []
     try:
         for path, temporary in temporaries.items():
-            if not os.path.lexists(path):
-                new.append(path)
+            new = not os.path.lexists(path)
             os.replace(temporary, path)
+            done.append((path, new))
     except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
+        for path, new in done:
+            with suppress(OSError):  # of a file system without links there is nothing to go back to
+                path.unlink() if new else os.replace(asides[path], path)
         raise
+    finally:
+        for aside in asides.values():
+            with suppress(OSError):
+                aside.unlink()
+
+
+def _second_name(path: Path) -> Path:
+    """Another name of a file that is about to be replaced, if the file system has such."""
+    aside = _temporary_name(path)
+    with suppress(OSError, NotImplementedError):
+        os.link(path, aside, follow_symlinks=False)
+    return aside
 
 
 class Task(Protocol):
@@ -105,8 +150,15 @@ class Task(Protocol):
         """Every file is written: raise to leave no output."""
 
 
-def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = False, task: Task | None = None) -> None:
-    """Create the folder ``path`` with one file for each writer, or leave everything as it was.
+def write_folder(
+    path: Path,
+    writers: Mapping[str, Writer],
+    *,
+    force: bool = False,
+    task: Task | None = None,
+    beside: Mapping[Path, Writer] | None = None,
+) -> None:
+    """Create the folder ``path`` with one file for each writer, and the files ``beside`` it, or leave everything as it was.
 
     Args:
         writers: by the file's name in the folder; ``/`` makes folders inside it.
@@ -118,7 +170,10 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
         _recover(path, old)
     check_free(path, force)
     _check_nothing_else(path, writers)
-    with _temporary(path, folder=True, identity=task.identity if task else None) as temporary:
+    for each in beside or {}:
+        check_file(each, force)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(_temporary(path, folder=True, identity=task.identity if task else None))
         if task is None:
             for name, writer in writers.items():
                 _write(temporary / name, writer)
@@ -130,9 +185,11 @@ def write_folder(path: Path, writers: Mapping[str, Writer], *, force: bool = Fal
                 _flush(file)
         for folder in {(temporary / name).parent for name in writers} | {temporary}:
             _sync(folder)
+        others = _written(beside or {}, stack)
         with locked(path.parent), unbroken():
-            _swap(temporary, path, old)
-            _sync(path.parent)
+            _swap(temporary, path, old, others)
+            for folder in {path.parent, *(other.parent for other in others)}:
+                _sync(folder)
             _discard(path, old)
 
 
@@ -156,12 +213,15 @@ def _write_or_resume(temporary: Path, writers: Mapping[str, Writer], task: Task)
     journal.path.unlink(missing_ok=True)
 
 
-def _swap(temporary: Path, path: Path, old: Path) -> None:
+def _swap(temporary: Path, path: Path, old: Path, others: Mapping[Path, Path]) -> None:
     if os.path.lexists(path):
         os.rename(path, old)
     try:
         os.rename(temporary, path)
+        _rename(others)
     except BaseException:
+        if os.path.lexists(path):
+            os.rename(path, temporary)
         if os.path.lexists(old):
             os.rename(old, path)
         raise
@@ -215,9 +275,19 @@ def _temporary(path: Path, *, folder: bool, identity: Callable[[], str] | None =
     finally:
         with unbroken():
             with suppress(OSError):  # a disk that became read-only: what went wrong before says so
-                _remove(temporary)
+                _remove_all(temporary)
             if lock is not None:
                 os.close(lock)
+
+
+@contextmanager
+def scratch(path: Path, ending: str) -> Iterator[Path]:
+    """A name beside the output for what a run makes for itself: with all names that it is in, it is gone at the end.
+
+    A run that was killed leaves them to the next one to that output.
+    """
+    with _temporary(path, folder=True) as held:
+        yield held.with_name(f"{held.name}{ending}")
 
 
 def _temporary_name(path: Path) -> Path:
@@ -247,7 +317,7 @@ def _remove_leftovers(path: Path) -> None:
     for entry in _leftovers(path):
         with suppress(OSError):
             if (lock := take(entry)) is not None:
-                _remove(entry)
+                _remove_all(entry)
                 os.close(lock)
 
 
@@ -264,6 +334,14 @@ def _sync(folder: Path) -> None:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _remove_all(temporary: Path) -> None:
+    """A temporary, and before it what a run made under names that its own is in."""
+    for entry in temporary.parent.iterdir():
+        if f"{temporary.name}." in entry.name:
+            _remove(entry)
+    _remove(temporary)
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     F32 = npt.NDArray[np.float32]
 
-__all__ = ["kept_axes", "norm", "rescale"]
+__all__ = ["kept_axes", "norm", "of_squares", "rescale", "squares"]
 
 
 def kept_axes(part: Magnitude, place: Placement) -> tuple[int, ...]:
@@ -27,17 +27,27 @@ def kept_axes(part: Magnitude, place: Placement) -> tuple[int, ...]:
 
 def rescale(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int] | None) -> F32:
     """magnitude · V / (‖V‖ + eps), V the tensor or a run of its rows."""
-    if rows and 0 not in kept_axes(part, whole):
+    if rows and part.length is None and 0 not in kept_axes(part, whole):
         raise fault("LF-612", "the norm of this magnitude runs over axis 0: a run of rows cannot be served alone")
-    length = norm(part, value, whole, rows)
+    length = norm(part, value, whole, rows) if part.length is None else _run(part, part.length, whole, rows)
     return np.asarray(_laid(part, single(part.magnitude), whole, rows) * (value / length), np.float32)
 
 
 def norm(part: Magnitude, value: F32, whole: Placement, rows: tuple[int, int] | None = None) -> F32:
     """‖V‖ + eps, the other axes of size 1, and 1 where nothing is rescaled; LF-612 where it is zero."""
+    return of_squares(part, squares(part, value, whole), whole, rows)
+
+
+def squares(part: Magnitude, value: F32, whole: Placement) -> F32:
+    """‖V‖², the other axes of size 1; of a run of rows its share of that, where the norm runs over axis 0."""
     kept = kept_axes(part, whole)
     over = tuple(a for a in range(value.ndim) if a not in kept)
-    length = np.sqrt(np.sum(np.square(value), axis=over, keepdims=True)) + np.float32(part.eps)
+    return np.asarray(np.sum(np.square(value), axis=over, keepdims=True))
+
+
+def of_squares(part: Magnitude, squares: Array, whole: Placement, rows: tuple[int, int] | None = None) -> F32:
+    """``norm`` of V by ‖V‖²."""
+    length = np.sqrt(squares) + np.float32(part.eps)
     if part.span is not None:
         inside = np.zeros(part.magnitude.shape, np.bool_)
         inside[..., slice(*part.span)] = True
@@ -53,4 +63,9 @@ def _laid(part: Magnitude, values: Array, whole: Placement, rows: tuple[int, int
     ascending = sorted(range(len(kept)), key=kept.__getitem__)
     laid = values.reshape([whole.shape[a] for a in kept]).transpose(ascending)
     laid = laid.reshape([n if a in kept else 1 for a, n in enumerate(whole.shape)])
-    return laid[slice(*rows)] if rows else laid
+    return _run(part, laid, whole, rows)
+
+
+def _run(part: Magnitude, laid: Array, whole: Placement, rows: tuple[int, int] | None) -> Array:
+    """What meets a run of rows: all of it, where axis 0 is none of its own."""
+    return laid[slice(*rows)] if rows and 0 in kept_axes(part, whole) else laid

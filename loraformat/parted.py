@@ -58,14 +58,16 @@ def plans_of(
 
 
 def whole_plan(
-    verb: str, jobs: Sequence[Job], options: Options, plans: Mapping[str, Plan], copied: int, note: str
+    verb: str, jobs: Sequence[Job], options: Options, plans: Mapping[str, Plan], rest: Sequence[Path], note: str
 ) -> Plan:
-    """One plan of them, whose state they are; ``copied``: the bytes of what is taken along as it is."""
+    """One plan of them, whose state they are; ``rest``: the files that are taken along as they are."""
     steps = tuple(f"{name}: {step}" for name, plan in plans.items() for step in plan.steps)
     notes = tuple(f"{name}: {said}" for name, plan in plans.items() for said in plan.notes)
+    copied = sum(path.stat().st_size for path in rest)
     reads, writes = (copied + sum(getattr(plan, field) for plan in plans.values()) for field in ("reads", "writes"))
     peak = max((plan.peak for plan in plans.values()), default=0)
-    return Plan(verb, tuple(jobs), options, steps, reads, writes, peak, (*notes, note), plans)
+    copies = (*rest, *(path for plan in plans.values() for path in plan.copies))
+    return Plan(verb, tuple(jobs), options, steps, reads, writes, peak, (*notes, note), plans, copies=copies)
 
 
 def norms_by_key(plan: Plan, found: Mapping[str, Mapping[str, Norms]]) -> dict[str, Norms]:

@@ -209,6 +209,9 @@ class Magnitude:
 
     ``span``: of a tensor that holds several parameters, which rows [start, stop) of the matrix are rescaled; ``magnitude``
     is then 1 at the others. No file says it.
+
+    ``length``: ‖V‖ + eps where it is known, as it meets the tensor: the kept axes in their order, the others of size 1. No
+    file says it either.
     """
 
     kind: ClassVar[Literal["magnitude"]] = "magnitude"
@@ -216,6 +219,7 @@ class Magnitude:
     magnitude_axes: tuple[int, ...] | None = None
     eps: float = 0.0
     span: tuple[int, int] | None = None
+    length: Array | None = None
 
     def shape_for(self, matrix_shape: tuple[int, ...], placement: Placement | None) -> tuple[int, ...]:
         """The shape that ``magnitude`` must have."""

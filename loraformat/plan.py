@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.tiles import Norms
@@ -42,6 +43,7 @@ class Plan:
         notes: what a person should know: tied weights, copied data files.
         state: what the base itself needs to apply the plan; opaque to everyone else.
         estimate: makes, of a run of rows of each weight that changes, what rounding loses of ΔW; None where nobody knows.
+        copies: files that are copied as they are, which takes no room where the file system has references for that.
     """
 
     verb: str
@@ -54,6 +56,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     state: Any = None
     estimate: Callable[[], Mapping[str, float]] | None = None
+    copies: tuple[Path, ...] = ()
 
     @property
     def rungs(self) -> str:

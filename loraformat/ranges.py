@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import os
 import threading
+from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["append", "append_copy", "copy_range", "read_range", "start_writing", "write_range"]
+__all__ = ["append", "append_copy", "clones", "copy_range", "read_range", "start_writing", "write_range"]
 
 _CHUNK = 8 << 20
 _RUN = 1 << 17  # bytes of one write: of more, for which it looks for large folios, linux 6.18 takes three times as long
 _WRITEBACK = 32 << 20
+_FICLONE = 0x40049409  # linux/fs.h
 _lock = threading.Lock()  # Windows has no positioned reads and writes: there, one thread at a time seeks
 
 
@@ -86,6 +88,19 @@ def _kernel_copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, le
         return os.copy_file_range(source.fileno(), target.fileno(), length, start, offset)
     except OSError:  # EXDEV, EINVAL, EOPNOTSUPP; a full disk is met again, and told, by the copy by hand
         return 0
+
+
+def clones(source: Path, folder: Path) -> bool:
+    """Whether a copy of the file in that folder takes no room: both on one file system, which has references to bytes."""
+    try:
+        import fcntl
+        import tempfile
+
+        with open(source, "rb") as file, tempfile.TemporaryFile(dir=folder) as copy:
+            fcntl.ioctl(copy, _FICLONE, file.fileno())
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def start_writing(file: BinaryIO, offset: int, length: int) -> None:

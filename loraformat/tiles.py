@@ -15,6 +15,7 @@ from loraformat import progress
 from loraformat.base import FewBits
 from loraformat.dtypes import dtype_name, numpy_dtype
 from loraformat.errors import fault
+from loraformat.magnitudes import kept_axes, of_squares, squares
 from loraformat.parts import Loha, Lokr, Lora, Part
 from loraformat.products import simplified
 from loraformat.rounding import rounded, widened
@@ -27,7 +28,21 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["Lazy", "Norms", "Tensor", "applied", "changed", "created", "prepared", "read_runs", "runs", "values_of"]
+__all__ = [
+    "Lazy",
+    "Norms",
+    "Tensor",
+    "applied",
+    "changed",
+    "created",
+    "length",
+    "measured",
+    "moved",
+    "prepared",
+    "read_runs",
+    "runs",
+    "values_of",
+]
 
 _TILE = 1 << 18  # values: 1 MiB of float32, small enough for the cache and for malloc to reuse
 
@@ -139,12 +154,43 @@ def changed(updates: Sequence[Update], base: Tensor, norms: Norms) -> Iterator[A
     Raises:
         LoraFormatError: LF-606 an update for another shape; LF-611 a value beyond the range of the dtype; LF-612.
     """
-    updates = [prepared(update) for update in updates]
-    if not base.shape or not all(update.tileable for update in updates):
-        yield _tile(updates, base[0 : base.shape[0]] if base.shape else base[...], None, norms)
+    if not base.shape:
+        yield _tile([prepared(update) for update in updates], base[...], None, norms)
         return
+    updates = measured([prepared(update) for update in updates], base)
     for start, stop in runs(base.shape):
         yield _tile(updates, base[start:stop], (start, stop), norms)
+
+
+@_quiet
+def measured(updates: Sequence[Update], base: Tensor) -> list[Update]:
+    """The same updates with those norms known that run over axis 0 of ``base``: every run of rows tells a part of them."""
+    known: list[Update] = []
+    for update in updates:
+        if not update.tileable:
+            part = replace(update["magnitude"], length=length(update, known, base))
+            update = replace(update, parts=tuple(part if p.kind == part.kind else p for p in update.parts))
+        known.append(update)
+    return known
+
+
+@_quiet
+def length(update: Update, before: Sequence[Update], base: Tensor) -> Array:
+    """What the magnitude of a placed update divides by on the weight that others leave, as ``Magnitude.length`` has it."""
+    part, place = update["magnitude"], update.placement
+    assert place is not None
+    sums = (applied([*before, update.unscaled], base[slice(*rows)], rows) for rows in runs(base.shape))
+    shares = [squares(part, widened(one), place) for one in sums]
+    joined: Array = np.concatenate(shares) if 0 in kept_axes(part, place) else np.sum(shares, axis=0, dtype=np.float64)
+    return of_squares(part, joined, place)
+
+
+def moved(update: Update, base: Tensor) -> float:
+    """‖ΔW‖ of a placed update on ``base``."""
+    if not base.shape:
+        return math.sqrt(_square(update.delta(base[...])))
+    (update,) = measured([update], base)
+    return math.sqrt(sum(_square(update.delta(base[slice(*rows)], rows)) for rows in runs(base.shape)))
 
 
 def created(

@@ -168,16 +168,24 @@ class Update:
 
     def norms(self, base: Array | None) -> F32:
         """What the magnitude divides by, ‖V‖ + eps with V the sum before it, in the shape of ``magnitude``."""
+        return self.laid_as_magnitude(norm(self["magnitude"], self.unscaled.apply(base), self.placement or _unplaced()))
+
+    def laid_as_magnitude(self, length: Array) -> F32:
+        """What meets the tensor (``Magnitude.length``) in the shape of ``magnitude``."""
         part, place = self["magnitude"], self.placement or _unplaced()
-        before = replace(self, parts=tuple(p for p in self.parts if p.kind not in ("magnitude", "rows")))
         kept = kept_axes(part, place)
-        length = norm(part, before.apply(base), place).reshape([place.shape[a] for a in sorted(kept)])
-        return length.transpose([sorted(kept).index(a) for a in kept]).reshape(part.magnitude.shape)
+        laid = length.reshape([place.shape[a] for a in sorted(kept)])
+        return laid.transpose([sorted(kept).index(a) for a in kept]).reshape(part.magnitude.shape)
+
+    @property
+    def unscaled(self) -> Update:
+        """What the magnitude rescales."""
+        return replace(self, parts=tuple(p for p in self.parts if p.kind not in ("magnitude", "rows")))
 
     @property
     def tileable(self) -> bool:
-        """Whether runs of rows of the base can be served alone: no norm runs over axis 0."""
-        if "magnitude" not in self or self.placement is None:
+        """Whether runs of rows of the base can be served alone: no norm runs over axis 0, or it is known."""
+        if "magnitude" not in self or self.placement is None or self["magnitude"].length is not None:
             return True
         return 0 in kept_axes(self["magnitude"], self.placement)
 

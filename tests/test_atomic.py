@@ -1,11 +1,13 @@
 """Outputs appear whole or not at all."""
 
+import io
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import loraformat as lf
-from loraformat.atomic import write_file, write_folder
+from loraformat.atomic import check_room, scratch, write_file, write_folder, write_together
 from loraformat.errors import LoraFormatError
 
 
@@ -259,3 +261,81 @@ def test_a_temporary_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch)
     with pytest.raises(LoraFormatError, match=r"cannot write .*: No space left on device") as error:
         write_file(tmp_path / "out", breaks)
     assert rule_of(error) == "LF-703"
+
+
+# Several files that belong together.
+
+
+def refused(source, target, *, at):
+    """``os.replace`` that fails for one target."""
+    if os.fspath(target).endswith(at):
+        raise OSError(5, "Input/output error")
+    REPLACE(source, target)
+
+
+REPLACE = os.replace
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_where_one_of_several_files_cannot_take_its_place_the_others_go_back(links, tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("first", "second", "last")]
+    write_together({path: says(f"old {path.name}") for path in paths[1:]})
+    before = everything(tmp_path)
+    monkeypatch.setattr("loraformat.atomic.os.replace", partial(refused, at="last"))
+    if not links:
+        monkeypatch.setattr("loraformat.atomic.os.link", lambda *a, **k: breaks(io.BytesIO()))
+    with pytest.raises(LoraFormatError, match="Input/output error"):
+        write_together({path: says("new") for path in paths})
+    # Without links a file that was replaced has no second name to come back from.
+    assert everything(tmp_path) == (before if links else before | {"second": "new"})
+
+
+def test_a_folder_and_the_files_beside_it_appear_together_or_not_at_all(tmp_path, monkeypatch):
+    out, recipe = tmp_path / "out", tmp_path / "recipe"
+    write_folder(out, {"a": says("1")}, beside={recipe: says("1")})
+    before = everything(tmp_path)
+    assert before == {"out/a": "1", "recipe": "1"}
+    with pytest.raises(LoraFormatError, match="No space left"):
+        write_folder(out, {"a": says("2")}, beside={recipe: breaks}, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("loraformat.atomic.os.replace", partial(refused, at="recipe"))
+        with pytest.raises(LoraFormatError, match="Input/output error"):
+            write_folder(out, {"a": says("2")}, beside={recipe: says("2")}, force=True)
+    with pytest.raises(LoraFormatError, match="recipe exists"):
+        write_folder(tmp_path / "new", {"a": says("2")}, beside={recipe: says("2")})
+    assert everything(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == ["out", "recipe"]
+    write_folder(out, {"a": says("2")}, beside={recipe: says("2")}, force=True)
+    assert everything(tmp_path) == {"out/a": "2", "recipe": "2"}
+
+
+def test_what_a_run_makes_for_itself_is_gone_at_the_end_and_of_a_killed_one_at_the_next(tmp_path):
+    def work(end):
+        with scratch(tmp_path / "out", ".onnx") as name:
+            name.write_text("model")
+            name.with_name(f"{name.name}.0.data").write_text("data")
+            name.with_name(f".{name.name}.12345678.tmp").write_text("half a model")
+            end()
+
+    work(lambda: None)
+    assert os.listdir(tmp_path) == []
+    dies(lambda: work(lambda: os._exit(1)))
+    assert len(os.listdir(tmp_path)) == 4
+    write_file(tmp_path / "other", says("new"))
+    assert len(os.listdir(tmp_path)) == 5
+    write_file(tmp_path / "out", says("new"))
+    assert everything(tmp_path) == {"out": "new", "other": "new"}
+
+
+def test_copies_take_no_room_where_the_file_system_refers_to_bytes(tmp_path, monkeypatch):
+    (tmp_path / "data").write_bytes(bytes(90))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 80, 20))
+    check_room(tmp_path / "out", 20)
+    for count, copies in ((21, []), (100, [tmp_path / "data"])):
+        with pytest.raises(LoraFormatError, match=r"takes .* bytes, and the disk has 20 left"):
+            check_room(tmp_path / "out", count, copies)
+    monkeypatch.setattr("loraformat.atomic.clones", lambda source, folder: True)
+    check_room(tmp_path / "out", 110, [tmp_path / "data"])
+    with pytest.raises(LoraFormatError):
+        check_room(tmp_path / "out", 111, [tmp_path / "data"])
+    assert os.listdir(tmp_path) == ["data"]

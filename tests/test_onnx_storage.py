@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -439,6 +440,32 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
     assert names_in(tmp_path / "b") == []
 
 
+def room(monkeypatch, count):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - count, count))
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "detach"])
+@pytest.mark.parametrize("shape", ["inside", "outside", "folder"])
+def test_a_disk_without_room_is_told_before_the_first_byte(verb, shape, tmp_path, monkeypatch):
+    """Of 21 kB each time; room that is just enough is enough."""
+    base = tmp_path / "base" / "base.onnx"
+    base.parent.mkdir()
+    save(model(TEXT), base) if shape == "inside" else external(base)
+    attach(adapter(KEYS), open_base(base), base.with_name("attached.onnx"))
+    given = base.with_name("attached.onnx") if verb == "detach" else base
+    if shape == "folder":
+        (base if verb == "detach" else base.with_name("attached.onnx")).unlink()
+        given = base.parent
+    (tmp_path / "out").mkdir()
+    run = {"detach": detach} | {v: partial(f, adapter(KEYS)) for v, f in VERBS.items()}
+    room(monkeypatch, 20_000)
+    with pytest.raises(LoraFormatError, match=r"LF-703 .* takes [\d,]+ bytes, and the disk has 20,000 left"):
+        run[verb](open_base(given), tmp_path / "out" / "new.onnx")
+    assert names_in(tmp_path / "out") == []
+    room(monkeypatch, 50_000)
+    run[verb](open_base(given), tmp_path / "out" / "new.onnx")
+
+
 def test_data_that_shrinks_while_it_is_read_is_a_failure(tmp_path):
     base = external(tmp_path / "a" / "base.onnx")
     (tmp_path / "b").mkdir()
@@ -491,3 +518,11 @@ def test_a_fresh_adapter_changes_no_bit(tmp_path):
     assert plain[0].tobytes() == plain[1].tobytes()
     fused = [run(tmp_path / f"{name}.onnx")["y"] for name in ("base", "out")]
     assert relative_error(*fused) <= 1e-6
+
+
+def test_runs_of_rows_of_external_data_are_read_and_not_mapped(tmp_path):
+    """The pages of a mapped file stay in the resident set."""
+    base = open_base(external(tmp_path / "base.onnx"))
+    run = base.read("wk", (3, 9))
+    np.testing.assert_array_equal(run, stored(tmp_path / "base.onnx")["wk"][3:9])
+    assert run.base is None or not isinstance(run.base, np.memmap)

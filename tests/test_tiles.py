@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_info
 
 import loraformat as lf
 from loraformat import patch, ranges, tiles
+from loraformat.parts import Magnitude, Rows
 from loraformat.patch import Patch, patched_size, write_patched
 from loraformat.rounding import rounded, widened
 
@@ -179,3 +180,53 @@ def test_a_run_of_rows_of_a_product_holds_no_more_than_itself(kind, spec):
         tracemalloc.stop()
         np.testing.assert_allclose(found, whole[slice(*rows)], rtol=1e-4, atol=1e-4)
         assert most < 4 * found.nbytes + 200_000
+
+
+# Norms that run over axis 0.
+
+
+class Asked:
+    """A tensor that notes how many rows it is asked for at once."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.most = values, values.shape, values.dtype, 0
+
+    def __getitem__(self, rows):
+        start, stop, _ = rows.indices(self.shape[0])
+        self.most = max(self.most, stop - start)
+        return self.values[rows]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("kind", ["alone", "behind another", "with rows", "of a span"])
+def test_a_magnitude_whose_norm_runs_over_axis_0_is_applied_by_runs_of_rows(kind, dtype):
+    draw = np.random.default_rng(3)
+    weight = draw.standard_normal((900, 700)).astype(dtype)  # [in, out]
+    place = lf.Placement((900, 700), (1,), (0,))
+
+    def pair(seed):
+        a, b = (
+            np.random.default_rng(seed + i).standard_normal(n, np.float32) for i, n in enumerate([(3, 900), (700, 3)])
+        )
+        return lf.Lora(a, b, 0.5, "factor")
+
+    m = 1 + draw.random(700, np.float32)
+    part = Magnitude(m, span=(100, 300)) if kind == "of a span" else Magnitude(m, eps=1e-3)
+    parts = (pair(1), part)
+    if kind == "with rows":
+        parts = (*parts, Rows(draw.standard_normal((2, 700), np.float32), np.array([5, 800])))
+    updates = [lf.Update(parts, place)]
+    if kind == "behind another":
+        updates.insert(0, lf.Update((pair(7),), place))
+    wanted = weight.astype(np.float64)
+    for update in updates:
+        wanted += update["lora"].lora_B.T.astype(np.float64).T.dot(update["lora"].lora_A.astype(np.float64)).T * 0.5
+    length = np.linalg.norm(wanted, axis=0) + part.eps
+    inside = (np.arange(700) >= 100) & (np.arange(700) < 300) if kind == "of a span" else np.ones(700, bool)
+    wanted = np.where(inside, m * wanted / length, m * wanted)
+    if kind == "with rows":
+        wanted[[5, 800]] = parts[2].values
+    base = Asked(weight)
+    got = np.concatenate(list(tiles.changed(updates, base, tiles.Norms()))).astype(np.float64)
+    assert np.linalg.norm(got - wanted) <= (3e-4 if dtype == np.float16 else 1e-6) * np.linalg.norm(wanted)
+    assert base.most < 900

@@ -56,9 +56,8 @@ class Change:
 
     @property
     def held(self) -> int:
-        """Bytes of memory beyond a tile: where a norm runs over axis 0 the tensor is held whole, five times over."""
-        shape = self.grid.shape if self.grid is not None else self.shape
-        return 0 if all(u.tileable for u in self.updates) else 20 * math.prod(shape)
+        """Bytes of memory beyond a tile: where a norm runs over axis 0, a tensor in few bits is held whole, five times over."""
+        return 0 if self.grid is None or all(u.tileable for u in self.updates) else 20 * math.prod(self.grid.shape)
 
     @property
     def form(self) -> str:

@@ -162,9 +162,9 @@ class Pipeline:
         """The plans of the components that change; the other files are copied."""
         check_outside(self.path, options.out)
         plans = plans_of(verb, jobs, options, self.components, _part)
-        copied = sum((self.path / name).stat().st_size for name in self._rest(plans))
+        rest = [self.path / name for name in self._rest(plans)]
         note = f"{len(plans)} of {len(self.components)} components change, the rest is copied as it is"
-        whole = whole_plan(verb, jobs, options, plans, copied, note)
+        whole = whole_plan(verb, jobs, options, plans, rest, note)
         return replace(whole, estimate=partial(_losses, plans))
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:

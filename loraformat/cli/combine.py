@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from loraformat.adapter import Adapter
+    from loraformat.atomic import Writer
     from loraformat.cli.adapters import Given
     from loraformat.errors import Problem
     from loraformat.layout import Reading
@@ -95,7 +96,7 @@ def combine(
 ) -> None:
     """Make one adapter of several, each with a weight; exact unless the method or --rank asks for less."""
     from loraformat.apart import check_apart
-    from loraformat.atomic import check_free, write_file
+    from loraformat.atomic import check_free
     from loraformat.cli.adapters import parse
     from loraformat.verbs.combine import combine as run
     from loraformat.verbs.convert import save, target_layout
@@ -117,11 +118,12 @@ def combine(
         pairs = [(reading.adapter, w) for (_, reading), w in zip(given, _weights(given, weight), strict=True)]
         with progress_bar("combine", entries(a for a, _ in pairs), quiet=as_json):
             done = run(pairs, **settings, any_base=any_base)
-    warnings += save(done.adapter, out, layout, force=force)
+    beside: dict[Path, Writer] = {}
     if save_recipe:
         paths = [item.path for item, _ in given] if not recipe else _paths(recipe, adapters)
-        text = recipe_text(done, paths, Path(save_recipe).parent, any_base)
-        write_file(Path(save_recipe), lambda file: file.write(text.encode()), force=force)
+        text = recipe_text(done, paths, Path(save_recipe).parent, any_base).encode()
+        beside[Path(save_recipe)] = lambda file: file.write(text) and None
+    warnings += save(done.adapter, out, layout, force=force, beside=beside)
     _told(done, out, as_json, warnings)
 
 

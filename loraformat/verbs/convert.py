@@ -22,6 +22,7 @@ from loraformat.verbs.retarget import retarget
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter
+    from loraformat.atomic import Writer
     from loraformat.base import Base
 
 __all__ = ["Converted", "convert", "save", "target_layout"]
@@ -125,14 +126,18 @@ def save(
     options: WriteOptions | None = None,
     *,
     force: bool = False,
+    beside: Mapping[Path, Writer] | None = None,
 ) -> list[Problem]:
     """Write an adapter in a layout, atomically; what the writer warns of.
+
+    Args:
+        beside: files that are there with the output, or not at all.
 
     Raises:
         LoraFormatError: LF-508 what the layout cannot carry; LF-7xx the output.
     """
     output = _output(adapter, destination, layout, options or WriteOptions())
-    _put(output, Path(destination), force=force)
+    _put(output, Path(destination), force=force, beside=beside)
     return output.warnings
 
 
@@ -142,12 +147,12 @@ def _output(adapter: Adapter, destination: str | os.PathLike[str], layout: Layou
     return layout.write(adapter, replace(options, ending=Path(destination).suffix))
 
 
-def _put(output: Output, path: Path, *, force: bool) -> None:
+def _put(output: Output, path: Path, *, force: bool, beside: Mapping[Path, Writer] | None = None) -> None:
     if output.folder:
-        write_folder(path, output.files, force=force)
+        write_folder(path, output.files, force=force, beside=beside)
     else:
         (writer,) = output.files.values()
-        write_file(path, writer, force=force)
+        write_file(path, writer, force=force, beside=beside)
 
 
 def _check_kinds(adapter: Adapter, layout: Layout) -> None:

@@ -18,7 +18,7 @@ from loraformat.resolve import Hints
 from loraformat.rounding import rounded, widened
 from loraformat.shapes import FLOATS
 from loraformat.strength import weighed
-from loraformat.tiles import applied, prepared, read_runs
+from loraformat.tiles import Lazy, applied, measured, prepared, read_runs
 from loraformat.verbs.cause import NOT_APPLIED, cause
 from loraformat.verbs.numbers import Compared, bits, compare_numbers, square_of
 from loraformat.verbs.touched import Touched, gather
@@ -166,10 +166,11 @@ def _compare(base: Base, before: Parameter | None, merged: Base, after: Paramete
 def _expected(
     base: Base, before: Parameter | None, shape: tuple[int, ...], updates: Sequence[Update]
 ) -> Iterator[tuple[tuple[int, int] | None, Array]]:
-    """W' before rounding, by runs of rows; whole, with None, where it has to be or has another shape than ``shape``."""
-    if before is None or before.shape != shape or not shape or not all(u.tileable for u in updates):
+    """W' before rounding, by runs of rows; whole, with None, of a scalar or of another shape than ``shape``."""
+    if before is None or before.shape != shape or not shape:
         yield None, applied(updates, base.read(before.name) if before is not None else None, None)
         return
+    updates = measured(updates, Lazy(base, before))
     for rows, tile in read_runs(base, before):
         yield rows, applied(updates, tile, rows)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from loraformat.atomic import check_free
+from loraformat.atomic import check_free, check_room
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.errors import LoraFormatError, Problem, fault
@@ -32,7 +32,7 @@ from loraformat_converters.onnx.finding.names import names_of
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.resolving import resolved
 from loraformat_converters.onnx.graph.index import Index, Site
-from loraformat_converters.onnx.graph.model import FLOATS, array, light, load
+from loraformat_converters.onnx.graph.model import FLOATS, External, Rows, array, light, load
 from loraformat_converters.onnx.graph.scopes import tensors
 from loraformat_converters.onnx.graph.store import Storage
 from loraformat_converters.onnx.graph.values import Values
@@ -110,8 +110,13 @@ class OnnxBase:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """The values of a stored tensor, or a run of its rows."""
+        tensor = self.index.roots[name]
+        if rows is not None and tensor.data_location == tensor.EXTERNAL and tensor.data_type in FLOATS:
+            return Rows(External(tensor, self.path.parent), tensor)[
+                slice(*rows)
+            ]  # pages of a mapped file stay in the resident set
         if name != self._last[0]:  # protobuf copies a tensor's bytes at each access: once is enough for all its runs
-            self._last = (name, array(self.index.roots[name], self.path.parent))
+            self._last = (name, array(tensor, self.path.parent))
         return self._last[1] if rows is None else self._last[1][slice(*rows)]
 
     def requantised(
@@ -155,6 +160,7 @@ class OnnxBase:
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write a changed copy of the model; the opened one stays as it is."""
         check_free(plan.options.out, force)
+        check_room(plan.options.out, plan.writes, plan.copies)
         storage, norms = self.changed(plan)
         written = storage.write(force)
         return Outcome(norms, written, plan.options.out.stat().st_size - self.path.stat().st_size)
@@ -202,7 +208,9 @@ class OnnxBase:
     def detach(self, out: Path, *, force: bool = False) -> Outcome:
         """Write the model as it was before ``attach``; LF-613 where nothing is attached or the model was changed."""
         check_free(out, force)
-        written = self.detached(out).write(force)
+        storage = self.detached(out)
+        check_room(out, self.path.stat().st_size + storage.data_bytes, storage.copies)
+        written = storage.write(force)
         return Outcome(written=written, grown=out.stat().st_size - self.path.stat().st_size)
 
     def detached(self, out: Path) -> Storage:
@@ -242,9 +250,9 @@ class OnnxBase:
         """See ``proof``."""
         check_provable(self, plan, inputs)
 
-    def prove(self, plan: Plan, inputs: Path | None = None) -> Proof:
-        """See ``proof``."""
-        return prove(self, plan, inputs)
+    def prove(self, plan: Plan, inputs: Path | None = None, whole: Path | None = None) -> Proof:
+        """See ``proof``; ``whole``: the output, of which this model is one in a folder."""
+        return prove(self, plan, inputs, whole or plan.options.out)
 
     def _recorded(self) -> Record:
         if self.record is None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat.atomic import check_free, write_folder
+from loraformat.atomic import check_free, check_room, write_folder
 from loraformat.errors import fault
 from loraformat.folders import files_in
 from loraformat.names import join
@@ -123,14 +123,14 @@ class OnnxFolder:
         check_outside(self.path, options.out)
         bases = {file: model.base for file, model in self.models.items()}
         plans = plans_of(verb, jobs, options, bases, share)
-        rest = self._rest(plans)
-        copied = sum((self.path / name).stat().st_size for name in rest)
+        rest = [self.path / name for name in self._rest(plans)]
         note = f"{len(plans)} of {len(self.models)} models change, {len(rest)} files are copied as they are"
-        return whole_plan(verb, jobs, options, plans, copied, note)
+        return whole_plan(verb, jobs, options, plans, rest, note)
 
     def apply(self, plan: Plan, *, force: bool = False) -> Outcome:
         """Write the whole folder, or nothing."""
         check_free(plan.options.out, force)
+        check_room(plan.options.out, plan.writes, plan.copies)
         changed = {file: self.models[file].base.changed(own) for file, own in plan.state.items()}
         found = {file: norms for file, (_, norms) in changed.items()}
         storages = {file: storage for file, (storage, _) in changed.items()}
@@ -201,6 +201,7 @@ class OnnxFolder:
         swaps = any(model.base.record and model.base.slots for model in self.models.values())
         if not swaps:  # of a swap the adapters lie in files of their own
             self._attached()
+        check_room(out, sum((self.path / name).stat().st_size for name in self.files), self._others)
         storages = {f: m.base.detached(out / f) for f, m in self.models.items() if m.base.record}
         fed = {(Path(f).parent / name).as_posix() for f, m in self.models.items() for name in m.base.fed}
         return self._write(out, storages, {}, force, without=fed)
@@ -215,9 +216,14 @@ class OnnxFolder:
         proofs = [
             replace(proof, output=f"{file}: {proof.output}")
             for file, own in plan.state.items()
-            for proof in [self.models[file].base.prove(own, inputs)]
+            for proof in [self.models[file].base.prove(own, inputs, plan.options.out)]
         ]
         return max(proofs, key=lambda proof: proof.error / proof.limit)
+
+    @property
+    def _others(self) -> list[Path]:
+        """The files that are no models."""
+        return [self.path / name for name in self.files if name not in self.models]
 
     def _own_data(self, file: str) -> set[str]:
         """Data files that this model alone refers to."""

@@ -42,7 +42,7 @@ def planned(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) ->
     steps = tuple(step(verb, spot) for spot in places)
     estimate = partial(base.rewriting.estimate, places) if rounds else None
     said = tuple(_notes(verb, places, jobs, options, storage))
-    return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, said, places, estimate)
+    return Plan(verb, tuple(jobs), options, steps, graph, writes, peak, said, places, estimate, tuple(storage.copies))
 
 
 def _places(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) -> list[Spot]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraformat.atomic import scratch
 from loraformat.base import Options
 from loraformat.plan import Plan, Proof
-from loraformat.stopping import unbroken
 from loraformat_converters.onnx.attaching.modes import cases
 from loraformat_converters.onnx.proving.dense import check_products
 from loraformat_converters.onnx.proving.fusions import unfused
@@ -34,17 +33,17 @@ def check_provable(base: OnnxBase, plan: Plan, inputs: Path | None) -> None:
         check_products(plan.state)
     elif plan.verb == "merge":
         for _, jobs in cases(plan):
-            base.plan("attach", jobs, Options(_other(plan)))
+            base.plan("attach", jobs, Options(plan.options.out))
 
 
-def prove(base: OnnxBase, plan: Plan, inputs: Path | None) -> Proof:
-    """Run what ``apply`` wrote against the other verb's result, which is made beside it and deleted."""
-    feeds, out, other = _feeds(base, inputs), plan.options.out, _other(plan)
+def prove(base: OnnxBase, plan: Plan, inputs: Path | None, whole: Path) -> Proof:
+    """Run what ``apply`` wrote against the other verb's result, which is made beside the ``whole`` output and deleted."""
+    feeds, out = _feeds(base, inputs), plan.options.out
     limit = tolerance({spot.sites[0].dtype for spot in plan.state})
     if any(spot.rounds for spot in plan.state):
         limit = max(limit, ROUNDED)
-    try:
-        proofs = []
+    proofs = []
+    with scratch(whole, ".onnx") as other:
         for case, jobs in cases(plan):
             if jobs and plan.verb == "merge" and not plan.options.requantize:
                 base.apply(base.plan("attach", jobs, Options(other)), force=True)
@@ -52,19 +51,10 @@ def prove(base: OnnxBase, plan: Plan, inputs: Path | None) -> Proof:
                 merged = out if plan.verb == "merge" else None
                 base.rewriting.put_together(jobs, other, merged).write(force=True)
             proofs.append(compare(out, other if jobs else base.path, base.path, {**feeds, **case(feeds)}, limit))
-        worst = max(proofs, key=lambda proof: proof.error)
-        fewer = unfused(base.path, out) if plan.verb == "attach" else {}
-        return replace(worst, moved=min(p.moved for p in proofs if p.moved or len(proofs) == 1), unfused=fewer)
-    finally:
-        with unbroken():
-            for path in (other, *out.parent.glob(f"{glob.escape(other.name)}.*.data")):
-                path.unlink(missing_ok=True)
+    worst = max(proofs, key=lambda proof: proof.error)
+    fewer = unfused(base.path, out) if plan.verb == "attach" else {}
+    return replace(worst, moved=min(p.moved for p in proofs if p.moved or len(proofs) == 1), unfused=fewer)
 
 
 def _feeds(base: OnnxBase, inputs: Path | None) -> Mapping[str, Array]:
     return stated(inputs) if inputs else generated(base.model, base.index, base.path.parent)
-
-
-def _other(plan: Plan) -> Path:
-    """Where the other verb's result is for as long as the two are compared."""
-    return plan.options.out.with_name(f".{plan.options.out.name}.proof.onnx")

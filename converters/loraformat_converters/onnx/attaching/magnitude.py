@@ -16,6 +16,7 @@ from onnx import helper
 
 from loraformat.axes import Placement
 from loraformat.errors import fault
+from loraformat.tiles import length
 from loraformat_converters.onnx.attaching.branches import Form
 from loraformat_converters.onnx.attaching.weight import wide
 from loraformat_converters.onnx.changing.spots import Change, Spot
@@ -51,20 +52,25 @@ class Rescaling:
 
 def read(index: Index, folder: Path, spot: Spot) -> tuple[Array, Placement]:
     """The weight as float32, and how [out, in] lies in it; LF-608 where it cannot be computed."""
-    return _read(index, folder, spot.sites[0], spot.key)
+    stored, place = _stored(index, folder, spot.sites[0], spot.key)
+    return stored.astype(np.float32), place
 
 
-def _read(index: Index, folder: Path, site: Site, key: str) -> tuple[Array, Placement]:
+def _stored(index: Index, folder: Path, site: Site, key: str) -> tuple[Array, Placement]:
     found = Values(index, folder).read(site)
     if found is None:
         what = f"{site.node.name or site.operator}: its weight cannot be computed, and {key} needs its values"
         raise fault("LF-608", what, where=key, fix="loraformat convert --to-lora R makes a plain pair of it")
-    return found[0].astype(np.float32), found[1]
+    return found
 
 
 def norms(index: Index, folder: Path, spot: Spot, change: Change, before: Sequence[Change] = ()) -> Array:
     """What the magnitude of a change divides by, on the weight that the changes ``before`` it leave."""
-    value, root = read(index, folder, spot)
+    stored, root = _stored(index, folder, spot.sites[0], spot.key)
+    if change.rows is None and change.parameter is None:
+        own = replace(change.update, placement=root)
+        return own.laid_as_magnitude(length(own, [other.turned(root) for other in before], stored))
+    value = stored.astype(np.float32)
     for other in before:
         value = other.turned(root).apply(value)
     if change.rows is not None:
@@ -81,8 +87,11 @@ def beside(index: Index, folder: Path) -> Callable[[Gain, Update], Array]:
         if len({id(site.root) for site in sites}) != 1:  # inner graphs may use one name each
             what = f"{len(sites)} operators of the model read {gain.weight} as the one beside the slot does"
             raise fault("LF-608", what, where=gain.name, fix="attach the DoRA as a branch, or merge it")
-        value, root = _read(index, folder, sites[0], gain.name)
-        return _of_matrix(update, root.to_matrix(value)[slice(*gain.rows or (None,))])
+        stored, root = _stored(index, folder, sites[0], gain.name)
+        if gain.rows is None and update["magnitude"].magnitude_axes is None:
+            own = replace(update, placement=root)
+            return own.laid_as_magnitude(length(own, [], stored))
+        return _of_matrix(update, root.to_matrix(stored.astype(np.float32))[slice(*gain.rows or (None,))])
 
     return norms
 

@@ -39,7 +39,7 @@ def merge(index: Index, spot: Spot, folder: Path, norms: Norms, kept: Kept | Non
         tiles = partial(_codes, kept, updates_in(kept, spot), norms)
     else:
         values: Any = array(root, folder)
-        if spot.place is not None and all(update.tileable for update in spot.updates) and root.dims:
+        if spot.place is not None and root.dims:
             values = Rows(spot.place, root)
         tiles = partial(_tiles, spot.updates, values, norms)
     if not spot.others:

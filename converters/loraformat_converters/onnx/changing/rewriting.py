@@ -15,7 +15,7 @@ from loraformat.blas import one_blas_thread
 from loraformat.checkpoint.survival import too_little
 from loraformat.errors import LoraFormatError
 from loraformat.identity import digest
-from loraformat.tiles import Norms
+from loraformat.tiles import Norms, moved
 from loraformat_converters.onnx.attaching.apart import Apart, wanted
 from loraformat_converters.onnx.attaching.modes import Way, beside, way
 from loraformat_converters.onnx.changing.identity import base_sha256
@@ -145,8 +145,10 @@ class Rewriting:
         if change.update.linear:
             return change.update.norm()
         site = self.values.index.sites[spot.sites[0].number]
-        weight, place = self.values.read(site) or (None, spot.sites[0].placement)
-        return float(np.linalg.norm(change.turned(place).delta(weight)))
+        found = self.values.read(site)
+        if found is None:
+            return float(np.linalg.norm(change.turned(spot.sites[0].placement).delta()))
+        return moved(change.turned(found[1]), found[0])
 
 
 def tag(jobs: Sequence[Job]) -> str:

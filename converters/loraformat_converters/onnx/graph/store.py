@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat.atomic import check_free, write_together
+from loraformat.atomic import check_file, write_together
 from loraformat.errors import fault
 from loraformat.locks import take
 from loraformat.patch import Patch as FilePatch
@@ -99,6 +99,11 @@ class Storage:
         self.added = next(free)
 
     @property
+    def copies(self) -> list[Path]:
+        """The files that are taken along unchanged."""
+        return [self.places[name] for name in self.copied]
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of external data that will be written."""
         files = sum(self.places[name].stat().st_size for name in self.renamed)
@@ -116,9 +121,7 @@ class Storage:
     def write(self, force: bool) -> int:
         """Data files and model, or nothing at all; the bytes written."""
         for path in (self.out, *(self.out.parent / name for name in self.beside)):
-            check_free(path, force)
-        if self.out.is_dir():
-            raise fault("LF-703", f"{self.out} is a folder; the output is a file")
+            check_file(path, force)
         writers, before = self.writers(), _identity(self.out)
         try:
             write_together({self.out.parent / name: writer for name, writer in writers.items()})
