@@ -14,6 +14,7 @@ from quantised_graphs import FORMS, IN, KEY, OUT, PER_OUT, scales
 import loraformat as lf
 from loraformat.base import Options
 from loraformat.registry import open_base
+from loraformat.sketch import sketch
 from loraformat.testing import relative_error
 from loraformat.verbs.graph import prove
 from loraformat.verbs.merge import attach, merge, prepare
@@ -242,3 +243,23 @@ def test_the_models_of_a_folder_are_verified_too(run, tmp_path):
     told = run(*words, "--requantize", "--verify")
     assert told.code == 0
     assert "rounding ≤ " in told.err
+
+
+@pytest.mark.parametrize("form", ["MatMulInteger", "MatMulNBits 4"])
+def test_a_change_after_which_no_sketch_knows_the_weight_is_verified_where_it_was(form, run, tmp_path):
+    made, weight = FORMS[form]()
+    names = {tensor.name: f"t{i}" for i, tensor in enumerate(made.graph.initializer)}
+    for i, node in enumerate(made.graph.node):
+        node.name, node.input[:] = f"n{i}", [names.get(name, name) for name in node.input]
+    for tensor in made.graph.initializer:
+        tensor.name = names[tensor.name]
+    save(made, tmp_path / "base.onnx")
+    place = lf.Placement(weight.shape, (0,), (1,))
+    (update,) = update_of(form).values()
+    part = replace(update["lora"], alpha=update["lora"].alpha * float(np.linalg.norm(weight) / update.norm()))
+    known = replace(update, parts=(part,), placement=place, sketch=sketch(weight.astype(np.float32), place))
+    lf.save(lf.Adapter({KEY: known}), tmp_path / "a.lora.safetensors")
+    told = run("merge", "a.lora.safetensors", "--into", "base.onnx", "-o", "o.onnx", "--requantize", "--verify")
+    assert told.code == 0, told.err
+    assert "1/1 targets by sketch" in told.err
+    assert run("verify", "--base", "base.onnx", "--adapter", "a.lora.safetensors", "--merged", "base.onnx").code == 1

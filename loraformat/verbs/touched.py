@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from loraformat.base import Requantising
 from loraformat.resolve import Resolution
 
 if TYPE_CHECKING:
@@ -74,11 +75,18 @@ def _in_result(
 
     def kept(place: Match) -> bool:
         name = place.name_in(old.keys())
-        return name is not None and name in new and old[name].shape == new[name].shape
+        if name is None:
+            return all(_in_few_bits(one, place.called(known)) for one, known in ((base, old), (merged, new)))
+        return name in new and old[name].shape == new[name].shape
 
     left = {key: places for key, places in before.items() if key not in found.targets and all(map(kept, places))}
     problems = ([p for p in some if p.where not in left] for some in (found.unresolved, found.ambiguous))
     return Resolution({**left, **found.targets}, *map(tuple, problems)).require().targets
+
+
+def _in_few_bits(base: Base, name: str) -> bool:
+    """Whether the base has a weight there that is merged into by its codes, which is no parameter."""
+    return isinstance(base, Requantising) and base.requantised(name, []) is not None
 
 
 def _as_it_is(place: Match) -> bool:

@@ -128,7 +128,7 @@ class OnnxBase:
         if site is None or codes is None:
             return None
         laid = [turned(update, site.placement, site.operand) for update in updates]
-        return iter([((0, site.root.dims[0]), codes.changed(laid, norms or Norms()))])
+        return (((0, dim), codes.changed(laid, norms or Norms())) for dim in site.root.dims[:1])
 
     def sketch(self, match: Match) -> Array | None:
         """Of what is computed with at a place, where its weight is quantised or packed."""

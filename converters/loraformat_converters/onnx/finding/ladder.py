@@ -90,7 +90,10 @@ def _agree(index: Index, values: Values, key: str, said: Sequence[Witness]) -> F
     if all(witness.rung in _OF_TENSORS and witness.by != "user" for witness in said):
         _require_one_module(key, common)
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
-    sites = tuple(site for root in roots for site in _calls(index, key, index.uses(root), common))
+    if any(witness.rung == "initializer" and witness.by == "user" for witness in said):
+        sites = tuple(site for site in index.uses(roots[0]) if site.looks_up == common[0].looks_up)
+    else:
+        sites = tuple(site for root in roots for site in _calls(index, key, index.uses(root), common))
     rows = next((witness.rows for witness in said if witness.rows), None)
     order = next((witness.order for witness in said if witness.order), None)
     return Found(sites, (*map(str, said), *rules), max(witness.cosine for witness in said), rows, order)
@@ -123,8 +126,14 @@ def _calls(index: Index, key: str, uses: Sequence[Site], sites: Sequence[Site]) 
 
     Raises:
         LoraFormatError: LF-609 TorchScript (torch 2.13) calls the second call of ``fc`` as it calls a module ``fc_1``, and
-            the graph has parameters of that.
+            the graph has parameters of that; or a call has no name, as dynamo's (2.13) in the body of an If or a Loop.
     """
+    alike = (use for use in uses if use not in sites and use.looks_up == sites[0].looks_up)
+    nameless = next((use for use in alike if use.known_operator and not modules_of(use)), None)
+    if nameless is not None and all(map(modules_of, sites)):
+        what = f"{nameless.node.name or nameless.operator} reads {nameless.root_name} too, and has no module's name"
+        fix = f'if the target means all its uses: --names map.json with {{"{key}": "{nameless.root_name}"}}'
+        raise fault("LF-609", f"{what}: as another call of the target's, or of one that shares it", where=key, fix=fix)
     more = [use for use in uses if use not in sites and any(of_one_module(named, use) for named in sites)]
     owners = {name.rpartition(".")[0] for name in index.roots}
     doubtful = next((use for use in more if names_of(use, "node_name") in owners - _paths(sites)), None)
