@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graphs import adapter, model, save, session
+from graphs import adapter, lora, model, save, session
 from onnx import numpy_helper
 from safetensors.numpy import save_file
 
@@ -241,3 +241,19 @@ def test_a_model_that_torch_exported_takes_the_adapter_as_peft_does_or_refuses(e
     assert not (tmp_path / "out.onnx").exists()
     change(given, open_base(folder / f"{exporter}-whole.onnx"), tmp_path / "out.onnx")
     assert relative_error(session(tmp_path / "out.onnx").run(None, {"x": x})[0], truth) <= 1e-5
+
+
+@pytest.mark.parametrize("verb", ["attach", "merge"])
+def test_a_weight_that_smoothquant_scaled_is_refused_under_its_own_name(verb, tmp_path):
+    """As onnx-neural-compressor 1.0 writes it, with ``SmoothQuantFolding`` off: x / s is quantised, and W · s."""
+    made = model("""g (float[N,16] x) => (float[N,8] y) <float[16] s, float a, uint8 za, float b, int8 zb, int8[16,8] q> {
+        ["/q/MatMul_smooth_mul"] x_smooth_output = Mul(x, s)
+        c = QuantizeLinear(x_smooth_output, a, za)
+        ["/q/MatMul_quant"] d = QLinearMatMul(c, a, za, q, b, zb, a, za)  y = DequantizeLinear(d, a, za) }""")
+    for tensor in made.graph.initializer:
+        if tensor.name == "q":
+            tensor.name = made.graph.node[2].input[3] = "q.weight_quantized"
+    base = lf.open_base(save(made, tmp_path / "base.onnx"))
+    options = {"requantize": True} if verb == "merge" else {}
+    with pytest.raises(lf.LoraFormatError, match=r"LF-608 .*SmoothQuant divided its x[^@]*@ q\.weight"):
+        getattr(lf, verb)(lf.Adapter({"q.weight": lora(8, 16)}), base, tmp_path / "out.onnx", **options)

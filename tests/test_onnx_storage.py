@@ -466,6 +466,18 @@ def test_a_disk_without_room_is_told_before_the_first_byte(verb, shape, tmp_path
     run[verb](open_base(given), tmp_path / "out" / "new.onnx")
 
 
+@pytest.mark.parametrize("mode", ["branch", "stack", "swap"])
+def test_a_model_that_no_file_could_hold_is_refused_when_it_is_planned(mode, tmp_path, monkeypatch):
+    base = save(model(TEXT), tmp_path / "base.onnx")
+    monkeypatch.setattr(store, "_MESSAGE", base.stat().st_size + 1000)
+    options = Options(tmp_path / "out.onnx", mode, rows=("x:1",) if mode == "stack" else ())
+    if mode == "swap":  # whose adapters lie beside the model
+        assert prepare("attach", [("a", adapter(KEYS))], open_base(base), options).writes
+        return
+    with pytest.raises(LoraFormatError, match=r"LF-703 .*less than 2 GiB, and would have [\d,]+ bytes"):
+        prepare("attach", [("a", adapter(KEYS))], open_base(base), options)
+
+
 def test_data_that_shrinks_while_it_is_read_is_a_failure(tmp_path):
     base = external(tmp_path / "a" / "base.onnx")
     (tmp_path / "b").mkdir()

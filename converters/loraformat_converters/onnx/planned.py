@@ -19,7 +19,7 @@ from loraformat_converters.onnx.changing.requantised import kept
 from loraformat_converters.onnx.changing.rewriting import tag
 from loraformat_converters.onnx.changing.spots import Spot, by_tensor, every_change, gathered, spots
 from loraformat_converters.onnx.changing.told import notes, prefixes, step, ties
-from loraformat_converters.onnx.graph.store import Storage
+from loraformat_converters.onnx.graph.store import Storage, check_size
 
 if TYPE_CHECKING:
     from loraformat.base import Options
@@ -38,6 +38,7 @@ def planned(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) ->
     storage = Storage(base.model, base.path, options.out, data, tag(jobs))
     graph, copies = base.path.stat().st_size, storage.data_bytes
     added = sum(change.update.nbytes for change in every_change(places))
+    check_size(graph + (added if attaches and options.mode != "swap" else 0))
     writes, peak = graph + copies + (added if attaches else 0), 3 * graph + (32 << 20)
     steps = tuple(step(verb, spot) for spot in places)
     estimate = partial(base.rewriting.estimate, places) if rounds else None

@@ -32,6 +32,9 @@ _REWRITTEN = re.compile(r"node_(Conv(Transpose)?|Gemm)_\d+(?P<quantised>_quant)?
 _CHANGED = re.compile(r"(ConvBnFusion|ConvMulFusion|ConvAddFusion|MatMulBnFusion)_.*|.+_(weight|bias)_fused")
 """How ONNX Runtime (1.32) and onnxslim (0.1.98) call what they compute of a weight: attention's 1/√d times q's too."""
 
+_SMOOTHED = re.compile(r".+_smooth_output(_\d+)?")
+"""How neural-compressor, of ONNX (1.0) and Intel's, calls an x that SmoothQuant divided, where it folds that into nothing before."""
+
 _RENAMED = re.compile(r"onnx::Conv(Transpose)?_\d+|_v_\d+")
 """How TorchScript (2.13) and onnxsim (0.8) call it. A torch module's weight has a name where nothing was computed of it."""
 
@@ -76,6 +79,8 @@ def _changed(site: Site) -> str:
         return f"it gives {site.node.output[0]}, of a batch normalisation, which was folded into its {site.parameter}"
     if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
         return f"a normalisation or a scale was folded into its {site.parameter}, now {site.root_name}"
+    if _SMOOTHED.fullmatch(site.x or ""):
+        return f"SmoothQuant divided its x, {site.x}, by a scale for each feature, and multiplied the weight by it"
     return ""
 
 

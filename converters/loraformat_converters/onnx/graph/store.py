@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import onnx
 
 from loraformat.atomic import check_file, write_together
-from loraformat.errors import fault
+from loraformat.errors import LoraFormatError, fault
 from loraformat.locks import take
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
@@ -29,9 +29,10 @@ from loraformat_converters.onnx.graph.scopes import tensors
 if TYPE_CHECKING:
     from loraformat.atomic import Writer
 
-__all__ = ["Addition", "Patch", "Storage"]
+__all__ = ["Addition", "Patch", "Storage", "check_size"]
 
 _PAGE = 4096
+_MESSAGE = 2**31
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,22 @@ def _aligned(length: int) -> int:
     return -(-length // _PAGE) * _PAGE
 
 
+def check_size(count: int) -> None:
+    """LF-703 where a model file of so many bytes cannot be: a message of protobuf holds less than 2 GiB."""
+    if count >= _MESSAGE:
+        raise _too_large(f"and would have {count:,} bytes")
+
+
 def _serialized(model: onnx.ModelProto) -> bytes:
     try:
         return bytes(model.SerializeToString())
     except Exception as error:  # protobuf raises EncodeError or ValueError, by implementation
-        fix = "save the base with external data first (onnx.save_model(..., save_as_external_data=True))"
-        raise fault("LF-703", f"a model file holds less than 2 GiB: {error}", fix=fix) from None
+        raise _too_large(str(error)) from None
+
+
+def _too_large(why: str) -> LoraFormatError:
+    fix = "save the base with external data first (onnx.save_model(..., save_as_external_data=True))"
+    return fault("LF-703", f"a model file holds less than 2 GiB, {why}", fix=fix)
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
