@@ -181,8 +181,9 @@ def length(update: Update, before: Sequence[Update], base: Tensor) -> Array:
     assert place is not None
     sums = (applied([*before, update.unscaled], base[slice(*rows)], rows) for rows in runs(base.shape))
     shares = [squares(part, widened(one), place) for one in sums]
-    joined: Array = np.concatenate(shares) if 0 in kept_axes(part, place) else np.sum(shares, axis=0, dtype=np.float64)
-    return of_squares(part, joined, place)
+    if 0 in kept_axes(part, place):
+        return of_squares(part, np.concatenate(shares), place)
+    return of_squares(part, np.asarray(np.sum(shares, axis=0, dtype=np.float64)), place)
 
 
 def moved(update: Update, base: Tensor) -> float:

@@ -466,11 +466,11 @@ def test_a_disk_without_room_is_told_before_the_first_byte(verb, shape, tmp_path
     run[verb](open_base(given), tmp_path / "out" / "new.onnx")
 
 
-@pytest.mark.parametrize("mode", ["branch", "stack", "swap"])
+@pytest.mark.parametrize("mode", ["branch", "swap"])
 def test_a_model_that_no_file_could_hold_is_refused_when_it_is_planned(mode, tmp_path, monkeypatch):
     base = save(model(TEXT), tmp_path / "base.onnx")
     monkeypatch.setattr(store, "_MESSAGE", base.stat().st_size + 1000)
-    options = Options(tmp_path / "out.onnx", mode, rows=("x:1",) if mode == "stack" else ())
+    options = Options(tmp_path / "out.onnx", mode)
     if mode == "swap":  # whose adapters lie beside the model
         assert prepare("attach", [("a", adapter(KEYS))], open_base(base), options).writes
         return
