@@ -307,12 +307,29 @@ def test_two_targets_tied_to_one_weight_each_get_their_own_change(verb, tmp_path
 def test_a_weight_that_an_if_reads_too_is_copied_by_merge(tmp_path):
     text = """g (float[N,6] x, bool c) => (float[N,6] y) <float[6,6] w>
       { ["/m/q/MatMul"] h = MatMul(x, w)
-        y = If (c) <then_branch = a () => (float[N,6] p) { p = MatMul(h, w) },
+        y = If (c) <then_branch = a () => (float[N,6] p) { ["/m/o/MatMul"] p = MatMul(h, w) },
                     else_branch = e () => (float[N,6] q) { q = Neg(h) }> }"""
     update = adapter({KEY: (6, 6)})
     base, result = changed("merge", model(text), update, tmp_path)
     kept = stored(base)["w"].astype(np.float64)
     check(base, result, np.transpose, lambda W, v: v["x"] @ W.T @ kept, delta=update[KEY].matrix())
+
+
+@both_verbs
+def test_a_weight_that_an_if_reads_under_no_name_is_no_other_modules(verb, tmp_path):
+    """As torch's dynamo exporter leaves the calls in a body; the user can say that they are meant."""
+    text = """g (float[N,6] x, bool c) => (float[N,6] y) <float[6,6] w>
+      { ["/m/q/MatMul"] h = MatMul(x, w)
+        y = If (c) <then_branch = a () => (float[N,6] p) { p = MatMul(h, w) },
+                    else_branch = e () => (float[N,6] q) { q = Neg(h) }> }"""
+    update, path = adapter({KEY: (6, 6)}), save(model(text), tmp_path / "base.onnx")
+    with pytest.raises(LoraFormatError, match=r"LF-609 .*reads w too, and has no module's name[^@]*@ m\.q\.weight"):
+        VERBS[verb](update, open_base(path), tmp_path / "out.onnx")
+    VERBS[verb](update, open_base(path), tmp_path / "out.onnx", Hints(names={KEY: "w"}))
+    x = np.random.default_rng(2).standard_normal((3, 6)).astype(np.float32)
+    whole = stored(path)["w"] + update[KEY].matrix().T
+    found = session(tmp_path / "out.onnx").run(["y"], {"x": x, "c": np.array(True)})[0]
+    assert relative_error(found, x @ whole @ whole) <= 2e-6
 
 
 def test_a_weight_that_is_an_output_too_is_copied_by_merge(tmp_path):

@@ -79,8 +79,9 @@ def _changed(site: Site) -> str:
         return f"it gives {site.node.output[0]}, of a batch normalisation, which was folded into its {site.parameter}"
     if _CHANGED.fullmatch(names_of(site, "initializer") or ""):
         return f"a normalisation or a scale was folded into its {site.parameter}, now {site.root_name}"
-    if _SMOOTHED.fullmatch(site.x or ""):
-        return f"SmoothQuant divided its x, {site.x}, by a scale for each feature, and multiplied the weight by it"
+    read = [*site.node.input, *([site.product.x] if site.product else [])]
+    if smoothed := next(filter(_SMOOTHED.fullmatch, read), None):
+        return f"SmoothQuant divided its x, {smoothed}, by a scale for each feature, and multiplied the weight by it"
     return ""
 
 
