@@ -198,7 +198,7 @@ def test_a_weight_used_inside_a_graph_inside_a_function_is_refused(verb, tmp_pat
         helper.make_graph([node], name, [], [helper.make_tensor_value_info(node.output[0], 1, None)])
         for name, node in (
             ("a", helper.make_node("MatMul", ["x", KEY], ["p"], "/m/q/MatMul")),
-            ("e", helper.make_node("MatMul", ["x", KEY], ["r"])),
+            ("e", helper.make_node("MatMul", ["x", KEY], ["r"], "/m/q/MatMul_1")),
         )
     ]
     body = [
@@ -210,7 +210,7 @@ def test_a_weight_used_inside_a_graph_inside_a_function_is_refused(verb, tmp_pat
     made.functions.append(helper.make_function("own", "Choose", ["x", "c"], ["y"], body, opsets))
     made.opset_import.append(helper.make_opsetid("own", 1))
     said = refused(made, tmp_path, verb=verb)
-    assert "inside function Choose/if.then_branch: give --inline" in said
+    assert "inside function Choose/if.else_branch: give --inline" in said
 
 
 @both_verbs
