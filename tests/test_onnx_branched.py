@@ -216,6 +216,27 @@ def test_what_is_folded_under_its_record_is_what_the_record_says(form, dora, tmp
         alike(extract(open_base(tmp_path / "optimised.onnx")), ours)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_gain_that_onnxsim_put_into_a_kernel_is_told(dora, tmp_path):
+    """Without a bias g·(W·x) becomes a convolution by g·W, whose name tells nothing: beside it runs no plain pair of W."""
+    simplify = pytest.importorskip("onnxsim", reason="needs onnxsim: the peers extra").simplify
+    made = model("""g (float[N,5,6,6] x) => (float[N,7,6,6] y) <float[7,5,1,1] w> { ["/m/q/Conv"] y = Conv (x, w) }""")
+    length = (Magnitude(np.random.default_rng(3).uniform(0.5, 2, 7).astype(np.float32)),) if dora else ()
+    ours = lf.Adapter({KEY: lf.Update((*lora(7, 5).parts, *length))})
+    attach(ours, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx")
+    made = onnx.load(tmp_path / "out.onnx")
+    del made.metadata_props[:]
+    made, _ = simplify(made)
+    assert "Mul" not in {node.op_type for node in made.graph.node}
+    path = save(made, tmp_path / "simple.onnx")
+    if not dora:
+        alike(extract(open_base(path)), ours)
+        return
+    with pytest.raises(lf.LoraFormatError, match=r"LF-613  .*its weight is _v_\d+, computed of W and") as caught:
+        extract(open_base(path))
+    assert [problem.where for problem in caught.value.problems] == [KEY]
+
+
 def test_a_record_of_another_kind_is_no_evidence(tmp_path):
     attached("a Linear", tmp_path, dora=True)
     made = onnx.load(tmp_path / "out.onnx")

@@ -51,7 +51,7 @@ def _places(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) ->
     changes = gathered(jobs)
     rounds = (lambda site: kept(site, base.values) is not None) if verb == "merge" and options.requantize else None
     problems = list(obstacles(verb, changes, base.index.opset, rounds))
-    problems += [*computed_ahead(base.values, changes.items()), *copied(base.values, changes)]
+    problems += [*computed_ahead(base.values, changes.items(), _named(jobs)), *copied(base.values, changes)]
     if problems:
         raise LoraFormatError(problems)
     changed = by_tensor(changes) if verb == "merge" else changes
@@ -59,6 +59,12 @@ def _places(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) ->
     if verb == "attach" and (problems := list(obstacles_of_mode(base.model, base.index, places, jobs, options))):
         raise LoraFormatError(problems)
     return places
+
+
+def _named(jobs: Sequence[Job]) -> set[str]:
+    """The targets whose nodes or weights the user named."""
+    targets = (item for job in jobs for item in job.resolution.targets.items())
+    return {key for key, (first, *_) in targets if any(said.startswith("user") for said in first.evidence)}
 
 
 def _notes(verb: str, places: Sequence[Spot], jobs: Sequence[Job], options: Options, storage: Storage) -> Iterator[str]:

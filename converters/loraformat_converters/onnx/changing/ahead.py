@@ -1,112 +1,78 @@
 """Products that were computed ahead: a call of a module on a constant is a stored tensor, which no change reaches.
 
 torch's exporter folds them, and so does every optimiser: the learned queries of a decoder, the start of a cell, a token that
-is looked up. The calls that are left are changed, this one is not: the model would be neither the old nor the new. What
-says so is the tensor's name, where a tool named it after the node that gave it; of torch's own names, its values.
+is looked up. The calls that are left are changed, this one is not: the model would be neither the old nor the new.
+
+torch's dynamo exporter writes what it computed of what. Without that a stored tensor is a module's if its values are, or its
+name; of what was computed further nothing tells, and it may be any module's whose calls are not all accounted for.
 """
 
 from __future__ import annotations
 
-import enum
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 
 from loraformat.errors import Problem
-from loraformat_converters.onnx.finding.names import modules_of, names_of, same_module
+from loraformat_converters.onnx.changing.calls import Calls, kinds, numbered
+from loraformat_converters.onnx.changing.reproduced import Answer, module_of, sizes_of
+from loraformat_converters.onnx.finding.names import modules_of, names_of, parameter_of, same_module
+from loraformat_converters.onnx.graph.exported import folded_from
 from loraformat_converters.onnx.graph.model import FLOATS, array
 from loraformat_converters.onnx.graph.operators import WEIGHTS
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from loraformat_converters.onnx.changing.reproduced import Array
     from loraformat_converters.onnx.changing.spots import Change
-    from loraformat_converters.onnx.graph.index import Index, Site
+    from loraformat_converters.onnx.graph.index import Site
     from loraformat_converters.onnx.graph.values import Values
-
-    Array = npt.NDArray[Any]
 
 __all__ = ["computed_ahead"]
 
-_TOOL = re.compile(r"/(?P<module>.+)/(?P<operator>[A-Za-z]\w*?)(_\d+)?_output_\d+")
+_TOOL = re.compile(r"/((?P<module>.+)/)?(?P<operator>[A-Za-z]\w*?)(_\d+)?_output_\d+")
 """How TorchScript (torch 2.13) calls a node's value; onnxslim, onnxsim and ONNX Runtime keep that for what they computed."""
 
-_MOVES = frozenset({"Cast", "Constant", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-"""The operators that a stored tensor may have been through without a product."""
+_MOVES = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+"""The operators that may be a module's that did not call another one: what they move was computed anywhere."""
 
-_TORCH: dict[str, re.Pattern[str]] = {
-    "linear": re.compile(r"(linear|addmm|matmul|mm|bmm|einsum)(_\d+)?"),
-    "convolution": re.compile(r"_?conv(olution|[123]d|_transpose[123]d)(_\d+)?"),
-    "table": re.compile(r"embedding(_\d+)?"),
-}
-"""What torch.onnx (2.13, dynamo) calls the value of a product, one that it folded too; its own constants are ``val_7``."""
+_AT_EXPORT = re.compile(r"onnx::\w+_\d+")
+"""How TorchScript calls what it computed itself: of tables and vectors, never of products."""
 
-_NEAR = 0.03
-"""How near the nearest c·Wᵀ + b must come, relative to what is stored: 16 bits and codes leave that; chance more."""
+_OWN = re.compile(r"val_\d+|_v_\d+")
+"""How onnxscript (0.7.2) and onnxsim (0.8) call a value in between; a turned weight too."""
 
-_LOOKED_UP = 16
-"""How many rows of a stored look-up are looked for in the table."""
+_FIX = "export with that constant as an input, or merge into the checkpoint, then export"
+_OR = '{}; if it is none of this target\'s, name the node: --names map.json with {{"{}": "{}"}}'
 
 
-class Answer(enum.Enum):
-    """Whether a stored tensor is c·Wᵀ + b: no; with c = 0; with another c; or nothing tells, as any tensor is if W is square."""
+def computed_ahead(
+    values: Values, changes: Iterable[tuple[tuple[Site, ...], list[Change]]], named: Collection[str] = ()
+) -> Iterator[Problem]:
+    """LF-608 for every change of a weight or bias of which a product is stored too, or may be.
 
-    NO, BIAS, PRODUCT, UNKNOWN = range(4)
-
-
-@dataclass(frozen=True)
-class _Module:
-    """W [out, in] and b [out] of what a weight's operator computes; None where it has none, or it tells nothing."""
-
-    kind: str
-    weight: Array | None
-    bias: Array | None
-
-    def gives(self, stored: Array) -> Answer:
-        """Whether a tensor may be what it gave for a constant."""
-        values = np.moveaxis(stored, self.axis, -1).reshape(-1, stored.shape[self.axis])
-        rest = values if self.bias is None else values - self.bias
-        if not rest.any():
-            return Answer.BIAS if self.bias is not None and self.bias.any() else Answer.NO
-        if self.weight is None:
-            return Answer.UNKNOWN
-        if self.kind == "table":
-            return Answer.PRODUCT if _rows_of(self.weight.T, values[:_LOOKED_UP]) else Answer.NO
-        x, *_ = np.linalg.lstsq(self.weight, rest.T)
-        near = np.linalg.norm(self.weight @ x - rest.T) <= _NEAR * np.linalg.norm(rest)
-        return Answer.PRODUCT if near else Answer.NO
-
-    @property
-    def axis(self) -> int:
-        """Which axis of what it gives is out."""
-        return 1 if self.kind == "convolution" else -1
-
-
-def _rows_of(table: Array, rows: Array) -> bool:
-    far = (table**2).sum(1) - 2 * rows @ table.T + (rows**2).sum(1, keepdims=True)
-    return bool((far.min(1) <= (_NEAR * np.linalg.norm(rows, axis=1)) ** 2 + 1e-12).all())
-
-
-def computed_ahead(values: Values, changes: Iterable[tuple[tuple[Site, ...], list[Change]]]) -> Iterator[Problem]:
-    """LF-608 for every change of a weight or bias of which a product is stored too, or may be."""
+    Args:
+        named: the targets whose nodes the user named: what only may be is not theirs.
+    """
     stored = _Stored(values)
-    for sites, wanted in changes:
-        name = next((name for name in stored.names if stored.reaches(name, sites)), None)
-        what = ""
-        if name is not None:
+    for sites, (change, *_) in changes:
+        answers = ((name, stored.answer(name, sites, change.key)) for name in stored.names)
+        wanted = (Answer.PRODUCT,) if change.key in named else (Answer.PRODUCT, Answer.UNKNOWN)
+        name, answer = next((found for found in answers if found[1] in wanted), ("", Answer.NO))
+        if answer is Answer.PRODUCT:
+            what = f"a product of it and a constant was computed when the model was exported or optimised, and is stored as {name}"
+            yield Problem("LF-608", what, change.key, _FIX)
+        elif answer is Answer.UNKNOWN:
             what = (
-                f"a product of it and a constant was computed when the model was exported or optimised, and is stored as {name}, "
-                "or nothing shows that this is another's"
+                f"a product of it and a constant may be what is stored as {name}: nothing shows what "
+                "that was computed of"
             )
+            yield Problem("LF-608", what, change.key, _OR.format(_FIX, change.key, sites[0].node.name))
         elif _lacks_first(sites):
             what = f"{sites[0].node.name} is a later call of its module, and the first was computed ahead, or left out"
-        if what:
-            fix = "export with that constant as an input, or merge into the checkpoint, then export"
-            yield Problem("LF-608", what, wanted[0].key, fix)
+            yield Problem("LF-608", what, change.key, _FIX)
 
 
 def _lacks_first(sites: tuple[Site, ...]) -> bool:
@@ -117,82 +83,96 @@ def _lacks_first(sites: tuple[Site, ...]) -> bool:
 
 
 class _Stored:
-    """The stored tensors whose names say that they are what an operator gave."""
+    """The stored tensors that were computed of others, as far as their names tell."""
 
     def __init__(self, values: Values) -> None:
         self.values, self.index = values, values.index
-        weights = {(s.root_name, path) for s in self.index.sites if s.node.op_type in WEIGHTS for path in modules_of(s)}
-        held = [name for name, tensor in self.index.roots.items() if _is_value(name, tensor)]
-        self.names = [name for name in held if (name, _path(name)) not in weights]  # cut or joined for its own product
+        self.sources, self.calls = folded_from(values.index.graph), Calls(values.index)
+        products = [s for s in self.index.sites if s.node.op_type in WEIGHTS and not s.vector]
+        turned = {(s.root_name, p) for s in products if _is_weight(s) for p in (*modules_of(s), "")}
+        named = (name for name, tensor in self.index.roots.items() if _is_value(name, tensor))
+        self.names = [name for name in named if (name, "" if _of_weights(name) else _path(name)) not in turned]
+        self._sizes = {site.placement.matrix_shape[-2] for site in products}
         self._answers: dict[tuple[str, int], Answer] = {}
+        self._read: dict[str, Array] = {}
 
-    def reaches(self, name: str, sites: tuple[Site, ...]) -> bool:
-        """Whether a change at these sites would have changed a stored tensor, or nothing tells that it would not."""
-        own, path = self._answer(name, sites[0]), _path(name)
+    def answer(self, name: str, sites: tuple[Site, ...], key: str) -> Answer:
+        """Whether a change at these sites would have changed a stored tensor; UNKNOWN where nothing tells that it would not."""
+        site = sites[0]
+        if self.sources:
+            return Answer.PRODUCT if self._made_of(name, sites) else Answer.NO
+        if (_AT_EXPORT.fullmatch(name) and not (site.vector or site.looks_up)) or not self._fits(name, site):
+            return Answer.NO
+        accounted = self.calls.accounted(name, sites, key.rpartition(".")[0])
+        path, called = _path(name), {module for site in sites for module in modules_of(site)}
+        mine = path and any(same_module(*pair) for module in called for pair in ((module, path), (path, module)))
+        direct = (numbered(name) or ("",))[0] in kinds(self.index, sites)
+        if accounted and not (mine or direct):
+            return Answer.NO
+        own = self._compared(name, site)
         if own in (Answer.PRODUCT, Answer.BIAS):
-            return own is Answer.PRODUCT or sites[0].vector
-        paths = {called for site in sites for called in modules_of(site)}
-        mine = any(same_module(*pair) for called in paths if path for pair in ((called, path), (path, called)))
-        if not (mine or (path is None and own is Answer.UNKNOWN)):
-            return False
-        others = (self._answer(name, other) for other in self.index.sites if other not in sites)
-        return not any(other in (Answer.PRODUCT, Answer.BIAS) for other in others)
+            return Answer.PRODUCT if own is Answer.PRODUCT or site.vector else Answer.NO
+        others = {self._compared(name, other) for other in self.index.sites if other not in sites}
+        if Answer.BIAS in others or (mine and Answer.PRODUCT in others):
+            return Answer.NO
+        if mine:
+            return Answer.PRODUCT
+        told = accounted and not (own is Answer.UNKNOWN and Answer.PRODUCT not in others)
+        return Answer.NO if told else Answer.UNKNOWN
 
-    def _answer(self, name: str, site: Site) -> Answer:
-        key = name, id(site.node)
-        if key not in self._answers:
-            self._answers[key] = self._compared(name, site)
-        return self._answers[key]
+    def _made_of(self, name: str, sites: tuple[Site, ...]) -> bool:
+        """By what the exporter wrote, whether a stored tensor was computed of the parameter of these sites and of others."""
+        roots = {site.root_name for site in sites}
+        own = roots | {parameter_of(site, "name_scopes") or "" for site in sites}
+        own |= {source for root in roots for source in self.sources.get(root, ()) if not _OWN.fullmatch(source)}
+        if name in roots or own.isdisjoint(self.sources.get(name, ())):
+            return False
+        return not np.array_equal(np.sort(self._values(name), None), np.sort(self._values(sites[0].root_name), None))
+
+    def _fits(self, name: str, site: Site) -> bool:
+        """Whether it is as wide as what some product gives, and no mask."""
+        sizes = self._sizes | {site.placement.matrix_shape[-2]}
+        if sizes.isdisjoint(sizes_of(tuple(self.index.roots[name].dims))):
+            return False
+        held = self._values(name)
+        return bool(((held != held.min()) & (held != held.max())).any())
 
     def _compared(self, name: str, site: Site) -> Answer:
-        """By the names of the operator and of the tensor, then by sizes, then by values."""
-        weight = site if not site.vector else next((s for s in _around(self.index, site) if not s.vector), None)
-        if weight is None or weight.operand.batch:
-            return Answer.NO
-        kind = "convolution" if "Conv" in weight.like else "table" if weight.looks_up else "linear"
-        sizes, (*_, out, in_) = self.index.roots[name].dims, weight.placement.matrix_shape
-        if not (_path(name) or _TORCH[kind].fullmatch(name)):
-            return Answer.NO
-        if len(sizes) < 2 or sizes[_Module(kind, None, None).axis] != out:
-            return Answer.NO
-        near = () if kind == "table" else (s for s in _around(self.index, weight) if s.vector and s.parameter == "bias")
-        bias = next((s for s in near if s.root_name not in self.names), None)
-        stored = array(self.index.roots[name], self.values.folder).astype(np.float32)
-        tells = kind == "table" or out > in_  # of a W that is square or wide any tensor is a product: it is not read
-        read = _matrix(self.values, weight) if tells else None
-        return _Module(kind, read, _matrix(self.values, bias)).gives(stored)
+        """By values, whether it is what the product of a site gave."""
+        key = name, id(site.node)
+        if key not in self._answers:
+            module = module_of(self.values, site, frozenset(self.names))
+            self._answers[key] = Answer.NO if module is None else module.gives(self._values(name))
+        return self._answers[key]
+
+    def _values(self, name: str) -> Array:
+        if name not in self._read:
+            self._read[name] = array(self.index.roots[name], self.values.folder).astype(np.float32)
+        return self._read[name]
 
 
 def _is_value(name: str, tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type not in FLOATS or len(tensor.dims) < 1 or max(tensor.dims) == 1:
+    if tensor.data_type not in FLOATS or len(tensor.dims) < 1 or max(tensor.dims) <= 1:
         return False
     called = _TOOL.fullmatch(name)
     if called is not None:
-        return called["operator"] not in _MOVES
-    return len(tensor.dims) > 1 and any(pattern.fullmatch(name) for pattern in _TORCH.values())
+        return called["operator"] != "Constant"
+    return len(tensor.dims) > 1 and bool(numbered(name) or _of_weights(name))
+
+
+def _of_weights(name: str) -> bool:
+    return bool(_AT_EXPORT.fullmatch(name) or _OWN.fullmatch(name))
+
+
+def _is_weight(site: Site) -> bool:
+    """Whether a stored tensor is where the weight of a module's product is."""
+    matrix = site.position == WEIGHTS[site.node.op_type][0] and len(site.operand.shape) == 2 and not site.looks_up
+    return matrix or "Conv" in site.like
 
 
 def _path(name: str) -> str | None:
-    """The call of a module that gave a value, where its name tells."""
+    """The call of a module that gave a value, where its name tells; a value that was moved may be of any."""
     called = _TOOL.fullmatch(name)
-    return called["module"].replace("/", ".") if called else None
-
-
-def _around(index: Index, site: Site) -> Iterator[Site]:
-    """The other parameters of a product: those of its operator, and of the Add behind it or the product before it."""
-    for other in index.sites:
-        if other.refusal or other is site:
-            continue
-        first, second = (other, site) if site.vector else (site, other)
-        behind = second.node.op_type == "Add" and first.end.output[0] in second.node.input
-        if other.node is site.node or (second.vector and not first.vector and behind):
-            yield other
-
-
-def _matrix(values: Values, site: Site | None) -> Array | None:
-    """W [out, in], or b [out]."""
-    read = None if site is None else values.read(site)
-    if site is None or read is None:
+    if called is None or not called["module"] or called["operator"] in _MOVES:
         return None
-    matrix = np.asarray(read[1].to_matrix(read[0]), np.float32)
-    return matrix.reshape(-1) if site.vector else matrix
+    return called["module"].replace("/", ".")

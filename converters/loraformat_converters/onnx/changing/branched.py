@@ -16,6 +16,7 @@ from loraformat.errors import LoraFormatError, Problem
 from loraformat.updates import Update
 from loraformat_converters.onnx.attaching.slot_names import key_of
 from loraformat_converters.onnx.changing.computed import FIX, Branch, Branches
+from loraformat_converters.onnx.finding.folded import recomputed
 from loraformat_converters.onnx.finding.names import MODULES, modules_of, names_of, parameter_of
 from loraformat_converters.onnx.finding.paths import stored_paths, unwrapped, wrapper
 from loraformat_converters.onnx.graph.index import Index, Site
@@ -41,7 +42,7 @@ def branched(index: Index, values: Values) -> Adapter | None:
     graph = Branches(index, values)
     found = _named(index, graph.found())
     used = {site.number for _, _, branch in found for site in (branch.a, branch.b)}
-    problems = [*_lost(index, used), *_lengthless(index, found), *_twice(found)]
+    problems = [*_lost(index, used), *_lengthless(index, found), *_rescaled(found), *_twice(found)]
     if problems:
         raise LoraFormatError(problems)
     targets: dict[str, Update] = {}
@@ -80,6 +81,14 @@ def _lengthless(index: Index, found: list[tuple[str, Site, Branch]]) -> Iterator
     if len(stored) > len(doras):
         what = f"{len(stored)} magnitudes of DoRAs are stored, and {len(doras)} DoRAs are found"
         yield Problem("LF-613", what, stored[0], FIX)
+
+
+def _rescaled(found: list[tuple[str, Site, Branch]]) -> Iterator[Problem]:
+    """Pairs beside a kernel that a tool multiplied: onnxsim (0.8) does so with the g of a DoRA, and no name tells any more."""
+    for key, site, branch in found:
+        if branch.ratio is None and recomputed(site):
+            what = f"{site.node.name}: its weight is {site.root_name}, computed of W and, if this is a DoRA, its magnitude"
+            yield Problem("LF-613", what, key, FIX)
 
 
 def _twice(found: list[tuple[str, Site, Branch]]) -> Iterator[Problem]:

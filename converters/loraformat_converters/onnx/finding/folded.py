@@ -20,7 +20,7 @@ from loraformat_converters.onnx.graph.index import Site
 if TYPE_CHECKING:
     from loraformat_converters.onnx.finding.witness import Witness
 
-__all__ = ["require_own_values"]
+__all__ = ["recomputed", "require_own_values"]
 
 _RULES = "pkg.onnxscript.rewriter.rule_name"
 _FOLDING = re.compile(r"FuseBatchNorm|ConvAffine|AffineConv")
@@ -68,6 +68,12 @@ def require_own_values(key: str, site: Site, said: Sequence[Witness]) -> None:
     if why := _changed(site) or _unproved(site, said):
         what = f"{site.node.name or site.operator}: {why}: W + ΔW is not what the module computes"
         raise fault("LF-608", what, where=key, fix=_FIX)
+
+
+def recomputed(site: Site) -> bool:
+    """Whether a convolution's weight goes by the name of what a tool computed of it."""
+    stored = names_of(site, "initializer") or ""
+    return site.node.op_type in _CONVOLUTIONS and bool(_OF_TOOLS.fullmatch(stored) or _CHANGED.fullmatch(stored))
 
 
 def _changed(site: Site) -> str:

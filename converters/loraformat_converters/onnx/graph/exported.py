@@ -1,16 +1,18 @@
-"""What torch's exporter (2.13, dynamo) writes on a node: the module that it is of, and the parameter that it takes."""
+"""What torch's exporter (2.13, dynamo) writes: a node's module and the parameter that it takes, what a value was computed of."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 
 import onnx
 
-__all__ = ["module", "parameter"]
+__all__ = ["folded_from", "module", "parameter"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FX = "pkg.torch.onnx.fx_node"
+_FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _FIRST = re.compile(r"args = \(%p_(\w+),")
 """How torch.fx spells a parameter as the first argument: its path, with underscores for dots."""
 
@@ -41,3 +43,13 @@ def parameter(node: onnx.NodeProto, *, factor: bool) -> str | None:
 
 def _written(node: onnx.NodeProto, key: str) -> str | None:
     return next((p.value for p in node.metadata_props if p.key == key), None)
+
+
+def folded_from(graph: onnx.GraphProto) -> Mapping[str, frozenset[str]]:
+    """Stored tensor → every constant that it was computed of, the parameters by their own names too; empty where nothing says.
+
+    What folds in torch's dynamo exporter writes it beside the value (onnxscript 0.7.2, optimizer/_constant_folding.py). onnxsim,
+    onnxslim and ONNX Runtime drop it, of every value: where it is written at all, what has none was not computed.
+    """
+    texts = {v.name: p.value for v in graph.value_info for p in v.metadata_props if p.key == _FOLDED}
+    return {name: frozenset(re.findall(r"'([^']+)'", text)) for name, text in texts.items()}
