@@ -39,7 +39,7 @@ _MOVES = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "
 """The operators that may be a module's that did not call another one: what they move was computed anywhere."""
 
 _AT_EXPORT = re.compile(r"onnx::\w+_\d+")
-"""How TorchScript calls what it computed itself: of tables and vectors, never of products."""
+"""How TorchScript calls what it computed itself: rows of a table, never a product (torch 2.13, onnx/constant_fold.cpp)."""
 
 _OWN = re.compile(r"val_\d+|_v_\d+")
 """How onnxscript (0.7.2) and onnxsim (0.8) call a value in between; a turned weight too."""
@@ -101,8 +101,11 @@ class _Stored:
         site = sites[0]
         if self.sources:
             return Answer.PRODUCT if self._made_of(name, sites) else Answer.NO
-        if (_AT_EXPORT.fullmatch(name) and not (site.vector or site.looks_up)) or not self._fits(name, site):
+        if not self._fits(name, site):
             return Answer.NO
+        if _AT_EXPORT.fullmatch(name):
+            itself = site.looks_up and self._compared(name, site) is Answer.PRODUCT
+            return Answer.PRODUCT if itself else Answer.NO
         accounted = self.calls.accounted(name, sites, key.rpartition(".")[0])
         path, called = _path(name), {module for site in sites for module in modules_of(site)}
         mine = path and any(same_module(*pair) for module in called for pair in ((module, path), (path, module)))
@@ -123,11 +126,19 @@ class _Stored:
     def _made_of(self, name: str, sites: tuple[Site, ...]) -> bool:
         """By what the exporter wrote, whether a stored tensor was computed of the parameter of these sites and of others."""
         roots = {site.root_name for site in sites}
-        own = roots | {parameter_of(site, "name_scopes") or "" for site in sites}
-        own |= {source for root in roots for source in self.sources.get(root, ()) if not _OWN.fullmatch(source)}
+        own = roots | {source for site in sites for source in self._parameters(site)}
         if name in roots or own.isdisjoint(self.sources.get(name, ())):
             return False
+        if not sites[0].vector and self._compared(name, sites[0]) is Answer.BIAS:
+            return False
         return not np.array_equal(np.sort(self._values(name), None), np.sort(self._values(sites[0].root_name), None))
+
+    def _parameters(self, site: Site) -> set[str]:
+        """The names of the parameters that the weight of a site was computed of."""
+        sources, named = self.sources.get(site.root_name, frozenset()), parameter_of(site, "name_scopes")
+        if named in sources:
+            return {named}
+        return {s for s in sources if "." in s or not (_OWN.fullmatch(s) or numbered(s) or s.endswith("_default"))}
 
     def _fits(self, name: str, site: Site) -> bool:
         """Whether it is as wide as what some product gives, and no mask."""

@@ -87,7 +87,9 @@ def _rescaled(found: list[tuple[str, Site, Branch]]) -> Iterator[Problem]:
     """Pairs beside a kernel that a tool multiplied: onnxsim (0.8) does so with the g of a DoRA, and no name tells any more."""
     for key, site, branch in found:
         if branch.ratio is None and recomputed(site):
-            what = f"{site.node.name}: its weight is {site.root_name}, computed of W and, if this is a DoRA, its magnitude"
+            what = (
+                f"{site.node.name}: its weight is {site.root_name}, computed of W and, if this is a DoRA, its magnitude"
+            )
             yield Problem("LF-613", what, key, FIX)
 
 
