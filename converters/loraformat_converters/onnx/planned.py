@@ -62,9 +62,9 @@ def _places(base: OnnxBase, verb: str, jobs: Sequence[Job], options: Options) ->
 
 
 def _named(jobs: Sequence[Job]) -> set[str]:
-    """The targets whose nodes or weights the user named."""
+    """The targets whose node the user named, and not their weight, which others may use."""
     targets = (item for job in jobs for item in job.resolution.targets.items())
-    return {key for key, (first, *_) in targets if any(said.startswith("user") for said in first.evidence)}
+    return {key for key, places in targets if any(f"user: {match.node}" in match.evidence for match in places)}
 
 
 def _notes(verb: str, places: Sequence[Spot], jobs: Sequence[Job], options: Options, storage: Storage) -> Iterator[str]:

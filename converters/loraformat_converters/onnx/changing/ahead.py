@@ -35,9 +35,6 @@ __all__ = ["computed_ahead"]
 _TOOL = re.compile(r"/((?P<module>.+)/)?(?P<operator>[A-Za-z]\w*?)(_\d+)?_output_\d+")
 """How TorchScript (torch 2.13) calls a node's value; onnxslim, onnxsim and ONNX Runtime keep that for what they computed."""
 
-_MOVES = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
-"""The operators that may be a module's that did not call another one: what they move was computed anywhere."""
-
 _AT_EXPORT = re.compile(r"onnx::\w+_\d+")
 """How TorchScript calls what it computed itself: rows of a table, never a product (torch 2.13, onnx/constant_fold.cpp)."""
 
@@ -70,7 +67,7 @@ def computed_ahead(
                 "that was computed of"
             )
             yield Problem("LF-608", what, change.key, _OR.format(_FIX, change.key, sites[0].node.name))
-        elif _lacks_first(sites):
+        elif _lacks_first(sites) and not stored.of_zeros(sites):
             what = f"{sites[0].node.name} is a later call of its module, and the first was computed ahead, or left out"
             yield Problem("LF-608", what, change.key, _FIX)
 
@@ -101,14 +98,14 @@ class _Stored:
         site = sites[0]
         if self.sources:
             return Answer.PRODUCT if self._made_of(name, sites) else Answer.NO
-        if not self._fits(name, site):
+        path, called = _path(name), {module for site in sites for module in modules_of(site)}
+        mine = path and any(same_module(*pair) for module in called for pair in ((module, path), (path, module)))
+        if not self._fits(name, site, cut=bool(mine)):
             return Answer.NO
         if _AT_EXPORT.fullmatch(name):
             itself = site.looks_up and self._compared(name, site) is Answer.PRODUCT
             return Answer.PRODUCT if itself else Answer.NO
         accounted = self.calls.accounted(name, sites, key.rpartition(".")[0])
-        path, called = _path(name), {module for site in sites for module in modules_of(site)}
-        mine = path and any(same_module(*pair) for module in called for pair in ((module, path), (path, module)))
         direct = (numbered(name) or ("",))[0] in kinds(self.index, sites)
         if accounted and not (mine or direct):
             return Answer.NO
@@ -123,15 +120,23 @@ class _Stored:
         told = accounted and not (own is Answer.UNKNOWN and Answer.PRODUCT not in others)
         return Answer.NO if told else Answer.UNKNOWN
 
+    def of_zeros(self, sites: tuple[Site, ...]) -> bool:
+        """Whether the first call of the module that a weight is named after was one of zeros: it gave the bias, whatever W is."""
+        module, site = sites[0].root_name.rpartition(".")[0], sites[0]
+        return not site.vector and any(
+            _path(name) == module and self._compared(name, site) is Answer.BIAS for name in self.names
+        )
+
     def _made_of(self, name: str, sites: tuple[Site, ...]) -> bool:
         """By what the exporter wrote, whether a stored tensor was computed of the parameter of these sites and of others."""
         roots = {site.root_name for site in sites}
         own = roots | {source for site in sites for source in self._parameters(site)}
         if name in roots or own.isdisjoint(self.sources.get(name, ())):
             return False
-        if not sites[0].vector and self._compared(name, sites[0]) is Answer.BIAS:
+        held = self._values(name)
+        if not held.any() or (not sites[0].vector and self._compared(name, sites[0]) is Answer.BIAS):  # of zeros
             return False
-        return not np.array_equal(np.sort(self._values(name), None), np.sort(self._values(sites[0].root_name), None))
+        return not np.array_equal(np.sort(held, None), np.sort(self._values(sites[0].root_name), None))
 
     def _parameters(self, site: Site) -> set[str]:
         """The names of the parameters that the weight of a site was computed of."""
@@ -140,9 +145,10 @@ class _Stored:
             return {named}
         return {s for s in sources if "." in s or not (_OWN.fullmatch(s) or numbered(s) or s.endswith("_default"))}
 
-    def _fits(self, name: str, site: Site) -> bool:
-        """Whether it is as wide as what some product gives, and no mask."""
-        sizes = self._sizes | {site.placement.matrix_shape[-2]}
+    def _fits(self, name: str, site: Site, *, cut: bool) -> bool:
+        """Whether it is as wide as what some product gives, or, ``cut``, a part of this one, and no mask."""
+        out = site.placement.matrix_shape[-2]
+        sizes = self._sizes | {out // parts for parts in (1, 2, 3, 4) if cut or parts == 1}
         if sizes.isdisjoint(sizes_of(tuple(self.index.roots[name].dims))):
             return False
         held = self._values(name)
@@ -163,12 +169,12 @@ class _Stored:
 
 
 def _is_value(name: str, tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type not in FLOATS or len(tensor.dims) < 1 or max(tensor.dims) <= 1:
+    if tensor.data_type not in FLOATS or len(tensor.dims) < 2 or max(tensor.dims) <= 1:
         return False
     called = _TOOL.fullmatch(name)
     if called is not None:
         return called["operator"] != "Constant"
-    return len(tensor.dims) > 1 and bool(numbered(name) or _of_weights(name))
+    return bool(numbered(name) or _of_weights(name))
 
 
 def _of_weights(name: str) -> bool:
@@ -182,8 +188,8 @@ def _is_weight(site: Site) -> bool:
 
 
 def _path(name: str) -> str | None:
-    """The call of a module that gave a value, where its name tells; a value that was moved may be of any."""
+    """The call of a module that gave a value, where its name tells."""
     called = _TOOL.fullmatch(name)
-    if called is None or not called["module"] or called["operator"] in _MOVES:
+    if called is None or not called["module"]:
         return None
     return called["module"].replace("/", ".")

@@ -49,7 +49,19 @@ class Module:
     def gives(self, stored: Array) -> Answer:
         """Whether a tensor, of any shape, may be made of what it gave for a constant."""
         found = {self._of(own) for own in vectors(stored, self.out)}
+        found |= {Answer.BIAS} if self._cut(stored) else set()
         return next((a for a in (Answer.PRODUCT, Answer.BIAS, Answer.UNKNOWN) if a in found), Answer.NO)
+
+    def _cut(self, stored: Array) -> bool:
+        """Whether it is one of equal parts of the bias, as a gate is, wherever it is read."""
+        if self.bias is None:
+            return False
+        for axis in (axis for axis, n in enumerate(stored.shape) if n > 1 and self.out % n == 0):
+            rows = np.moveaxis(stored, axis, -1).reshape(-1, stored.shape[axis])
+            parts = self.bias.reshape(-1, rows.shape[1])
+            if (rows == rows[0]).all() and any(part.any() and np.array_equal(part, rows[0]) for part in parts):
+                return True
+        return False
 
     def _of(self, values: Array) -> Answer:
         rest = values if self.bias is None else values - self.bias

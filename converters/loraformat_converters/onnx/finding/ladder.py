@@ -10,7 +10,7 @@ from loraformat.errors import LoraFormatError, Problem, fault
 from loraformat.resolve import Hints
 from loraformat_converters.onnx.finding.fingerprint import Finder
 from loraformat_converters.onnx.finding.folded import require_own_values
-from loraformat_converters.onnx.finding.names import MODULES, modules_of, names_of, of_one_module
+from loraformat_converters.onnx.finding.names import MODULES, modules_of, names_of, of_one_module, same_module
 from loraformat_converters.onnx.finding.part import Part
 from loraformat_converters.onnx.finding.witness import Names, Witness, map_stub
 from loraformat_converters.onnx.graph.index import Index, Site
@@ -88,7 +88,7 @@ def _agree(index: Index, values: Values, key: str, said: Sequence[Witness]) -> F
         raise fault("LF-603", what, where=key, fix=map_stub(key))
     require_own_values(key, common[0], said)
     if all(witness.rung in _OF_TENSORS and witness.by != "user" for witness in said):
-        _require_one_module(key, common)
+        _require_one_module(index, key, common)
     rules = dict.fromkeys(f"{PREFIX} {witness.rule}" for witness in said if witness.rule)
     if any(witness.rung == "initializer" and witness.by == "user" for witness in said):
         sites = tuple(site for site in index.uses(roots[0]) if site.looks_up == common[0].looks_up)
@@ -106,9 +106,9 @@ def _copies(values: Values, sites: Sequence[Site], said: Sequence[Witness]) -> b
     return one_module and len(prints) == 1 and None not in prints
 
 
-def _require_one_module(key: str, sites: Sequence[Site]) -> None:
+def _require_one_module(index: Index, key: str, sites: Sequence[Site]) -> None:
     """Only the tensor's name speaks: LF-609 unless all its uses are one, or known to be calls of one module."""
-    if len(sites) == 1:
+    if len(sites) == 1 or _later_calls(index, sites):
         return
     modules = sorted({name for site in sites for name in modules_of(site)}, key=lambda name: (len(name), name))
     nameless = sum(not modules_of(site) for site in sites)
@@ -119,6 +119,13 @@ def _require_one_module(key: str, sites: Sequence[Site]) -> None:
         )
         fix = f'if it means all: --names map.json with {{"{key}": "{sites[0].root_name}"}}; else name the node'
         raise fault("LF-609", what, where=key, fix=fix)
+
+
+def _later_calls(index: Index, sites: Sequence[Site]) -> bool:
+    """Whether nodes are named as calls of the module that the tensor is named after, and no other parameter as theirs."""
+    module, paths = sites[0].root_name.rpartition(".")[0], _paths(sites)
+    owners = {name.rpartition(".")[0] for name in index.roots} - {module}
+    return all(path and path not in owners and same_module(module, path) for path in paths)
 
 
 def _calls(index: Index, key: str, uses: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
