@@ -100,9 +100,9 @@ class _Stored:
             return Answer.PRODUCT if self._made_of(name, sites) else Answer.NO
         path, called = _path(name), {module for site in sites for module in modules_of(site)}
         mine = path and any(same_module(*pair) for module in called for pair in ((module, path), (path, module)))
-        if not self._fits(name, site, cut=bool(mine)):
+        if any(name == own.root_name for own in sites) or not self._fits(name, site, cut=bool(mine)):
             return Answer.NO
-        if _AT_EXPORT.fullmatch(name):
+        if _AT_EXPORT.fullmatch(name) or self._looked_up(name):
             itself = site.looks_up and self._compared(name, site) is Answer.PRODUCT
             return Answer.PRODUCT if itself else Answer.NO
         accounted = self.calls.accounted(name, sites, key.rpartition(".")[0])
@@ -119,6 +119,18 @@ class _Stored:
             return Answer.PRODUCT
         told = accounted and not (own is Answer.UNKNOWN and Answer.PRODUCT not in others)
         return Answer.NO if told else Answer.UNKNOWN
+
+    def _looked_up(self, name: str) -> bool:
+        """Whether it is rows of a table, which depend on nothing else: torch's embedding, in TorchScript a Gather that is all of a module."""
+        called = _TOOL.fullmatch(name)
+        if (
+            called is None or called["operator"] != "Gather" or len(self.index.roots[name].dims) < 3
+        ):  # x[:, 0] of any value has fewer
+            return (numbered(name) or ("",))[0] == "embedding"
+        module = f"/{called['module']}/"
+        return called["module"] is not None and not any(
+            "/" in other.removeprefix(module) for other in self.index.taken if other.startswith(module)
+        )
 
     def of_zeros(self, sites: tuple[Site, ...]) -> bool:
         """Whether the first call of the module that a weight is named after was one of zeros: it gave the bias, whatever W is."""

@@ -8,9 +8,9 @@ runs behind a stored tensor runs after that was computed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from loraformat_converters.onnx.finding.names import names_of
 from loraformat_converters.onnx.graph.trace import Value
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ _OTHER = (
 _NUMBERED = re.compile(rf"(?:node_)?_?(?P<kind>(?P<product>{_PRODUCT})|{_OTHER})(?:_(?P<number>\d+))?(?:_quant|_Q\d+)?")
 
 
+_IN_MODULE = re.compile(r"/(?P<path>.+?)/[A-Z]\w*(/MatMulAddFusion)?")
+"""A node or value of TorchScript, also as onnxslim (0.1.98) and ONNX Runtime (1.32) name what they make of it."""
+
+_BEHIND = frozenset({"Add", "Reshape"})
+"""What is named after a product that it was a part of: its bias, or where a tool made two axes of three for a Gemm."""
+
+
 def numbered(name: str) -> tuple[str, int] | None:
     """The operator in torch and its number, where a value or a node is called so.
 
@@ -46,14 +53,17 @@ def numbered(name: str) -> tuple[str, int] | None:
 
 def kinds(index: Index, sites: tuple[Site, ...]) -> set[str]:
     """What torch calls the operators of these sites: by their nodes, what they give, and the sum of a product and its bias."""
-    found = set()
-    for site in sites:
-        home = site.scope.home(site.end.output[0], "defined") or site.scope
-        behind = (use.node for use in index.readers(Value(home, site.end.output[0])) if use.node.op_type == "Add")
-        nodes = [site.node] if site.vector else [site.node, site.end, *behind]
-        called = (_NUMBERED.fullmatch(name) for node in nodes for name in (node.name, *node.output))
-        found |= {name["kind"] for name in called if name and (site.vector or name["product"])}
-    return found
+    called = ((site, _NUMBERED.fullmatch(name)) for site in sites for name in _names(index, site))
+    return {name["kind"] for site, name in called if name and (site.vector or name["product"])}
+
+
+def _names(index: Index, site: Site) -> Iterator[str]:
+    """What the nodes of a call are named, and what they give."""
+    home = site.scope.home(site.end.output[0], "defined") or site.scope
+    readers = index.readers(Value(home, site.end.output[0])) if not site.vector else []
+    behind = (use.node for use in readers if use.node.op_type in _BEHIND)
+    for node in (site.node, site.end, *behind):
+        yield from (node.name, *node.output)
 
 
 class Calls:
@@ -70,7 +80,8 @@ class Calls:
     def accounted(self, stored: str, sites: tuple[Site, ...], module: str) -> bool:
         """Whether no call of the module of these sites can be in what a stored tensor was computed of."""
         behind = {id(node) for node in self.behind(stored)}
-        if any(id(site.node) in behind and _first(names_of(site, "node_name"), module) for site in sites):
+        later = [site for site in sites if id(site.node) in behind]
+        if any(_first(name, module) for site in later for name in _names(self.index, site)):
             return True
         return any(self._none_lacks(stored, kind) for kind in kinds(self.index, sites))
 
@@ -96,10 +107,11 @@ class Calls:
         return self._behind[stored]
 
 
-def _first(path: str | None, module: str) -> bool:
-    """Whether a node's path is a module's own, and not that of a later call: one of both may lack its beginning."""
-    if not path:
+def _first(name: str, module: str) -> bool:
+    """Whether TorchScript named an operator after a module's own path, and not after a later call: one may lack its beginning."""
+    found = _IN_MODULE.fullmatch(name)
+    if found is None:
         return False
-    called, meant = path.split("."), module.split(".")
+    called, meant = found["path"].replace("/", ".").split("."), module.split(".")
     count = min(len(called), len(meant))
     return called[-count:] == meant[-count:]
