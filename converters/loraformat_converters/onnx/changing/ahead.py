@@ -9,6 +9,7 @@ name; of what was computed further nothing tells, and it may be any module's who
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -87,8 +88,17 @@ class _Stored:
         self.sources, self.calls = folded_from(values.index.graph), Calls(values.index)
         products = [s for s in self.index.sites if s.node.op_type in WEIGHTS and not s.vector]
         turned = {(s.root_name, p) for s in products if _is_weight(s) for p in (*modules_of(s), "")}
-        named = (name for name, tensor in self.index.roots.items() if _is_value(name, tensor))
-        self.names = [name for name in named if (name, "" if _of_weights(name) else _path(name)) not in turned]
+        real = [
+            name
+            for name, tensor in self.index.roots.items()
+            if tensor.data_type in FLOATS and any(n > 1 for n in tensor.dims)
+        ]
+        called = [
+            n
+            for n in real
+            if _is_value(n, self.index.roots[n]) and (n, "" if _of_weights(n) else _path(n)) not in turned
+        ]
+        self.names = [name for name in real if name in self.sources] if self.sources else called
         self._sizes = {site.placement.matrix_shape[-2] for site in products}
         self._answers: dict[tuple[str, int], Answer] = {}
         self._read: dict[str, Array] = {}
@@ -112,25 +122,26 @@ class _Stored:
         own = self._compared(name, site)
         if own in (Answer.PRODUCT, Answer.BIAS):
             return Answer.PRODUCT if own is Answer.PRODUCT or site.vector else Answer.NO
-        others = {self._compared(name, other) for other in self.index.sites if other not in sites}
-        if Answer.BIAS in others or (mine and Answer.PRODUCT in others):
+        others = [other for other in self.index.sites if other not in sites]
+        biases = (other for other in others if other.vector or other.bias)
+        if any(self._compared(name, other) is Answer.BIAS for other in biases):
             return Answer.NO
+        if not (mine or direct):
+            return Answer.UNKNOWN
+        explained = any(self._compared(name, other) is Answer.PRODUCT for other in others)
         if mine:
-            return Answer.PRODUCT
-        told = accounted and not (own is Answer.UNKNOWN and Answer.PRODUCT not in others)
-        return Answer.NO if told else Answer.UNKNOWN
+            return Answer.NO if explained else Answer.PRODUCT
+        return Answer.NO if accounted and (explained or own is Answer.NO) else Answer.UNKNOWN
 
     def _looked_up(self, name: str) -> bool:
-        """Whether it is rows of a table, which depend on nothing else: torch's embedding, in TorchScript a Gather that is all of a module."""
+        """Whether it is rows of a table, and depends on nothing else: torch's embedding, TorchScript's Gather that is all of a module."""
         called = _TOOL.fullmatch(name)
-        if (
-            called is None or called["operator"] != "Gather" or len(self.index.roots[name].dims) < 3
-        ):  # x[:, 0] of any value has fewer
+        if called is None:
             return (numbered(name) or ("",))[0] == "embedding"
-        module = f"/{called['module']}/"
-        return called["module"] is not None and not any(
-            "/" in other.removeprefix(module) for other in self.index.taken if other.startswith(module)
-        )
+        if called["operator"] != "Gather" or not called["module"] or len(self.index.roots[name].dims) < 3:
+            return False  # x[:, 0] of any value has fewer axes
+        within = f"/{called['module']}/"
+        return not any("/" in other.removeprefix(within) for other in self.index.taken if other.startswith(within))
 
     def of_zeros(self, sites: tuple[Site, ...]) -> bool:
         """Whether the first call of the module that a weight is named after was one of zeros: it gave the bias, whatever W is."""
@@ -145,10 +156,11 @@ class _Stored:
         own = roots | {source for site in sites for source in self._parameters(site)}
         if name in roots or own.isdisjoint(self.sources.get(name, ())):
             return False
-        held = self._values(name)
+        held, root = self._values(name), sites[0].root
         if not held.any() or (not sites[0].vector and self._compared(name, sites[0]) is Answer.BIAS):  # of zeros
             return False
-        return not np.array_equal(np.sort(held, None), np.sort(self._values(sites[0].root_name), None))
+        weight = array(root, self.values.folder).astype(np.float32) if math.prod(root.dims) == held.size else held[:0]
+        return not np.array_equal(np.sort(held, None), np.sort(weight, None))  # W itself, turned once more
 
     def _parameters(self, site: Site) -> set[str]:
         """The names of the parameters that the weight of a site was computed of."""
@@ -181,12 +193,10 @@ class _Stored:
 
 
 def _is_value(name: str, tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type not in FLOATS or len(tensor.dims) < 2 or max(tensor.dims) <= 1:
-        return False
+    """Whether a tensor goes by the name of what an operator gave; one of a single axis is a parameter that was renamed."""
     called = _TOOL.fullmatch(name)
-    if called is not None:
-        return called["operator"] != "Constant"
-    return bool(numbered(name) or _of_weights(name))
+    computed = called["operator"] != "Constant" if called else numbered(name) or _of_weights(name)
+    return len(tensor.dims) > 1 and bool(computed)
 
 
 def _of_weights(name: str) -> bool:
