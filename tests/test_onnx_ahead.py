@@ -170,3 +170,114 @@ def test_a_call_that_is_of_constants_in_the_graph_is_changed_as_the_others(verb,
     found = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
     assert relative_error(found, wanted) <= 1e-6
     assert relative_error(found, run(path)["y"]) > 0.05
+
+
+HEADS = """g (float[N,T,6] x) => (float[A,B,C,D] y) <float[6,6] w> {
+    ["FIRST"] LINEAR = MatMul(x, w) h = Reshape(LINEAR, s) k = Transpose <perm = [0, 2, 3, 1]> (h)
+    z = MatMul(STORED, k) y = Identity(z) }"""
+"""q of a constant, in two heads of three, beside a call of q on x: only values and names tell whose it is."""
+
+
+def attention(first, linear, stored, written=None, seed=6):
+    """(the model, its base); ``written``: what an exporter says that the stored heads were computed of."""
+    text = HEADS.replace("FIRST", first).replace("LINEAR", linear).replace("STORED", stored)
+    made, draw = model(text), np.random.default_rng(seed)
+    made.graph.initializer[0].name = made.graph.node[0].input[1] = "q.weight"
+    for name, values in {
+        "s": np.array([0, 0, 2, 3]),
+        stored: draw.standard_normal((1, 2, 5, 3)).astype(np.float32),
+    }.items():
+        made.graph.initializer.append(numpy_helper.from_array(values, name))
+    for name, sources in (written or {}).items():
+        value = made.graph.value_info.add(name=name)
+        value.metadata_props.add(key="pkg.onnxscript.optimizer.folded_from", value=repr(sources))
+    return made
+
+
+WRITTEN = {
+    "of this weight": ({"transpose": ["lat", "q.weight", "val_1"]}, True),
+    "of another": ({"transpose": ["lat", "k.weight", "val_1"]}, False),
+    "of nothing, which is not written": ({"val_9": ["k.weight"]}, False),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_the_exporter_wrote_settles_it(case, tmp_path):
+    written, told = WRITTEN[case]
+    base = open_base(save(attention("node_MatMul_3", "linear_1", "transpose", written), tmp_path / "base.onnx"))
+    given = lf.Adapter({"q.weight": lora(6, 6)})
+    if told:
+        with pytest.raises(
+            lf.LoraFormatError, match=r"LF-608  a product of it and a constant was .* stored as transpose"
+        ):
+            merge(given, base, tmp_path / "out.onnx")
+    else:
+        merge(given, base, tmp_path / "out.onnx")
+
+
+NUMBERED = {
+    "the first of dynamo is missing": ("node_MatMul_3", "linear_1", "transpose", True),
+    "none is missing, and nothing runs behind": ("node_MatMul_3", "linear", "transpose", True),
+    "a tool, whose scope tells nothing": ("/q/MatMul", "/q/MatMul_output_0", "/Transpose_output_0", True),
+    "rows of a table, by a module that does nothing else": (
+        "/q/MatMul",
+        "/q/MatMul_output_0",
+        "/m/wpe/Gather_output_0",
+        False,
+    ),
+    "a row of what a module computed": ("/m/q/MatMul", "/m/q/MatMul_output_0", "/m/Gather_output_0", True),
+    "a mask in a scope of its own": ("/q/MatMul", "/q/MatMul_output_0", "/Constant_output_0", False),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERED)
+def test_a_call_that_no_number_accounts_for_is_told(case, tmp_path):
+    first, linear, stored, told = NUMBERED[case]
+    text = attention(first, linear.replace("/", "_"), stored.replace("/", "_"))
+    for node in text.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [{linear.replace("/", "_"): linear, stored.replace("/", "_"): stored}.get(n, n) for n in names]
+    for tensor in text.graph.initializer:
+        tensor.name = stored if tensor.name == stored.replace("/", "_") else tensor.name
+    base, given = open_base(save(text, tmp_path / "base.onnx")), lf.Adapter({"q.weight": lora(6, 6)})
+    if not told:
+        merge(given, base, tmp_path / "out.onnx")
+        return
+    with pytest.raises(
+        lf.LoraFormatError, match=rf"LF-608  a product of it and a constant may be .* as {stored}: nothing"
+    ):
+        merge(given, base, tmp_path / "out.onnx")
+
+
+def test_what_was_stored_before_the_first_call_is_none(tmp_path):
+    """Positions that are added to x: what reads them runs before every call, by either exporter's numbers."""
+    for name, linear, stored in (("n", "linear", "expand"), ("/m/q/MatMul", "h", "/m/Expand_output_0")):
+        made = model(
+            f'g (float[N,5,6] x) => (float[N,5,6] y) {{ e = Add(x, "{stored}") ["{name}"] {linear} = MatMul(e, "m.q.weight") y = Tanh({linear}) }}'
+        )
+        for values, key in (
+            (np.random.default_rng(1).standard_normal((6, 6)), "m.q.weight"),
+            (np.random.default_rng(2).standard_normal((1, 5, 6)), stored),
+        ):
+            made.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), key))
+        given = lf.Adapter({"m.q.weight": lora(6, 6)})
+        merge(given, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx", force=True)
+        last = made.graph.node[1]
+        last.name, last.output[0] = ("n", "linear_1") if name == "n" else ("/m/q_1/MatMul", "h")
+        made.graph.node[2].input[0] = last.output[0]
+        with pytest.raises(lf.LoraFormatError, match="LF-608"):
+            merge(given, open_base(save(made, tmp_path / "base.onnx")), tmp_path / "out.onnx", force=True)
+
+
+@pytest.mark.parametrize("axes", [(0, 2, 1, 3), (0, 2, 3, 1), (2, 0, 1, 3)])
+def test_heads_of_a_tall_weight_are_told_by_values(axes, tmp_path):
+    """c·Wᵀ + b in four heads of three, wherever the axes went; other values of that size are not."""
+    weight, bias, _, c = drawn()
+    heads = (c @ weight.T + bias).reshape(1, ROWS, 4, 3).transpose(axes)
+    made = graph('["/m/Gemm"] y = Gemm <transB = 1> (x, m_weight, m_bias)', {"m.weight": weight, "m.bias": bias})
+    made.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(heads), "/Transpose_output_0"))
+    base = open_base(save(made, tmp_path / "base.onnx"))
+    with pytest.raises(
+        lf.LoraFormatError, match=r"LF-608  a product of it and a constant was .* as /Transpose_output_0"
+    ):
+        merge(lf.Adapter(PAIR), base, tmp_path / "out.onnx")
