@@ -19,7 +19,7 @@ import onnx
 
 from loraformat.errors import Problem
 from loraformat_converters.onnx.changing.calls import Calls, kinds, numbered
-from loraformat_converters.onnx.changing.reproduced import Answer, module_of, sizes_of
+from loraformat_converters.onnx.changing.reproduced import Answer, kind_of, module_of, sizes_of
 from loraformat_converters.onnx.finding.names import modules_of, names_of, parameter_of, same_module
 from loraformat_converters.onnx.graph.exported import folded_from
 from loraformat_converters.onnx.graph.model import FLOATS, array
@@ -43,7 +43,10 @@ _OWN = re.compile(r"val_\d+|_v_\d+")
 """How onnxscript (0.7.2) and onnxsim (0.8) call a value in between; a turned weight too."""
 
 _FIX = "export with that constant as an input, or merge into the checkpoint, then export"
-_OR = '{}; if it is none of this target\'s, name the node: --names map.json with {{"{}": "{}"}}'
+_OR = (
+    "attach to the model as it was exported, and run the tool that lost what tells afterwards; or, if that is none of this "
+    'target\'s, name the node: --names map.json with {{"{}": "{}"}}'
+)
 
 
 def computed_ahead(
@@ -67,7 +70,7 @@ def computed_ahead(
                 f"a product of it and a constant may be what is stored as {name}: nothing shows what "
                 "that was computed of"
             )
-            yield Problem("LF-608", what, change.key, _OR.format(_FIX, change.key, sites[0].node.name))
+            yield Problem("LF-608", what, change.key, _OR.format(change.key, sites[0].node.name))
         elif _lacks_first(sites) and not stored.of_zeros(sites):
             what = f"{sites[0].node.name} is a later call of its module, and the first was computed ahead, or left out"
             yield Problem("LF-608", what, change.key, _FIX)
@@ -127,7 +130,8 @@ class _Stored:
         if any(self._compared(name, other) is Answer.BIAS for other in biases):
             return Answer.NO
         if not (mine or direct):
-            return Answer.UNKNOWN
+            module = next(iter(modules_of(site)), key.rpartition(".")[0])
+            return Answer.UNKNOWN if kind_of(site) == "linear" and _reaches(module, path) else Answer.NO
         explained = any(self._compared(name, other) is Answer.PRODUCT for other in others)
         if mine:
             return Answer.NO if explained else Answer.PRODUCT
@@ -207,6 +211,18 @@ def _is_weight(site: Site) -> bool:
     """Whether a stored tensor is where the weight of a module's product is."""
     matrix = site.position == WEIGHTS[site.node.op_type][0] and len(site.operand.shape) == 2 and not site.looks_up
     return matrix or "Conv" in site.like
+
+
+def _reaches(module: str, path: str | None) -> bool:
+    """Whether what a module gave may have been computed further in a path: in what calls the module, or what that calls too.
+
+    One of the two may begin at a wrapper of the other's root. What tells no path may be anybody's.
+    """
+    caller, scope = module.split(".")[:-1], path.split(".") if path else []
+    if not caller or len(scope) < 2:
+        return True
+    pairs = [(caller, scope[n:]) for n in range(len(scope))] + [(caller[n:], scope) for n in range(len(caller))]
+    return any(all(a == b for a, b in zip(one, other, strict=False)) for one, other in pairs)
 
 
 def _path(name: str) -> str | None:
