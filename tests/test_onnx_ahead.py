@@ -226,6 +226,8 @@ NUMBERED = {
         False,
     ),
     "a row of what a module computed": ("/m/q/MatMul", "/m/q/MatMul_output_0", "/m/Gather_output_0", True),
+    "of what calls the module": ("/m/a/q/MatMul", "/m/a/q/MatMul_output_0", "/m/a/core/Transpose_output_0", True),
+    "of another part of the model": ("/m/a/q/MatMul", "/m/a/q/MatMul_output_0", "/m/b/Transpose_output_0", False),
     "a mask in a scope of its own": ("/q/MatMul", "/q/MatMul_output_0", "/Constant_output_0", False),
 }
 

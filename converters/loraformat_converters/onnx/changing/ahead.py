@@ -130,8 +130,7 @@ class _Stored:
         if any(self._compared(name, other) is Answer.BIAS for other in biases):
             return Answer.NO
         if not (mine or direct):
-            module = next(iter(modules_of(site)), key.rpartition(".")[0])
-            return Answer.UNKNOWN if kind_of(site) == "linear" and _reaches(module, path) else Answer.NO
+            return Answer.UNKNOWN if _may_be(name, site, key) else Answer.NO
         explained = any(self._compared(name, other) is Answer.PRODUCT for other in others)
         if mine:
             return Answer.NO if explained else Answer.PRODUCT
@@ -211,6 +210,14 @@ def _is_weight(site: Site) -> bool:
     """Whether a stored tensor is where the weight of a module's product is."""
     matrix = site.position == WEIGHTS[site.node.op_type][0] and len(site.operand.shape) == 2 and not site.looks_up
     return matrix or "Conv" in site.like
+
+
+def _may_be(name: str, site: Site, key: str) -> bool:
+    """Whether a stored tensor of which nothing else tells may be of a module's product: an image is seldom a constant, nor a token."""
+    kind, called = kind_of(site), (numbered(name) or ("",))[0]
+    if kind == "linear":
+        return _reaches(next(iter(modules_of(site)), key.rpartition(".")[0]), _path(name))
+    return called.startswith("conv" if kind == "convolution" else "embedding")
 
 
 def _reaches(module: str, path: str | None) -> bool:
