@@ -38,7 +38,7 @@ def walk(folder: Path) -> Iterator[str]:
 
 def strange(folder: Path, file: Path) -> str | None:
     """Why a file of the folder is not copied: it is a link that leaves the folder, or no file at all."""
-    real, home = file.resolve(), folder.resolve()
+    real, home = Path(os.path.realpath(file)), folder.resolve()  # Path.resolve raises on a loop of links
     homes = [home]
     if home.parent.name == "snapshots":  # huggingface_hub: <repo>/snapshots/<revision>/file → <repo>/blobs/<digest>
         homes.append(home.parent.parent / "blobs")

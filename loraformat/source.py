@@ -122,6 +122,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 def existing(path: str | os.PathLike[str]) -> Path:
     """A file or a folder; LF-701 for what is not there, or is neither and would be waited for; LF-501 for a part of one."""
+    if not os.fspath(path):  # Path("") is the folder that one stands in
+        raise fault("LF-701", "the path is empty", fix="is a variable of your shell unset?")
     found = Path(path)
     try:
         mode = os.stat(found).st_mode

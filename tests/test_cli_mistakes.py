@@ -12,7 +12,7 @@ from peft_goldens import adapter_of, base_of
 from safetensors.numpy import load_file, save_file
 
 import loraformat as lf
-from loraformat import registry
+from loraformat import folders, registry
 
 GPT2 = str(adapter_of("gpt2"))
 BASE = str(base_of("gpt2"))
@@ -333,3 +333,19 @@ def test_a_stdout_that_takes_nothing_is_told_on_stderr(words):
     assert done.returncode == 1
     assert "LF-701  cannot use a file: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["info", "validate", "report -o out.html"])
+def test_an_empty_path_is_not_the_folder_that_one_stands_in(run, words, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    done = run(*words.split(), "")
+    assert done.code == 1
+    assert "LF-701" in done.out + done.err
+    assert "the path is empty" in done.out + done.err
+
+
+def test_a_link_to_itself_in_a_folder_is_told_of(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(lf.LoraFormatError) as caught:
+        folders.files_in(tmp_path)
+    assert [(p.rule, p.where) for p in caught.value.problems] == [("LF-610", "loop")]

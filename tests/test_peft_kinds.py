@@ -302,3 +302,18 @@ def test_stacked_experts_are_written_as_peft_stacks_them(tmp_path):
     original = load_file(adapter_of("target_parameters_one") / "adapter_model.safetensors")
     assert tensors.keys() == original.keys()
     assert all(np.array_equal(tensors[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("bias", ["all", "vera_only"])
+def test_biases_that_vera_trained_are_no_surprise(bias, tmp_path):
+    """peft 0.21.2 tuners/vera/config.py: VeRA's own word for its modules' biases."""
+    folder = changed("vera", tmp_path / "adapter", {"blocks.1.proj_1.bias": ones(12)}, bias=bias)
+    reading, _, _ = registry.read(folder, options=registry.ReadOptions(base=lf.open_base(base_of("vera"))))
+    assert not reading.warnings
+    assert reading.adapter["blocks.1.proj_1.bias"].kind == "replace"
+
+
+def test_what_another_method_calls_its_biases_is_refused(tmp_path):
+    problem = only_problem(changed("vera", tmp_path / "adapter", bias="lora_only"))
+    assert problem.rule == "LF-504"
+    assert "none, all and vera_only" in problem.what

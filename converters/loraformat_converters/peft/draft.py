@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
 
-__all__ = ["Draft"]
+__all__ = ["SHAPES_TELL", "Draft"]
+
+SHAPES_TELL = (
+    "give the base, whose shapes tell: --base, or lf.load(…, base=…); "
+    "where a command has no --base: convert ADAPTER my.lora.safetensors --base BASE first"
+)
+"""The way out where the tensors of a file do not say what they belong to."""
 
 _GATHER = "was the adapter saved before its parameters were gathered (ZeRO-3, FSDP)?"
 

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.axes import Placement
 from loraformat.parts import Lora
+from loraformat_converters.peft.draft import SHAPES_TELL, Draft
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-    from loraformat_converters.peft.draft import Draft
 
     Array = npt.NDArray[Any]
     Roles = dict[str, Array]
@@ -76,7 +75,7 @@ def _assigned(
     shapes = [stored.get(f"{module}.{name}") for name in names]
     if None in shapes:
         what = f"{len(names)} parameters are adapted ({', '.join(names)}); the file does not say which pair is whose"
-        draft.say("LF-504", what, module, "give the base, whose shapes tell: --base, or lf.load(…, base=…)")
+        draft.say("LF-504", what, module, SHAPES_TELL)
         return
     ranks = [draft.config.rank(f"{module}.{name}") if draft.config else None for name in names]
     ways = [way for way in itertools.permutations(pairs) if all(map(_fits, shapes, way, ranks))]

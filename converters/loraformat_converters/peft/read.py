@@ -11,7 +11,7 @@ import numpy as np
 from loraformat.errors import Problem
 from loraformat.faults import brief
 from loraformat.layout import Reading, ReadOptions
-from loraformat_converters.peft import adalora, lora, lycoris, names, trained, vera
+from loraformat_converters.peft import adalora, lora, lycoris, names, ties, trained, vera
 from loraformat_converters.peft import config as configs
 from loraformat_converters.peft.draft import Draft
 from loraformat_converters.peft.names import Name
@@ -120,7 +120,8 @@ def _warn_of_left_out(found: _Tensors, draft: Draft) -> None:
     chosen = draft.setting("target_modules")
     if draft.setting("target_parameters"):  # whose modules nothing else chooses
         return
-    if lost := configs.left_out(chosen, {name.module for name in found.factors}):
+    factors = {name.module: roles for name, roles in found.factors.items()}
+    if lost := configs.left_out(chosen, factors.keys() - ties.followers(draft.config, factors)):
         more = f", nor {len(lost) - 1} other modules" if len(lost) > 1 else ""
         what = f"target_modules, {brief(chosen)}, does not choose it{more}: PEFT loads the adapter without it"
         draft.warn("LF-507", what, lost[0], "is this the configuration of these tensors?")

@@ -84,8 +84,9 @@ def problems(method: str, value: Mapping[str, Any], where: str) -> Iterator[Prob
             if value.get(name) not in EMPTY:
                 what = f"{name}={brief(value[name])} is a setting of LoRA that AdaLoRA does not know"
                 yield Problem("LF-504", what, f"{where}: {name}")
-    if value.get("bias") not in (*EMPTY, "all", "lora_only"):
-        yield Problem("LF-504", f"bias={brief(value['bias'])} is none of none, all and lora_only", f"{where}: bias")
+    own = "vera_only" if method == "VERA" else "lora_only"
+    if value.get("bias") not in (*EMPTY, "all", own):
+        yield Problem("LF-504", f"bias={brief(value['bias'])} is none of none, all and {own}", f"{where}: bias")
     if value.get("use_dora") and value.get("lora_bias"):
         yield Problem("LF-504", "lora_bias with use_dora: peft 0.21.2 refuses it too", f"{where}: lora_bias")
     init = value.get("init_lora_weights", True)

@@ -47,7 +47,7 @@ def _explained(name: Name, module: str, leaf: str, draft: Draft) -> tuple[str, .
     """What a replacement may do besides, by what says that it is one; None where nothing does."""
     if name.wrappers and leaf == "weight":  # saved beside factors or rows: an embedding, or the head tied to it
         return ("resize",)
-    if leaf.endswith("bias") and draft.setting("bias") in ("all", "lora_only"):
+    if leaf.endswith("bias") and draft.setting("bias") in ("all", "lora_only", "vera_only"):
         return ()
     # peft 0.21.2 utils/other.py _set_trainable: a module is saved whose path *ends with* the listed letters.
     above = module.split(".")

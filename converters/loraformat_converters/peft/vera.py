@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.parts import Lora
 from loraformat.products import single
+from loraformat_converters.peft.draft import SHAPES_TELL, Draft
 from loraformat_converters.peft.names import PROJECTIONS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from loraformat_converters.peft.draft import Draft
     from loraformat_converters.peft.names import Name
 
     Array = npt.NDArray[Any]
@@ -54,7 +54,7 @@ def _add(module: str, lambda_b: Array, lambda_d: Array, a: Array, b: Array, alon
     in_ = a.shape[1] if alone else _width(draft.shapes.get(key), out)
     if in_ is None or in_ > a.shape[1]:
         what = f"how wide the module is no tensor says, only that it is at most {a.shape[1]}"
-        draft.say("LF-504", what, module, "give the base, whose shapes tell: --base, or lf.load(…, base=…)")
+        draft.say("LF-504", what, module, SHAPES_TELL)
         return
     left = single(lambda_b)[:, None] * single(b[:out])
     right = single(lambda_d)[:, None] * single(a[:, :in_])

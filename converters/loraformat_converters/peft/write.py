@@ -13,7 +13,7 @@ from loraformat.errors import LoraFormatError, fault
 from loraformat.layout import Output, ReadOptions, tensors_file, text_file
 from loraformat.parts import Part
 from loraformat_converters.peft import config as configs
-from loraformat_converters.peft import to_lora, to_others
+from loraformat_converters.peft import ties, to_lora, to_others
 from loraformat_converters.peft.form import Form, target_modules
 from loraformat_converters.peft.names import PREFIX
 from loraformat_converters.peft.read import read_tensors
@@ -49,6 +49,7 @@ def write(adapter: Adapter) -> Output:
     form = _form(adapter, kept)
     if form.problems:
         raise LoraFormatError(form.problems)
+    _leave_tied(form, kept)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in form.tensors.items()}
     if kept and _holds(kept, form, tensors, adapter):
         text = kept.text
@@ -69,6 +70,14 @@ def _form(adapter: Adapter, kept: configs.Config | None) -> Form:
     if "lokr" in kinds:
         return to_others.lokr(adapter, kept)
     return to_lora.lora(adapter, kept)
+
+
+def _leave_tied(form: Form, kept: configs.Config | None) -> None:
+    """A head that PEFT adapts with its embedding is not chosen, as in the configuration that it came with."""
+    if kept and kept.method == form.method and (tied := ties.followers(kept, ties.by_module(form.tensors.items()))):
+        form.modules = [module for module in form.modules if module not in tied]
+        if form.method == "LORA":
+            form.settings["ensure_weight_tying"] = True
 
 
 def _config(form: Form, adapter: Adapter, kept: configs.Config | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ that only the two paths differ.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,12 @@ def compare(written: Path, other: Path, base: Path, feeds: Mapping[str, Array], 
         LoraFormatError: LF-611 the written model is not valid, or the base draws at random; LF-704 ONNX Runtime is not installed; LF-705 it cannot
             run the model on these inputs.
     """
+    for path in (written, other, base):
+        if not _is_utf8(path):  # onnx 1.23, onnxruntime 1.32: UTF-8
+            fix = "give it another name, or leave --verify out"
+            raise fault(
+                "LF-705", "onnx and ONNX Runtime open no file whose name is not UTF-8", where=str(path), fix=fix
+            )
     if (refusal := _refusal(written)) and not _refusal(base):
         raise fault("LF-611", f"onnx.checker refuses the written model: {refusal}", where=str(written))
     found, wanted, before = (_run(path, feeds) for path in (written, other, base))
@@ -63,6 +70,14 @@ def compare(written: Path, other: Path, base: Path, feeds: Mapping[str, Array], 
         raise fault("LF-611", what, where=worst, fix=fix)
     moved = max(_distance(found[name], before[name]) for name in before)
     return Proof(errors[worst], limit, moved, worst)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _refusal(path: Path) -> str:
