@@ -349,3 +349,13 @@ def test_a_link_to_itself_in_a_folder_is_told_of(tmp_path):
     with pytest.raises(lf.LoraFormatError) as caught:
         folders.files_in(tmp_path)
     assert [(p.rule, p.where) for p in caught.value.problems] == [("LF-610", "loop")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_model_whose_name_is_not_utf8_cannot_be_proved(tmp_path):
+    from loraformat_converters.onnx.proving.prove import compare
+
+    model = tmp_path / "m\udcfe.onnx"
+    with pytest.raises(lf.LoraFormatError) as caught:
+        compare(model, model, model, {}, 1e-5)
+    assert caught.value.problems[0].rule == "LF-705"
