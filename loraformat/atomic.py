@@ -2,36 +2,25 @@
 
 Killed at any moment, the old output is still there and whole. A folder cannot be replaced in one step: the old one
 steps aside as ``.NAME.old``, and if the run dies right there the next one puts it back. A signal that asks the run to end
-waits until that is over. Temporaries that a killed run left are those that nobody holds a lock on; the next run to the
-same output removes them.
+waits until that is over.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from loraformat.errors import fault
 from loraformat.journal import Journal
-from loraformat.locks import hold, locked, take
-from loraformat.ranges import clones
+from loraformat.locks import locked
+from loraformat.outputs import check_file, check_free
 from loraformat.stopping import unbroken
+from loraformat.temporaries import held, new_name, remove
 
-__all__ = [
-    "Task",
-    "Writer",
-    "check_file",
-    "check_free",
-    "check_room",
-    "scratch",
-    "write_file",
-    "write_folder",
-    "write_together",
-]
+__all__ = ["Task", "Writer", "write_file", "write_folder", "write_together"]
 
 
 class Writer(Protocol):
@@ -39,40 +28,6 @@ class Writer(Protocol):
 
     def __call__(self, file: BinaryIO, /) -> None:
         """Write everything; raise to leave no output."""
-
-
-def check_free(path: Path, force: bool) -> None:
-    """Refuse before any work is done: LF-702 the output exists; LF-703 its folder does not, or that is no name for it."""
-    if path.name in ("", "-", ".."):
-        what = f"{str(path)!r} is no name for an output: it is written whole or not at all, under a name of its own"
-        raise fault("LF-703", what)
-    if os.path.lexists(path) and not force:
-        raise fault("LF-702", f"{path} exists", fix="give --force to replace it, or another name")
-    if not path.parent.is_dir():
-        raise fault("LF-703", f"the folder {path.parent} does not exist", fix=f"mkdir -p {path.parent}")
-
-
-def check_room(path: Path, count: int, copies: Sequence[Path] = ()) -> None:
-    """LF-703 where the disk has not ``count`` bytes free: sooner said than after an hour.
-
-    Args:
-        copies: files that some of the bytes are copies of, which take no room where the file system refers to them.
-    """
-    free = shutil.disk_usage(path.parent).free
-    if free >= count:
-        return
-    new = count - sum(copy.stat().st_size for copy in copies)
-    if free < new or not (copies and clones(copies[0], path.parent)):
-        raise fault("LF-703", f"{path} takes {count:,} bytes, and the disk has {free:,} left")
-
-
-def check_file(path: Path, force: bool) -> None:
-    """The same for an output that is a file, which takes the place of none but a plain file."""
-    check_free(path, force)
-    if path.is_dir():
-        raise fault("LF-703", f"{path} is a folder; the output is a file")
-    if path.exists() and not path.is_file():
-        raise fault("LF-703", f"{path} is no plain file; the output would take its place")
 
 
 def write_file(path: Path, writer: Writer, *, force: bool = False, beside: Mapping[Path, Writer] | None = None) -> None:
@@ -98,7 +53,7 @@ def write_together(writers: Mapping[Path, Writer]) -> None:
 
 def _written(writers: Mapping[Path, Writer], stack: ExitStack) -> dict[Path, Path]:
     """Path → the temporary in which its bytes are on the disk, for as long as the stack is."""
-    temporaries = {path: stack.enter_context(_temporary(path, folder=False)) for path in writers}
+    temporaries = {path: stack.enter_context(held(path, folder=False)) for path in writers}
     for path, writer in writers.items():
         with open(temporaries[path], "r+b") as file:
             writer(file)
@@ -128,7 +83,7 @@ def _rename(temporaries: Mapping[Path, Path]) -> None:
 
 def _second_name(path: Path) -> Path:
     """Another name of a file that is about to be replaced, if the file system has such."""
-    aside = _temporary_name(path)
+    aside = new_name(path)
     with suppress(OSError, NotImplementedError):
         os.link(path, aside, follow_symlinks=False)
     return aside
@@ -173,7 +128,7 @@ def write_folder(
     for each in beside or {}:
         check_file(each, force)
     with ExitStack() as stack:
-        temporary = stack.enter_context(_temporary(path, folder=True, identity=task.identity if task else None))
+        temporary = stack.enter_context(held(path, folder=True, identity=task.identity if task else None))
         if task is None:
             for name, writer in writers.items():
                 _write(temporary / name, writer)
@@ -240,10 +195,10 @@ def _recover(path: Path, old: Path) -> None:
 def _discard(path: Path, old: Path) -> None:
     """Delete the old folder; under another name first, so that ``.NAME.old`` is always whole."""
     if os.path.lexists(old):
-        doomed = _temporary_name(path)
+        doomed = new_name(path)
         with suppress(OSError):  # what cannot be deleted now is a leftover for the next run
             os.rename(old, doomed)
-            _remove(doomed)
+            remove(doomed)
 
 
 def _check_nothing_else(path: Path, names: Mapping[str, Writer]) -> None:
@@ -259,68 +214,6 @@ def _check_nothing_else(path: Path, names: Mapping[str, Writer]) -> None:
         raise fault("LF-703", f"{path} also holds {some}, which would be lost", fix="write to another name")
 
 
-@contextmanager
-def _temporary(path: Path, *, folder: bool, identity: Callable[[], str] | None = None) -> Iterator[Path]:
-    """A locked temporary of ``path``, new or left by a killed run of the same task; gone at the end unless renamed."""
-    temporary, lock = _left_by(path, identity) if identity else (_temporary_name(path), None)
-    _remove_leftovers(path)
-    try:
-        while lock is None:  # another run may take it for a leftover before it is locked
-            temporary = _temporary_name(path)
-            temporary.mkdir() if folder else temporary.open("xb").close()
-            lock = hold(temporary)
-        yield temporary
-    except OSError as error:
-        raise fault("LF-703", f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with unbroken():
-            with suppress(OSError):  # a disk that became read-only: what went wrong before says so
-                _remove_all(temporary)
-            if lock is not None:
-                os.close(lock)
-
-
-@contextmanager
-def scratch(path: Path, ending: str) -> Iterator[Path]:
-    """A name beside the output for what a run makes for itself: with all names that it is in, it is gone at the end.
-
-    A run that was killed leaves them to the next one to that output.
-    """
-    with _temporary(path, folder=True) as held:
-        yield held.with_name(f"{held.name}{ending}")
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-
-
-def _left_by(path: Path, identity: Callable[[], str]) -> tuple[Path, int | None]:
-    """A temporary that a killed run of this task left, with its lock; else a new name."""
-    for entry in _leftovers(path):
-        with suppress(OSError):
-            if entry.is_dir() and Journal.fits(entry, identity) and (lock := take(entry)) is not None:
-                return entry, lock
-    return _temporary_name(path), None
-
-
-def _leftovers(path: Path) -> Iterator[Path]:
-    """What runs to this output call their temporaries."""
-    start, end = f".{path.name}.", ".tmp"
-    for entry in path.parent.iterdir():
-        middle = entry.name.removeprefix(start).removesuffix(end)
-        if entry.name == f"{start}{middle}{end}" and len(middle) == 8 and not entry.is_symlink():
-            yield entry
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Temporaries of this output that no living run holds."""
-    for entry in _leftovers(path):
-        with suppress(OSError):
-            if (lock := take(entry)) is not None:
-                _remove_all(entry)
-                os.close(lock)
-
-
 def _sync(folder: Path) -> None:
     """A rename is on the disk when its folder is; where a folder cannot be opened or flushed, the system decides."""
     with suppress(OSError):
@@ -334,18 +227,3 @@ def _sync(folder: Path) -> None:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _remove_all(temporary: Path) -> None:
-    """A temporary, and before it what a run made under names that its own is in."""
-    for entry in temporary.parent.iterdir():
-        if f"{temporary.name}." in entry.name:
-            _remove(entry)
-    _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

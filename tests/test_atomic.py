@@ -15,8 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import loraformat as lf
-from loraformat.atomic import check_room, scratch, write_file, write_folder, write_together
+from loraformat.atomic import write_file, write_folder, write_together
 from loraformat.errors import LoraFormatError
+from loraformat.outputs import check_room
+from loraformat.temporaries import scratch
 
 
 def says(text):
@@ -239,7 +241,7 @@ def test_a_signal_while_the_temporary_is_removed_waits_for_that(tmp_path, monkey
         os.kill(os.getpid(), signal.SIGINT)
         remove(path)
 
-    monkeypatch.setattr("loraformat.atomic.shutil.rmtree", interrupted)
+    monkeypatch.setattr("loraformat.temporaries.shutil.rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "out", {"a": says("new"), "b": breaks})
     assert os.listdir(tmp_path) == []
@@ -257,7 +259,7 @@ def test_a_temporary_that_cannot_be_removed_hides_nothing(tmp_path, monkeypatch)
     def refused(path):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("loraformat.atomic._remove", refused)
+    monkeypatch.setattr("loraformat.temporaries.remove", refused)
     with pytest.raises(LoraFormatError, match=r"cannot write .*: No space left on device") as error:
         write_file(tmp_path / "out", breaks)
     assert rule_of(error) == "LF-703"
@@ -334,7 +336,7 @@ def test_copies_take_no_room_where_the_file_system_refers_to_bytes(tmp_path, mon
     for count, copies in ((21, []), (100, [tmp_path / "data"])):
         with pytest.raises(LoraFormatError, match=r"takes .* bytes, and the disk has 20 left"):
             check_room(tmp_path / "out", count, copies)
-    monkeypatch.setattr("loraformat.atomic.clones", lambda source, folder: True)
+    monkeypatch.setattr("loraformat.outputs.clones", lambda source, folder: True)
     check_room(tmp_path / "out", 110, [tmp_path / "data"])
     with pytest.raises(LoraFormatError):
         check_room(tmp_path / "out", 111, [tmp_path / "data"])

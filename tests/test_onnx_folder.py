@@ -173,6 +173,7 @@ def test_half_an_adapter_changes_half_of_the_folder(half, t5, tmp_path):
     own = lf.Adapter({key: update for key, update in loaded.items() if key.startswith(half)})
     plan = prepare("merge", [("default", own)], open_base(t5), Options(tmp_path / "out"))
     assert {step.partition(":")[0] for step in plan.steps} == {f.name for f in t5.glob(f"{half}*.onnx")}
+    assert {f for f in t5.iterdir() if not f.name.startswith(half)} <= set(plan.copies)
 
 
 def test_one_part_that_cannot_be_changed_stops_all(tmp_path):

@@ -53,7 +53,7 @@ ORDER = (
         "parse",
         "rules",
     ),
-    *("identity", "unpacked", "stopping", "locks", "journal", "atomic", "file", "folders"),
+    *("identity", "unpacked", "stopping", "locks", "journal", "outputs", "temporaries", "atomic", "file", "folders"),
     *("pickled", "pickled.machine", "pickled.tensors", "pickled.archive", "pickled.stream", "pickled.file"),
     *("pickled.index", "pickled.distributed", "pickled.write"),
     *("source", "memory", "layout", "gathered", "loose", "plain_yaml", "base", "apart", "loaders", "walk", "registry"),

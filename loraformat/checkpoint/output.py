@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loraformat import progress
-from loraformat.atomic import Writer, check_free, check_room, write_file, write_folder
+from loraformat.atomic import Writer, write_file, write_folder
 from loraformat.checkpoint.folder import Files
 from loraformat.checkpoint.merging import Merge
 from loraformat.checkpoint.task import Merging
 from loraformat.errors import fault
+from loraformat.outputs import check_free, check_room
 from loraformat.parted import check_outside
 from loraformat.ranges import copy_range
 

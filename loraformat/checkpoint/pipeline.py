@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat import canonical
-from loraformat.atomic import Writer, check_free, check_room, write_folder
+from loraformat.atomic import Writer, write_folder
 from loraformat.base import Options, Parameter
 from loraformat.checkpoint.base import Checkpoint
 from loraformat.checkpoint.folder import is_weights, json_object
@@ -23,6 +23,7 @@ from loraformat.checkpoint.task import Merging, identity, seen
 from loraformat.errors import Problem
 from loraformat.folders import files_in
 from loraformat.names import join
+from loraformat.outputs import check_free, check_room
 from loraformat.parted import check_outside, norms_by_key, plans_of, share, whole_plan
 from loraformat.plan import Job, Outcome, Plan
 from loraformat.resolve import Hints, Match, Resolution, in_component

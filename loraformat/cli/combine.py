@@ -96,8 +96,8 @@ def combine(
 ) -> None:
     """Make one adapter of several, each with a weight; exact unless the method or --rank asks for less."""
     from loraformat.apart import check_apart
-    from loraformat.atomic import check_free
     from loraformat.cli.adapters import parse
+    from loraformat.outputs import check_free
     from loraformat.verbs.combine import combine as run
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.recipe import follow, recipe_text

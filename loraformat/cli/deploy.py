@@ -216,7 +216,7 @@ class _Asked:
 
 def _carry_out(asked: _Asked) -> None:
     from loraformat.apart import check_apart
-    from loraformat.atomic import check_free
+    from loraformat.outputs import check_free
     from loraformat.verbs.graph import check_provable, inlined, prove
     from loraformat.verbs.merge import prepare
 

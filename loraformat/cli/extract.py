@@ -115,7 +115,7 @@ def _between(
 
     from loraformat import registry
     from loraformat.apart import check_apart
-    from loraformat.atomic import check_free
+    from loraformat.outputs import check_free
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.extract import between
 

@@ -46,7 +46,8 @@ def report(
     """
     from loraformat import registry
     from loraformat.apart import check_apart
-    from loraformat.atomic import check_free, write_file
+    from loraformat.atomic import write_file
+    from loraformat.outputs import check_free
     from loraformat.pages import page
 
     check_free(Path(out), force)

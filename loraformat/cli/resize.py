@@ -38,8 +38,8 @@ def resize(
 ) -> None:
     """Write ADAPTER with fewer ranks: the nearest that there is; says what is lost, per target and in all."""
     from loraformat import registry
-    from loraformat.atomic import check_free
     from loraformat.identity import digest
+    from loraformat.outputs import check_free
     from loraformat.verbs.convert import save, target_layout
     from loraformat.verbs.resize import resize as run
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from loraformat.atomic import check_room, write_file
+from loraformat.atomic import write_file
 from loraformat.checkpoint.change import Change
 from loraformat.checkpoint.shard import Stored
 from loraformat.checkpoint.survival import too_little
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.outputs import check_room
 from loraformat.patch import Patch, write_patched
 from loraformat.shapes import shape_problems
 from loraformat_converters.gguf.blocks import QUANTISED, Blocks

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from loraformat.atomic import check_free, check_room
 from loraformat.axes import Placement
 from loraformat.base import Options, Parameter
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.outputs import check_free, check_room
 from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution
 from loraformat.tiles import Norms

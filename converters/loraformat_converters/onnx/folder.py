@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraformat.atomic import check_free, check_room, write_folder
+from loraformat.atomic import write_folder
 from loraformat.errors import fault
 from loraformat.folders import files_in
 from loraformat.names import join
+from loraformat.outputs import check_free, check_room
 from loraformat.parted import check_outside, norms_by_key, plans_of, share, whole_plan
 from loraformat.plan import Job, Outcome, Plan, Proof
 from loraformat.resolve import Hints, Match, Resolution

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.atomic import scratch
 from loraformat.base import Options
 from loraformat.plan import Plan, Proof
+from loraformat.temporaries import scratch
 from loraformat_converters.onnx.attaching.modes import cases
 from loraformat_converters.onnx.proving.dense import check_products
 from loraformat_converters.onnx.proving.fusions import unfused

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import onnx
 
-from loraformat.atomic import check_file, write_together
+from loraformat.atomic import write_together
 from loraformat.errors import LoraFormatError, fault
 from loraformat.locks import take
+from loraformat.outputs import check_file
 from loraformat.patch import Patch as FilePatch
 from loraformat.patch import write_patched
 from loraformat.ranges import append
