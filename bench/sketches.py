@@ -21,7 +21,8 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 from loraformat import Placement
-from loraformat.sketch import SCALE, compare, sketch, telling
+from loraformat.likeness import SCALE, compare
+from loraformat.sketch import sketch, telling
 
 Array = np.ndarray[Any, Any]
 

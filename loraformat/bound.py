@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from loraformat.base import Recognising
 from loraformat.errors import LoraFormatError, Problem
 from loraformat.identity import runs_sha256
-from loraformat.sketch import sketch, unlike
+from loraformat.likeness import unlike
+from loraformat.sketch import sketch
 from loraformat.tiles import read_runs, values_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import test_onnx_values as values
 from mutants import net
 
 import loraformat as lf
-from loraformat import sketch
+from loraformat import likeness, sketch
 from loraformat_converters.onnx import folder
 from loraformat_converters.onnx.finding import components, ladder, part, together, witness
 from loraformat_converters.onnx.finding.align import Alignment
@@ -124,7 +124,7 @@ def what_is_seen_is_of_any_scale(patch):
 
 
 def parts_are_compared_by_their_cosine(patch):
-    patch.setattr(together, "compare", lambda one, other: sketch.Likeness(sketch.cosine(one, other), None))
+    patch.setattr(together, "compare", lambda one, other: likeness.Likeness(likeness.cosine(one, other), None))
 
 
 def the_own_sketch_is_enough(patch):

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 import loraformat as lf
-from loraformat.sketch import SCALE, compare, cosine, has_scale, recognise, sketch
+from loraformat.likeness import SCALE, compare, cosine, has_scale, recognise
+from loraformat.sketch import sketch
 
 
 def normal(*shape, seed=0):

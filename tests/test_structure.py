@@ -92,6 +92,7 @@ ORDER = (
     "algebra.truncated",
     *(
         "sketch",
+        "likeness",
         "bound",
         "naming.recognised",
         "naming.cut",

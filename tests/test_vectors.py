@@ -14,9 +14,10 @@ from loraformat import file
 from loraformat.container import Container
 from loraformat.errors import LoraFormatError
 from loraformat.identity import digest, tensor_sha256
+from loraformat.likeness import unlike
 from loraformat.placing import place
 from loraformat.rules import RULES
-from loraformat.sketch import sketch, unlike
+from loraformat.sketch import sketch
 from loraformat.values import value_problems
 
 SPEC = Path(__file__).parents[1] / "spec"

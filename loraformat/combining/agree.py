@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, Problem
-from loraformat.sketch import has_scale
+from loraformat.likeness import has_scale
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter

@@ -17,9 +17,10 @@ import numpy as np
 from loraformat.adapter import Adapter
 from loraformat.axes import Placement
 from loraformat.errors import LoraFormatError, Problem
+from loraformat.likeness import recognise, unlike
 from loraformat.naming.links import Link, Seat
 from loraformat.resolve import Hints
-from loraformat.sketch import recognise, sketch, telling, unlike
+from loraformat.sketch import sketch, telling
 from loraformat.tiles import values_of
 
 if TYPE_CHECKING:

@@ -42,7 +42,8 @@ def apply(path: str, key: str, base: Reply | None) -> Reply:
             if found != update.base_sha256:
                 raise fault("LF-607", f"bound to {update.base_sha256}, the base has {found}", where=key)
         elif update.sketch is not None and update.sketch.any():
-            from loraformat.sketch import sketch, unlike
+            from loraformat.likeness import unlike
+            from loraformat.sketch import sketch
 
             drawn = sketch(tensor, update.placement)
             if drawn is not None and (problem := unlike(key, update.sketch, drawn, "the base's tensor")):

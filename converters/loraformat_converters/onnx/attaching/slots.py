@@ -14,9 +14,10 @@ import numpy as np
 
 from loraformat import canonical
 from loraformat.errors import LoraFormatError, Problem, fault
+from loraformat.likeness import unlike
 from loraformat.names import nearest
 from loraformat.parts import Magnitude
-from loraformat.sketch import SIZE, unlike
+from loraformat.sketch import SIZE
 from loraformat_converters.onnx.attaching.pairs import folded, laid
 from loraformat_converters.onnx.attaching.slot import Gain, Slot
 from loraformat_converters.onnx.tort import version_of

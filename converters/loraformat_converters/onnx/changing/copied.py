@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from loraformat.errors import Problem
-from loraformat.sketch import ACCEPT, cosine
+from loraformat.likeness import ACCEPT, cosine
 from loraformat_converters.onnx.attaching.apart import widths
 
 if TYPE_CHECKING:

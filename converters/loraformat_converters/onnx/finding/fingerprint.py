@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.dtypes import numpy_dtype
 from loraformat.errors import LoraFormatError, fault
+from loraformat.likeness import Recognised, cosine, has_scale, recognise, unlike
 from loraformat.resolve import Hints, Match
-from loraformat.sketch import Recognised, cosine, has_scale, recognise, sketch, telling, unlike
+from loraformat.sketch import sketch, telling
 from loraformat_converters.onnx.graph.index import Site
 from loraformat_converters.onnx.graph.model import FLOATS
 from loraformat_converters.onnx.graph.site import Order

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraformat.errors import Problem
+from loraformat.likeness import compare
 from loraformat.resolve import Hints, Match, Resolution
-from loraformat.sketch import compare
 from loraformat_converters.onnx.base import OnnxBase
 from loraformat_converters.onnx.finding.doubt import Doubts, Model
 from loraformat_converters.onnx.graph.index import Site
